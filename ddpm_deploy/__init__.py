@@ -1,0 +1,75 @@
+"""Taking a trained DDPM to production: train, export, verify, run.
+
+from ddpm_deploy import Sampler, to_uint8
+
+with Sampler.load("model.onnx") as sampler:
+    pixels = to_uint8(sampler.sample(16, seed=0))
+
+Importing this is cheap: each name below is imported when it is first used, and none brings in torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ddpm_deploy.version import __version__
+
+if TYPE_CHECKING:
+    from ddpm_deploy.errors import (
+        ArtefactError,
+        BackendError,
+        DataError,
+        DdpmDeployError,
+        DependencyError,
+        OutputError,
+        OwnershipError,
+        ParityError,
+        SettingError,
+        SpecError,
+    )
+    from ddpm_deploy.runtime.denoiser import Denoiser
+    from ddpm_deploy.runtime.images import to_uint8
+    from ddpm_deploy.runtime.sampler import Sampler
+    from ddpm_deploy.schedule import Schedule
+    from ddpm_deploy.solvers import StepTable
+    from ddpm_deploy.spec import ModelSpec
+
+__all__ = [
+    "ArtefactError",
+    "BackendError",
+    "DataError",
+    "DdpmDeployError",
+    "Denoiser",
+    "DependencyError",
+    "ModelSpec",
+    "OutputError",
+    "OwnershipError",
+    "ParityError",
+    "Sampler",
+    "Schedule",
+    "SettingError",
+    "SpecError",
+    "StepTable",
+    "__version__",
+    "to_uint8",
+]
+
+_HOMES = {
+    "Denoiser": "ddpm_deploy.runtime.denoiser",
+    "ModelSpec": "ddpm_deploy.spec",
+    "Sampler": "ddpm_deploy.runtime.sampler",
+    "Schedule": "ddpm_deploy.schedule",
+    "StepTable": "ddpm_deploy.solvers",
+    "to_uint8": "ddpm_deploy.runtime.images",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES.get(name, "ddpm_deploy.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

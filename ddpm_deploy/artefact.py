@@ -1,0 +1,127 @@
+"""The ModelSpec in a model's file, read without torch, ONNX, a GPU, or the weights.
+
+A checkpoint is a zip archive whose pickle is only scanned for the text, never run; an ONNX file is
+walked field by field past its graph.
+"""
+
+import mmap
+import pickletools
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from ddpm_deploy.errors import ArtefactError, SpecError
+from ddpm_deploy.files import require_file, show
+from ddpm_deploy.spec import SPEC_KEY, ModelSpec
+
+CHECKPOINT_SUFFIXES: Final = (".pt", ".pth")
+ONNX_SUFFIX: Final = ".onnx"
+
+# Far above what our files hold; a file that asks for more is lying.
+_MAX_PICKLE_BYTES: Final = 64 << 20
+_MAX_PROPERTY_BYTES: Final = 1 << 20
+_MAX_FIELDS: Final = 100_000
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """Read the ModelSpec of a .pt or .onnx file.
+
+    Raises ArtefactError where the file is missing, broken or of another kind, and SpecError where it
+    carries no ModelSpec or one that is not valid.
+    """
+    require_file(path)
+    find = _finder(path)
+    try:
+        text = find(path)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise ArtefactError(
+            f"{show(path)} is not a whole {path.suffix} file ({error}): it may be truncated or of another kind"
+        ) from error
+    if text is None:
+        raise SpecError(
+            f"{show(path)} carries no ModelSpec: it was not made by ddpm-deploy; "
+            "train with ddpm-train and export with ddpm-export"
+        )
+    return ModelSpec.from_json(text, show(path))
+
+
+def _finder(path: Path) -> Callable[[Path], str | bytes | None]:
+    suffix = path.suffix.lower()
+    if suffix in CHECKPOINT_SUFFIXES:
+        return _spec_in_checkpoint
+    if suffix == ONNX_SUFFIX:
+        return _spec_in_onnx
+    if suffix == ".plan":
+        raise ArtefactError(
+            f"{show(path)}: TensorRT engines are not supported by this version: use the .onnx file"
+        )
+    raise ArtefactError(f"{show(path)} is not a model file by its name: a .pt or .onnx file is needed")
+
+
+def _spec_in_checkpoint(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        pickles = [info for info in archive.infolist() if info.filename.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("it holds no PyTorch pickle")
+        info = pickles[0]
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > _MAX_PICKLE_BYTES:
+            raise ValueError("its pickle is not stored as PyTorch stores one")
+        data = archive.read(info)
+    strings = (arg for _, arg, _ in pickletools.genops(data) if isinstance(arg, str))
+    for string in strings:
+        if string == SPEC_KEY:
+            return next(strings, None)
+    return None
+
+
+def _spec_in_onnx(path: Path) -> bytes | None:
+    """ModelProto.metadata_props is field 14, of entries with a key (1) and a value (2)."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for field, payload in _fields(memoryview(mapped)):
+        if field == 14:
+            entry = {number: bytes(value) for number, value in _fields(payload[:_MAX_PROPERTY_BYTES])}
+            if entry.get(1) == SPEC_KEY.encode():
+                return entry.get(2)
+    return None
+
+
+def _fields(buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Walk a protobuf message: (field number, payload) of each of its fields, none of them parsed."""
+    position = 0
+    for _ in range(_MAX_FIELDS):
+        if position == len(buffer):
+            return
+        tag, position = _varint(buffer, position)
+        start = position
+        match tag & 7:
+            case 0:
+                _, position = _varint(buffer, position)
+            case 1:
+                position += 8
+            case 2:
+                length, start = _varint(buffer, position)
+                position = start + length
+            case 5:
+                position += 4
+            case kind:
+                raise ValueError(f"field type {kind} at byte {start} does not exist")
+        if position > len(buffer):
+            raise ValueError(f"a field at byte {start} runs past the end")
+        yield tag >> 3, buffer[start:position]
+    raise ValueError("it has too many fields")
+
+
+def _varint(buffer: memoryview, position: int) -> tuple[int, int]:
+    """The variable-length number at `position`, and the position after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(buffer):
+            break
+        byte = buffer[position]
+        value |= (byte & 0x7F) << shift
+        position += 1
+        if byte < 0x80:
+            return value, position
+    raise ValueError(f"a number at byte {position} is malformed")

@@ -1,0 +1,118 @@
+"""ddpm-run: a model → images, by the full reverse chain."""
+
+import secrets
+import time
+from pathlib import Path
+
+import click
+
+from ddpm_deploy.cli.common import (
+    FilePath,
+    command,
+    duration,
+    logger,
+    open_denoiser,
+    progress,
+    resident_mb,
+    time_step,
+)
+
+
+@command(
+    """
+  ddpm-run model.onnx                          16 images, the full chain, in samples.png
+  ddpm-run model.onnx --steps 50 --seed 7      a strided chain of 50 steps, and a seed to repeat it
+  ddpm-run model.onnx --count 5000 -o s.npz    uint8 (5000, H, W, C), as evaluators read it
+  ddpm-run model.onnx --count 100 -o images/   a folder, one PNG an image
+  ddpm-run model.pt                            the checkpoint itself, in PyTorch: the reference
+"""
+)
+@click.argument("model", type=FilePath)
+@click.option(
+    "-o",
+    "--output",
+    type=FilePath,
+    default=Path("samples.png"),
+    help="A .png (one grid), an .npz, or a folder.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), show_default="all of the model's", help="Steps of the chain."
+)
+@click.option("--count", type=click.IntRange(1, 10_000_000), default=16, help="Images.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    show_default="a fresh one",
+    help="Of the noise; each image depends on it and its index alone.",
+)
+@click.option(
+    "--first-index", type=click.IntRange(0, 2**63), default=0, help="Sample index of the first image."
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 65_536),
+    show_default="64, fewer for images over 16×16",
+    help="Images in flight at once.",
+)
+@click.option("--solver", type=click.Choice(["ddpm"]), default="ddpm", help="ddpm: ancestral sampling.")
+@click.option(
+    "--spacing",
+    type=click.Choice(["leading"]),
+    default="leading",
+    help="Of the timesteps, where --steps are fewer than all.",
+)
+@click.option("--device", help="cpu; for a checkpoint, any torch device.  [default: cpu]")
+@click.option("--threads", type=click.IntRange(1, 1024), show_default="one a core", help="Of the CPU.")
+@click.option(
+    "--float", "as_float", is_flag=True, help="In an .npz: `samples`, float32 (N, C, H, W), unrounded."
+)
+def main(
+    model: Path,
+    output: Path,
+    steps: int | None,
+    count: int,
+    seed: int | None,
+    first_index: int,
+    batch: int | None,
+    solver: str,
+    spacing: str,
+    device: str | None,
+    threads: int | None,
+    as_float: bool,
+) -> None:
+    """Draw images from MODEL, an exported .onnx file (or a .pt checkpoint, run in PyTorch)."""
+    from ddpm_deploy.runtime.images import Destination
+    from ddpm_deploy.runtime.sampler import Sampler
+
+    seed = secrets.randbits(32) if seed is None else seed
+    denoiser = open_denoiser(model, device=device, threads=threads, max_batch=batch and min(batch, count))
+    with Sampler(denoiser) as sampler:
+        spec = sampler.spec
+        table = sampler.table(steps, solver="ddpm", spacing="leading")
+        origin = {
+            "model": spec.provenance.digest,
+            "seed": seed,
+            "solver": solver,
+            "steps": len(table),
+            "spacing": spacing,
+        }
+        destination = Destination(output, count, first_index, spec, origin, as_float)
+        destination.check()
+        in_flight = min(count, denoiser.max_batch)
+        forecast = time_step(denoiser, in_flight) * len(table) * count / in_flight
+        images = "1 image" if count == 1 else f"{count} images"
+        logger.info(
+            "%s · %d steps · about %s · %.0f MB", images, len(table), duration(forecast), resident_mb()
+        )
+        start = time.perf_counter()
+        with progress("sampling", length=count * len(table)) as bar, destination.open() as write:
+            for samples in sampler.iter_samples(
+                count,
+                steps=steps,
+                seed=seed,
+                first_index=first_index,
+                callback=lambda step, x, x0: bar.advance(len(x)),
+            ):
+                write(samples)
+        took = time.perf_counter() - start
+    click.echo(f"{output}: {images}, {len(table)} steps, seed {seed}, in {duration(took)}")

@@ -1,0 +1,211 @@
+"""ddpm-train: images → a trained ε-network."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from ddpm_deploy.cli.common import FilePath, command, logger, progress
+from ddpm_deploy.errors import SettingError
+
+if TYPE_CHECKING:
+    from ddpm_deploy.spec import ModelSpec
+    from ddpm_deploy.train.data import Source
+    from ddpm_deploy.train.settings import Settings
+    from ddpm_deploy.train.trainer import Trainer
+
+_PRESETS: Final = ("digits", "small", "cifar10")  # of train.settings.PRESETS, named here without torch
+_SETTINGS: Final = (
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "flip",
+    "seed",
+    "save_every",
+    "sample_every",
+    "skip_broken",
+)
+_NEW_ON_RESUME: Final = {
+    "data",
+    "output",
+    "resume",
+    "steps",
+    "device",
+    "save_every",
+    "sample_every",
+    "skip_broken",
+}
+
+
+@command(
+    """
+  ddpm-train digits -o digits.pt                 handwritten digits, minutes on a CPU
+  ddpm-train photos/ -o model.pt --steps 20000   your own images, scaled and cropped to 32×32
+  ddpm-train cifar.npz -o model.pt --preset cifar10 --device cuda
+  ddpm-train --resume model.pt                   go on after Ctrl-C
+  ddpm-train --resume model.pt --steps 40000     train a finished model further
+"""
+)
+@click.argument("data", required=False)
+@click.option(
+    "-o",
+    "--output",
+    type=FilePath,
+    show_default="model.pt, or the resumed file",
+    help="The checkpoint to write.",
+)
+@click.option("--resume", type=FilePath, help="Go on from this checkpoint, with its settings.")
+@click.option(
+    "--preset",
+    type=click.Choice(_PRESETS),
+    show_default="digits for digits, else small",
+    help="Network and training settings.",
+)
+@click.option("--image-size", type=click.IntRange(1, 4096), help="Height and width.  [default: the preset's]")
+@click.option(
+    "--channels",
+    type=click.Choice(["grey", "rgb"]),
+    help="Of the images.  [default: the preset's, or as they are]",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps.  [default: the preset's]")
+@click.option("--batch-size", type=click.IntRange(1, 65_536), help="Images a step.  [default: the preset's]")
+@click.option("--learning-rate", type=click.FloatRange(0, 1, min_open=True), help="[default: the preset's]")
+@click.option("--flip/--no-flip", default=None, help="Mirror images at random.  [default: the preset's]")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of everything random.")
+@click.option("--device", default="auto", help="cpu, cuda, …; auto: a GPU where there is one.")
+@click.option("--save-every", type=click.IntRange(min=1), default=1000, help="Steps between checkpoints.")
+@click.option(
+    "--sample-every",
+    type=click.IntRange(min=0),
+    default=1000,
+    help="Steps between pictures of samples; 0: none.",
+)
+@click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read.")
+@click.pass_context
+def main(
+    ctx: click.Context, /, data: str | None, output: Path | None, resume: Path | None, **options: Any
+) -> None:
+    """Train on DATA: a folder of images, an .npy or .npz of uint8 images, or the word "digits".
+
+    \b
+    Presets:
+      digits   8×8 grey, 0.4 M parameters: minutes on a CPU
+      small    32×32, 2.7 M parameters: hours on a CPU, minutes on a GPU
+      cifar10  32×32 RGB, the paper's 35.7 M parameters: for a GPU
+    """
+    from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES
+    from ddpm_deploy.dependencies import require
+    from ddpm_deploy.files import require_output, show
+
+    output = output or resume or Path("model.pt")
+    if output.suffix.lower() not in CHECKPOINT_SUFFIXES:
+        raise SettingError(f"{show(output)}: the output's name must end in .pt")
+    require_output(output)
+    require("torch", "train")
+    require("PIL.Image", "train")
+    if resume:
+        _refuse_settings(ctx)
+        trainer = _resumed(resume, data, options)
+    elif data is None:
+        raise click.UsageError(
+            "DATA is missing: a folder of images, an .npy or .npz file, or the word digits"
+        )
+    else:
+        trainer = _new(data, options)
+    _train(trainer, output)
+
+
+def _train(trainer: "Trainer", output: Path) -> None:
+    from ddpm_deploy.files import show
+    from ddpm_deploy.train.session import Session
+
+    settings, shape = trainer.settings, trainer.spec.image_shape
+    parameters = sum(p.numel() for p in trainer.network.parameters())
+    logger.info(
+        "%d steps of %d images %s on %s · %.1f M parameters",
+        settings.steps - trainer.steps_done,
+        settings.batch_size,
+        "×".join(map(str, shape)),
+        trainer.device,
+        parameters / 1e6,
+    )
+    with progress("training", length=settings.steps, done=trainer.steps_done) as bar:
+        session = Session(trainer, output, bar.advance)
+        finished = session.run()
+    if not finished:
+        click.echo(
+            f"stopped at step {trainer.steps_done} of {settings.steps}; go on with: ddpm-train --resume {show(output)}"
+        )
+        raise click.exceptions.Exit(130)
+    click.echo(
+        f"wrote {show(output)} (step {trainer.steps_done}); metrics and samples are in {show(session.folder)}"
+    )
+    click.echo(f"next: ddpm-export {show(output)}")
+
+
+def _refuse_settings(ctx: click.Context) -> None:
+    given = [
+        parameter
+        for parameter in ctx.params
+        if ctx.get_parameter_source(parameter) == click.core.ParameterSource.COMMANDLINE
+        and parameter not in _NEW_ON_RESUME
+    ]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise click.UsageError(f"{names} cannot change on --resume: the checkpoint holds the settings")
+
+
+def _resumed(path: Path, data: str | None, options: dict[str, Any]) -> "Trainer":
+    import msgspec
+
+    from ddpm_deploy.train.checkpoint import Checkpoint
+    from ddpm_deploy.train.data import find_images
+    from ddpm_deploy.train.denoiser import torch_device
+    from ddpm_deploy.train.trainer import Trainer
+
+    checkpoint = Checkpoint.load(path)
+    settings = msgspec.structs.replace(
+        checkpoint.settings,
+        data=data or checkpoint.settings.data,
+        steps=options["steps"] or checkpoint.settings.steps,
+        skip_broken=options["skip_broken"] or checkpoint.settings.skip_broken,
+        save_every=options["save_every"],
+        sample_every=options["sample_every"],
+    )
+    if settings.steps <= checkpoint.step:
+        raise SettingError(f"{path} has its {checkpoint.step} steps already: say how far to go with --steps")
+    checkpoint = dataclasses.replace(checkpoint, settings=settings)
+    device = torch_device(options["device"])
+    return Trainer.resume(checkpoint, _images(settings, find_images(settings.data), checkpoint.spec), device)
+
+
+def _new(data: str, options: dict[str, Any]) -> "Trainer":
+    from ddpm_deploy.train.data import DIGITS, find_images
+    from ddpm_deploy.train.denoiser import torch_device
+    from ddpm_deploy.train.settings import PRESETS
+    from ddpm_deploy.train.trainer import Trainer
+
+    device = torch_device(options["device"])
+    preset = PRESETS[options["preset"] or ("digits" if data == DIGITS else "small")]
+    source = find_images(data)
+    channels = {"grey": 1, "rgb": 3}.get(options["channels"]) or preset.channels or (1 if source.grey else 3)
+    spec = preset.spec(Path(data).name, channels, options["image_size"] or preset.image_size)
+    settings = preset.settings(
+        data=data if data == DIGITS else str(Path(data).absolute()),
+        **{name: options[name] for name in _SETTINGS if options[name] is not None},
+    )
+    return Trainer(spec, settings, _images(settings, source, spec), device)
+
+
+def _images(settings: "Settings", source: "Source", spec: "ModelSpec") -> Any:
+    from ddpm_deploy.train.data import read_images
+
+    channels, size, _ = spec.image_shape
+    with progress("reading images", length=source.count) as bar:
+        images = read_images(
+            source, size, channels, skip_broken=settings.skip_broken, progress=lambda done: bar.advance(done)
+        )
+    left_out = source.count - len(images)
+    logger.info("%d images%s", len(images), f" ({left_out} broken ones left out)" if left_out else "")
+    return images

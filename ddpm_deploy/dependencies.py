@@ -1,0 +1,35 @@
+"""Optional packages: imported when they are needed, and when they are missing, the exact pip line."""
+
+import importlib
+from importlib import metadata
+from types import ModuleType
+
+from ddpm_deploy.errors import DependencyError
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`, or raise DependencyError with the pip line of the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        missing = error.name == module.partition(".")[0] or error.name == module
+        problem = "is not installed" if missing else f"does not import ({error})"
+        raise DependencyError(f"{module} {problem}: pip install 'ddpm-deploy[{extra}]'") from error
+
+
+def require_onnxruntime() -> ModuleType:
+    """Import onnxruntime, or raise DependencyError where it is missing or installed twice."""
+    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+        raise DependencyError(
+            "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other's files: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'ddpm-deploy[cpu]' or 'ddpm-deploy[gpu]'"
+        )
+    return require("onnxruntime", "cpu")
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,56 @@
+"""Every error that ddpm-deploy raises on purpose.
+
+    DdpmDeployError
+    ├── SettingError      an argument out of its range (also a ValueError)
+    ├── ArtefactError     a .pt, .onnx or .plan that cannot be used
+    │   └── SpecError     its ModelSpec is missing, malformed or from a newer version
+    ├── DataError         training images that cannot be used
+    ├── OutputError       a result that cannot be written
+    ├── DependencyError   a package that is missing or in conflict (also an ImportError)
+    ├── BackendError      the backend failed, or the network gave numbers that are not finite
+    ├── ParityError       an exported network does not compute what its original computes
+    └── OwnershipError    a Sampler used while it is already in use
+
+A message says what was got, what is wrong with it, and what to do. The command lines print it on one
+line and exit 1.
+"""
+
+
+class DdpmDeployError(Exception):
+    """Root of the tree: catch this to catch everything ddpm-deploy raises on purpose."""
+
+
+class SettingError(DdpmDeployError, ValueError):
+    """An argument is out of its range."""
+
+
+class ArtefactError(DdpmDeployError):
+    """A model file is missing, broken, of another kind, or not ours."""
+
+
+class SpecError(ArtefactError):
+    """A model's ModelSpec is missing, malformed or written by a newer version."""
+
+
+class DataError(DdpmDeployError):
+    """Training images are missing or cannot be read."""
+
+
+class OutputError(DdpmDeployError):
+    """A result cannot be written where it was asked for."""
+
+
+class DependencyError(DdpmDeployError, ImportError):
+    """A package that this needs is not installed, or two packages exclude each other."""
+
+
+class BackendError(DdpmDeployError):
+    """A backend failed, or its network gave numbers that are not finite."""
+
+
+class ParityError(DdpmDeployError):
+    """An exported network does not compute what its original computes."""
+
+
+class OwnershipError(DdpmDeployError):
+    """A Sampler was used while another call on it was still running."""

@@ -1,0 +1,105 @@
+"""Reading and writing files so that a mistake costs one clear line and never a file.
+
+A result is written to a temporary name beside its own and renamed when it is whole: whatever goes
+wrong, what stood under the name before still stands there.
+"""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError
+
+
+def show(path: Path) -> str:
+    """A path for a message: one line whatever its bytes are."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in os.fspath(path))
+
+
+def require_file(path: Path, error: type[DdpmDeployError] = ArtefactError) -> None:
+    """Raise `error` unless `path` is a readable regular file that is not empty; name near misses."""
+    try:
+        if path.is_dir():
+            raise error(f"{show(path)} is a folder, and a file is needed: name a file in it")
+        if not path.exists():
+            raise error(f"{show(path)} does not exist{_near_misses(path)}")
+        if not path.is_file():
+            raise error(f"{show(path)} is not a regular file")
+        if path.stat().st_size == 0:
+            raise error(f"{show(path)} is empty: it was probably cut short; make it again")
+        with path.open("rb"):
+            pass
+    except (OSError, ValueError) as problem:
+        raise error(f"{show(path)} cannot be read: {_reason(problem)}") from problem
+
+
+def _near_misses(path: Path) -> str:
+    with suppress(OSError):
+        near = sorted(p.name for p in path.parent.iterdir() if p.stem == path.stem and p.is_file())
+        if near:
+            return f"; found {', '.join(near[:3])} beside it"
+    return ""
+
+
+def require_output(path: Path) -> None:
+    """Raise OutputError unless a file can be written at `path`: ask this before long work."""
+    folder = path.parent
+    try:
+        if path.is_dir():
+            raise OutputError(f"{show(path)} is a folder: name a file to write")
+        if not folder.is_dir():
+            raise OutputError(
+                f"the folder {show(folder)} does not exist: create it, or choose another output"
+            )
+        descriptor, name = tempfile.mkstemp(prefix=".ddpm-", dir=folder)
+        os.close(descriptor)
+        Path(name).unlink()
+    except (OSError, ValueError) as problem:
+        raise _unwritable(path, problem) from problem
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, with its suffix; rename it to `path` when the block succeeds.
+
+    Raises OutputError where the file cannot be written; the temporary file never stays behind.
+    """
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".ddpm-", suffix=path.suffix, dir=path.parent)
+        os.close(descriptor)
+    except (OSError, ValueError) as problem:
+        raise _unwritable(path, problem) from problem
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as problem:
+        raise _unwritable(path, problem) from problem
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _unwritable(path: Path, problem: Exception) -> OutputError:
+    hint = ": free some space there" if getattr(problem, "errno", None) == errno.ENOSPC else ""
+    return OutputError(f"{show(path)} cannot be written: {_reason(problem)}{hint}")
+
+
+def _reason(problem: Exception) -> str:
+    reason = getattr(problem, "strerror", None) or str(problem)
+    return reason[:1].lower() + reason[1:]

@@ -1,0 +1,1 @@
+"""Running the reverse chain: NumPy and a backend, never torch."""

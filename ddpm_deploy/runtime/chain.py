@@ -1,0 +1,142 @@
+"""Slots and the loop: each row of the batch is a reverse Markov chain of its own.
+
+A slot has a row pointer into a step table, a seed and a sample index. Slots that started together are a
+batch; a service may start any slot that is done at any step.
+"""
+
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.noise import AddressedNoise
+from ddpm_deploy.runtime.denoiser import Array, Denoiser
+from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable
+
+T, A, B, LO, HI, C, D, E, F, G = (COLUMNS.index(name) for name in COLUMNS[:10])
+IDLE: Final = 0  # the row pointer of a slot with nothing to do
+
+
+class NoiseSource(Protocol):
+    """Where x_T and z come from: `noise.AddressedNoise`, or a peer's own noise."""
+
+    def assign(self, slots: slice, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
+        """Say whose noise these slots make from now on."""
+
+    def fill(self, draws: NDArray[np.int64]) -> Array:
+        """Give the leading slots their noise: draws (B,) → (B, C·H·W). Overwritten by the next call."""
+
+
+class Chain:
+    """The reverse chains in the slots of a Denoiser's batch, one step of all of them at a time.
+
+    A step is the network on the leading slots in use, then the update of `solvers` in float32, in
+    memory allocated here once.
+    """
+
+    def __init__(self, denoiser: Denoiser, noise: NoiseSource | None = None) -> None:
+        spec, slots = denoiser.spec, denoiser.max_batch
+        elements = denoiser.x[0].size
+        self.denoiser = denoiser
+        self.noise = noise or AddressedNoise(slots, elements)
+        self._embedding = spec.embedding.table(spec.timesteps)
+        self._rows = np.array([IDENTITY], np.float32)
+        self._tables: dict[int, tuple[StepTable, int]] = {}  # by id: the table and its first row
+        self._pointer = np.full(slots, IDLE)
+        self._end = np.full(slots, IDLE)
+        self._x0 = np.zeros((slots, elements), np.float32)
+        self._x0_previous = np.zeros_like(self._x0)
+        self._scratch = np.empty_like(self._x0)
+        self._current = np.zeros((slots, len(COLUMNS)), np.float32)
+        self._timestep = np.zeros(slots, np.int64)
+
+    @property
+    def x(self) -> Array:
+        """x_t of every slot, (slots, C, H, W): the Denoiser's own input."""
+        return self.denoiser.x
+
+    @property
+    def x0(self) -> Array:
+        """x̂0 of every slot as of its last step, (slots, C, H, W). Memory that the next step reuses."""
+        return self._x0_previous.reshape(self.denoiser.x.shape)
+
+    @property
+    def active(self) -> NDArray[np.bool_]:
+        """Which slots have steps to go, (slots,)."""
+        active: NDArray[np.bool_] = self._pointer != IDLE
+        return active
+
+    def start(
+        self, slots: slice, table: StepTable, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]
+    ) -> None:
+        """Start the chains of samples `indices` (k,) of `seeds` (k,) in k slots, each at its x_T."""
+        first = self._first_row(table)
+        self._pointer[slots] = first
+        self._end[slots] = first + len(table)
+        self._x0_previous[slots] = 0
+        self.noise.assign(slots, seeds, indices)
+        x_T = self.noise.fill(np.zeros(slots.stop, np.int64))  # noqa: N806  (the paper's name)
+        self._flat(self.denoiser.x)[slots] = x_T[slots]
+
+    def _first_row(self, table: StepTable) -> int:
+        known = self._tables.get(id(table))
+        if known is None:
+            known = table, len(self._rows)
+            self._rows = np.concatenate([self._rows, table.float32_rows()])
+            self._tables[id(table)] = known
+        return known[1]
+
+    def clear(self) -> None:
+        """Leave every slot with nothing to do."""
+        self._pointer[:] = IDLE
+
+    def step(self) -> None:
+        """Take every active slot one step on."""
+        batch = self.predict()
+        self.update(batch)
+
+    def predict(self) -> int:
+        """The network at each active slot's x and t. Returns the batch: leading slots in use."""
+        batch = int(np.flatnonzero(self._pointer)[-1]) + 1
+        current, timestep = self._current[:batch], self._timestep[:batch]
+        # mode="clip" writes straight into `out`; the indices are ours and in range.
+        np.take(self._rows, self._pointer[:batch], axis=0, out=current, mode="clip")
+        timestep[:] = current[:, T]
+        np.take(self._embedding, timestep, axis=0, out=self.denoiser.temb[:batch], mode="clip")
+        self.denoiser.run(batch)
+        return batch
+
+    def update(self, batch: int) -> None:
+        """x ← x', x̂0 and the row pointers, by the rows that `predict` looked up."""
+        row = self._current[:batch, :, None]  # (B, columns, 1)
+        x, out = self._flat(self.denoiser.x)[:batch], self._flat(self.denoiser.prediction)[:batch]
+        x0, x0_previous, scratch = self._x0[:batch], self._x0_previous[:batch], self._scratch[:batch]
+
+        np.multiply(x, row[:, A], x0)
+        np.multiply(out, row[:, B], scratch)
+        np.add(x0, scratch, x0)
+        np.maximum(x0, row[:, LO], x0)
+        np.minimum(x0, row[:, HI], x0)
+
+        np.multiply(x, row[:, D], x)
+        np.multiply(x0, row[:, C], scratch)
+        np.add(x, scratch, x)
+        if row[:, E].any():
+            z = self.noise.fill(self._timestep[:batch] + 1)
+            np.multiply(z, row[:, E], scratch)
+            np.add(x, scratch, x)
+        np.multiply(x0_previous, row[:, F], scratch)
+        np.add(x, scratch, x)
+        np.multiply(out, row[:, G], scratch)
+        np.add(x, scratch, x)
+        # -0 becomes +0, so that a term with a zero coefficient may as well not be computed.
+        np.add(x, np.float32(0), x)
+
+        self._x0, self._x0_previous = self._x0_previous, self._x0
+        pointer = self._pointer[:batch]
+        pointer += pointer != IDLE
+        pointer[pointer == self._end[:batch]] = IDLE
+
+    @staticmethod
+    def _flat(array: Array) -> Array:
+        return array.reshape(len(array), -1)

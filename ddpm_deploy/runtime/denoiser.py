@@ -1,0 +1,51 @@
+"""The Denoiser protocol: the network as a chain sees it, and its buffers."""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.spec import ModelSpec
+
+Array = NDArray[np.float32]
+
+
+class Denoiser(Protocol):
+    """A network that owns its input and output memory: the chain writes x and temb, and reads prediction.
+
+    spec: the model's. device: where it runs, for people ("cpu", "cuda:0"). max_batch: B.
+    x: (B, C, H, W). temb: (B, D), the timestep embedding. prediction: (B, C, H, W). All float32, and
+    the same memory from the first call to the last.
+    """
+
+    spec: ModelSpec
+    device: str
+    max_batch: int
+    x: Array
+    temb: Array
+    prediction: Array
+
+    def run(self, batch: int) -> None:
+        """Predict for the leading `batch` rows: x, temb → prediction."""
+
+    def close(self) -> None:
+        """Free what the backend holds. Nothing may be called afterwards."""
+
+
+def default_max_batch(spec: ModelSpec) -> int:
+    """The largest batch on a CPU, where nothing else is said: 64, and less for images over 16×16.
+
+    Throughput on a CPU stops growing there, while the memory of the activations goes on.
+    """
+    _, height, width = spec.image_shape
+    return max(1, min(64, 128 * 128 // (height * width)))
+
+
+def allocate(spec: ModelSpec, max_batch: int) -> tuple[Array, Array, Array]:
+    """Host buffers (x, temb, prediction) of a Denoiser; the system gives memory only where they are used."""
+    image = (max_batch, *spec.image_shape)
+    return (
+        np.zeros(image, np.float32),
+        np.zeros((max_batch, spec.embedding.dim), np.float32),
+        np.zeros(image, np.float32),
+    )

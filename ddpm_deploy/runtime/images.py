@@ -1,0 +1,155 @@
+"""Images: [-1, 1] to uint8, grids, and the files that hold them."""
+
+import itertools
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.dependencies import require
+from ddpm_deploy.errors import OutputError
+from ddpm_deploy.files import atomic, require_output, show
+from ddpm_deploy.runtime.denoiser import Array
+from ddpm_deploy.spec import ModelSpec
+
+PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
+_LARGEST_GRID: Final = 4096  # images
+_SMALLEST_TILE: Final = 64  # pixels: smaller images are enlarged in a grid, so that a person sees them
+
+
+def to_uint8(
+    images: NDArray[np.float32], value_range: tuple[float, float] = (-1.0, 1.0)
+) -> NDArray[np.uint8]:
+    """(N, C, H, W) floats in `value_range` → (N, H, W, C) uint8, rounded to nearest; clipped outside."""
+    lo, hi = value_range
+    pixels = np.clip((images - lo) * (255.0 / (hi - lo)), 0.0, 255.0)
+    rounded: NDArray[np.uint8] = np.rint(pixels).astype(np.uint8)
+    return rounded.transpose(0, 2, 3, 1)
+
+
+def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> NDArray[np.uint8]:
+    """Tile (N, H, W, C) images into one (H', W', C), as near square as can be, one pixel apart.
+
+    Images under 64 pixels are enlarged by a whole factor, each pixel a square.
+    """
+    count, height, width, channels = pixels.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    zoom = max(1, _SMALLEST_TILE // max(height, width))
+    tiles = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    cell_height, cell_width = height * zoom + 1, width * zoom + 1
+    canvas = np.zeros((rows * cell_height - 1, columns * cell_width - 1, channels), np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // columns * cell_height, i % columns * cell_width
+        canvas[top : top + cell_height - 1, left : left + cell_width - 1] = tile
+    return canvas
+
+
+def save_png(pixels: NDArray[np.uint8], path: Path, text: Mapping[str, Any]) -> None:
+    """Write one (H, W, C) image, C = 1 or 3, with `text` as JSON under the key "ddpm_deploy"."""
+    image_module, png_module = require("PIL.Image", "cpu"), require("PIL.PngImagePlugin", "cpu")
+    info = png_module.PngInfo()
+    info.add_text(PNG_KEY, json.dumps(dict(text)))
+    with atomic(path) as temporary:
+        image_module.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
+            temporary, pnginfo=info
+        )
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where the samples of one run go: a grid (.png), an array (.npz), or a folder with a PNG for each.
+
+    path: a name with a suffix, or a folder (made if it does not exist).
+    count: samples to come. first_index: sample index of the first; it names the files of a folder.
+    spec: the model's. text: what else a PNG says of where it came from.
+    as_float: whether an .npz holds `samples`, float32 (N, C, H, W), and not `arr_0`, uint8 (N, H, W, C).
+    """
+
+    path: Path
+    count: int
+    first_index: int
+    spec: ModelSpec
+    text: Mapping[str, Any]
+    as_float: bool = False
+
+    @property
+    def _is_folder(self) -> bool:
+        return self.path.is_dir() or not self.path.suffix
+
+    def check(self) -> None:
+        """Raise OutputError where the samples could not be written: ask this before long work."""
+        suffix = self.path.suffix.lower()
+        if self._is_folder:
+            if self.path.is_file():
+                raise OutputError(f"{show(self.path)} is a file; a folder of images needs another name")
+            require_output(self.path / "x" if self.path.is_dir() else self.path)
+        elif suffix not in (".png", ".npz"):
+            raise OutputError(
+                f"{show(self.path)}: samples go to a .png (one grid), an .npz or a folder, not a {suffix}"
+            )
+        else:
+            require_output(self.path)
+        if self.as_float and suffix != ".npz":
+            raise OutputError(f"{show(self.path)}: only an .npz holds floats")
+        if suffix == ".png" and not self._is_folder and self.count > _LARGEST_GRID:
+            raise OutputError(
+                f"{self.count} images do not fit in one grid (at most {_LARGEST_GRID}): name an .npz or a folder"
+            )
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[Array], None]]:
+        """Give the function that takes the samples, (k, C, H, W) in value_range, in order."""
+        if self._is_folder:
+            yield self._folder_writer()
+        elif self.path.suffix.lower() == ".npz":
+            with self._npz_writer() as write:
+                yield write
+        else:
+            batches: list[NDArray[np.uint8]] = []
+            yield lambda samples: batches.append(self._pixels(samples))
+            text = {**self.text, "first_index": self.first_index, "count": self.count}
+            save_png(grid(np.concatenate(batches)), self.path, text)
+
+    def _pixels(self, samples: Array) -> NDArray[np.uint8]:
+        return to_uint8(samples, self.spec.value_range)
+
+    def _folder_writer(self) -> Callable[[Array], None]:
+        try:
+            self.path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"the folder {show(self.path)} cannot be made: {error.strerror}") from error
+        indices = itertools.count(self.first_index)
+
+        def write(samples: Array) -> None:
+            for pixels, index in zip(self._pixels(samples), indices, strict=False):
+                save_png(pixels, self.path / f"{index:06d}.png", {**self.text, "index": index})
+
+        return write
+
+    @contextmanager
+    def _npz_writer(self) -> Iterator[Callable[[Array], None]]:
+        """An .npz written as the samples come, so that any number of them fits in memory."""
+        channels, height, width = self.spec.image_shape
+        name, dtype, shape = "arr_0", "|u1", (self.count, height, width, channels)
+        if self.as_float:
+            name, dtype, shape = "samples", "<f4", (self.count, channels, height, width)
+        header = {"descr": dtype, "fortran_order": False, "shape": shape}
+        with (
+            atomic(self.path) as temporary,
+            zipfile.ZipFile(temporary, "w") as archive,
+            archive.open(f"{name}.npy", "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+
+            def write(samples: Array) -> None:
+                file.write((samples if self.as_float else self._pixels(samples)).tobytes())
+
+            yield write

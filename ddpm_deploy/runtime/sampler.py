@@ -1,0 +1,238 @@
+"""Sampler: the public face of the runtime."""
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, SettingError
+from ddpm_deploy.files import show
+from ddpm_deploy.runtime.chain import Chain, NoiseSource
+from ddpm_deploy.runtime.denoiser import Array, Denoiser
+from ddpm_deploy.solvers import StepTable, ddpm, leading_timesteps
+from ddpm_deploy.spec import ModelSpec
+
+Solver = Literal["ddpm"]
+Spacing = Literal["leading"]
+Callback = Callable[[int, Array, Array], None]
+Noise = Callable[[int], Array]
+
+_LAST_INDEX = 2**64 - 1
+
+
+class Sampler:
+    """Draws images from a model by running its whole reverse Markov chain.
+
+        with Sampler.load("model.onnx") as sampler:
+            images = sampler.sample(16, seed=0)  # float32 (16, C, H, W) in [-1, 1]
+
+    The noise of a sample depends on its seed and index alone, so the same image comes out whatever
+    batch, process or machine draws it. A Sampler serves one call at a time: another thread's call
+    during one raises OwnershipError.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self._chain = Chain(denoiser)
+        self._tables: dict[tuple[object, ...], StepTable] = {}
+        self._schedule = denoiser.spec.make_schedule()
+        self._busy = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        max_batch: int | None = None,
+        spec: ModelSpec | None = None,
+    ) -> Self:
+        """Load an exported model; the suffix of its name chooses the backend.
+
+        path: an .onnx file. device: "cpu". threads: of the backend's pool (None: one a core).
+        max_batch: images in flight at once (None: 64, fewer for images over 16×16). spec: in place of
+        the file's own.
+
+        Raises ArtefactError, SpecError, DependencyError or SettingError.
+        """
+        from ddpm_deploy.runtime.ort import OrtDenoiser
+
+        path = Path(path)
+        if device not in (None, "cpu"):
+            raise SettingError(
+                f"device {device!r} is not supported by this version: leave it out, or say 'cpu'"
+            )
+        if threads is not None and threads < 1:
+            raise SettingError(f"threads must be 1 or more, not {threads}")
+        if max_batch is not None and max_batch < 1:
+            raise SettingError(f"max_batch must be 1 or more, not {max_batch}")
+        if path.suffix.lower() in (".pt", ".pth"):
+            raise ArtefactError(
+                f"{show(path)} is a checkpoint: export it first, with ddpm-export {show(path)}"
+            )
+        return cls(OrtDenoiser(path, threads=threads, max_batch=max_batch, spec=spec))
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model says of itself."""
+        return self.denoiser.spec
+
+    def table(
+        self, steps: int | None = None, *, solver: Solver = "ddpm", spacing: Spacing = "leading"
+    ) -> StepTable:
+        """The rows that `sample` runs for these settings."""
+        if solver != "ddpm":
+            raise SettingError(f"solver {solver!r} is not known: choose 'ddpm'")
+        if spacing != "leading":
+            raise SettingError(f"spacing {spacing!r} is not known: choose 'leading'")
+        key = steps, solver, spacing
+        if key not in self._tables:
+            spec = self.spec
+            timesteps = leading_timesteps(spec.timesteps, spec.timesteps if steps is None else steps)
+            self._tables[key] = ddpm(
+                self._schedule,
+                timesteps,
+                prediction=spec.prediction,
+                variance=spec.variance,
+                clip=spec.value_range,
+            )
+        return self._tables[key]
+
+    def sample(
+        self,
+        count: int,
+        *,
+        steps: int | None = None,
+        solver: Solver = "ddpm",
+        spacing: Spacing = "leading",
+        seed: int | None = None,
+        first_index: int = 0,
+        noise: Noise | None = None,
+        callback: Callback | None = None,
+    ) -> Array:
+        """Draw `count` images: float32 (count, C, H, W) in the model's value range.
+
+        steps: of the chain, 1 .. T (None: all T). solver, spacing: which table of steps.
+        seed: 0 .. 2⁶⁴ - 1 (None: a fresh one). Sample i of the call has sample index first_index + i.
+        noise: `noise(draw) -> (count, C, H, W)` in place of the addressed noise, draw 0 for x_T and
+            t + 1 for the step from t. A count over the batch asks again for each part of it, so it
+            must give the same numbers for the same draw.
+        callback: called after each step with (step, x, x̂0), step from 0, the two (k, C, H, W) views that
+            the next step overwrites. Raising in it stops the run cleanly.
+
+        Raises SettingError for an argument out of range, BackendError where the backend fails or the
+        network gives numbers that are not finite, OwnershipError where the Sampler is already in use.
+        """
+        parts = self.iter_samples(
+            count,
+            steps=steps,
+            solver=solver,
+            spacing=spacing,
+            seed=seed,
+            first_index=first_index,
+            noise=noise,
+            callback=callback,
+        )
+        images = np.empty((count, *self.spec.image_shape), np.float32)
+        done = 0
+        for part in parts:
+            images[done : done + len(part)] = part
+            done += len(part)
+        return images
+
+    def iter_samples(
+        self,
+        count: int,
+        *,
+        steps: int | None = None,
+        solver: Solver = "ddpm",
+        spacing: Spacing = "leading",
+        seed: int | None = None,
+        first_index: int = 0,
+        noise: Noise | None = None,
+        callback: Callback | None = None,
+    ) -> Iterator[Array]:
+        """As `sample`, giving the images in order as batches finish, for counts that don't fit in memory.
+
+        Arguments are checked at once; the work happens as the result is read.
+        """
+        if count < 1:
+            raise SettingError(f"count must be 1 or more, not {count}")
+        seed = secrets.randbits(64) if seed is None else seed
+        if not 0 <= seed < 2**64:
+            raise SettingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
+        if not 0 <= first_index <= _LAST_INDEX - count:
+            raise SettingError(f"first_index must be from 0 to 2^64 - 1 - count, not {first_index}")
+        table = self.table(steps, solver=solver, spacing=spacing)
+        return self._run(count, table, seed, first_index, noise, callback)
+
+    def _run(
+        self,
+        count: int,
+        table: StepTable,
+        seed: int,
+        first_index: int,
+        noise: Noise | None,
+        callback: Callback | None,
+    ) -> Iterator[Array]:
+        if not self._busy.acquire(blocking=False):
+            raise OwnershipError("this Sampler is in use by another call: load one Sampler for each thread")
+        try:
+            for done in range(0, count, self.denoiser.max_batch):
+                batch = min(self.denoiser.max_batch, count - done)
+                chain = (
+                    self._chain if noise is None else Chain(self.denoiser, _GivenNoise(noise, count, done))
+                )
+                indices = np.uint64(first_index + done) + np.arange(batch, dtype=np.uint64)
+                chain.start(slice(0, batch), table, np.full(batch, seed, np.uint64), indices)
+                for step in range(len(table)):
+                    chain.step()
+                    if callback is not None:
+                        callback(step, chain.x[:batch], chain.x0[:batch])
+                images = chain.x[:batch].copy()
+                if not np.isfinite(images).all():
+                    raise BackendError(
+                        "the network gave numbers that are not finite, so the images are worthless: "
+                        "check the model with ddpm-verify"
+                    )
+                yield images
+        finally:
+            self._chain.clear()
+            self._busy.release()
+
+    def close(self) -> None:
+        """Free the backend. The Sampler cannot be used afterwards."""
+        self.denoiser.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _GivenNoise(NoiseSource):
+    """A caller's noise for the part of the call's samples that starts at `done`."""
+
+    def __init__(self, noise: Noise, count: int, done: int) -> None:
+        self._noise = noise
+        self._count = count
+        self._done = done
+
+    def assign(self, slots: slice, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
+        """Nothing to note: the caller's noise knows only draws."""
+
+    def fill(self, draws: NDArray[np.int64]) -> Array:
+        """The caller's noise for this draw, the same for all slots, as they started together."""
+        given = np.asarray(self._noise(int(draws[0])), np.float32)
+        if len(given) != self._count:
+            raise SettingError(f"noise(draw) gave {len(given)} samples, and {self._count} are needed")
+        return given[self._done : self._done + len(draws)].reshape(len(draws), -1)

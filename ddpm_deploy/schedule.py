@@ -1,0 +1,59 @@
+"""The forward process: β_t by name, and everything that follows from it, in float64.
+
+t runs 0 .. T-1 as in Ho's code: t = 0 is an image diffused for one step.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Beta = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
+
+
+class LinearBetas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="linear"):
+    """β rises linearly from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
+
+    beta_start: Beta = 1e-4
+    beta_end: Beta = 0.02
+
+    def betas(self, timesteps: int) -> NDArray[np.float64]:
+        """β_t, (T,)."""
+        return np.linspace(self.beta_start, self.beta_end, timesteps, dtype=np.float64)
+
+
+class CosineBetas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="cosine"):
+    """ᾱ falls as a squared cosine, β capped at `max_beta` (Nichol & Dhariwal 2021, equation 17)."""
+
+    s: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.008
+    max_beta: Beta = 0.999
+
+    def betas(self, timesteps: int) -> NDArray[np.float64]:
+        """β_t, (T,)."""
+        time = np.arange(timesteps + 1) / timesteps
+        alphas_cumprod = np.cos((time + self.s) / (1 + self.s) * np.pi / 2) ** 2
+        betas: NDArray[np.float64] = np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], self.max_beta)
+        return betas
+
+
+BetaSchedule = LinearBetas | CosineBetas
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A forward process q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I), given by its betas (T,) in float64."""
+
+    betas: NDArray[np.float64]
+
+    @property
+    def timesteps(self) -> int:
+        """T, the number of diffusion steps."""
+        return len(self.betas)
+
+    @cached_property
+    def alphas_cumprod(self) -> NDArray[np.float64]:
+        """ᾱ_t = ∏ (1 - β_s) for s ≤ t, (T,)."""
+        return np.cumprod(1.0 - self.betas, dtype=np.float64)

@@ -1,0 +1,141 @@
+"""ModelSpec: everything that running a model takes to know, as one small JSON that rides inside it.
+
+The same text is in the checkpoint (an entry), in the ONNX file (a metadata property) and in an engine
+(the network's name), so one file is enough to run.
+"""
+
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+
+from ddpm_deploy.embedding import SinusoidalEmbedding
+from ddpm_deploy.errors import SpecError
+from ddpm_deploy.noise import NOISE_VERSION
+from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
+from ddpm_deploy.solvers import Prediction, Variance
+
+SPEC_VERSION: Final = 1
+SPEC_KEY: Final = "ddpm_deploy.spec"  # its name in an ONNX file's metadata
+# TensorRT keeps 4095 characters of a network's name and silently drops a longer one.
+MAX_SPEC_BYTES: Final = 3999
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
+Text = Annotated[str, msgspec.Meta(max_length=200)]
+
+
+class UNetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The ε-network of the DDPM family; the defaults are the paper's CIFAR-10 network.
+
+    channels: width at the highest resolution.
+    channel_mults: width of each level as a multiple of it; each level halves the resolution.
+    blocks: residual blocks a level going down; one more going up.
+    attention_levels: levels (0 = highest resolution) with attention after each block; the middle of
+        the network always has it.
+    heads: attention heads; `head_channels`, where given, sets their width instead.
+    groups, norm_eps: of every GroupNorm.
+    padding: of the stride-2 convolutions: "asymmetric" (0, 1, 0, 1) as in the original, or
+        "symmetric" (1, 1, 1, 1) as in OpenAI's.
+    scale_shift: whether the timestep scales and shifts the second norm (OpenAI), or is added before it.
+    dropout: in training, before each block's second convolution.
+    """
+
+    channels: Size = 128
+    channel_mults: Annotated[tuple[Size, ...], msgspec.Meta(min_length=1, max_length=16)] = (1, 2, 2, 2)
+    blocks: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    attention_levels: tuple[Annotated[int, msgspec.Meta(ge=0, le=15)], ...] = (1,)
+    heads: Size = 1
+    head_channels: Size | None = None
+    groups: Size = 32
+    norm_eps: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 1e-6
+    padding: Literal["asymmetric", "symmetric"] = "asymmetric"
+    scale_shift: bool = False
+    dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.1
+
+    @property
+    def size_divisor(self) -> int:
+        """Heights and widths must be multiples of this, as each level but the last halves them."""
+        return int(2 ** (len(self.channel_mults) - 1))
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the weights come from.
+
+    digest: SHA-256 of the network's parameters, names and values: the model's identity, the same in
+        the checkpoint and in whatever is exported from it.
+    weights: which of a checkpoint's two sets they are.
+    """
+
+    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    weights: Literal["ema", "raw"] = "ema"
+    step: Annotated[int, msgspec.Meta(ge=0)] = 0
+    data: Text = ""
+    ddpm_deploy: Text = ""
+    torch: Text = ""
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the runtime must know of a model.
+
+    image_shape: (C, H, W). value_range: of the images the model was trained on.
+    timesteps: T. prediction: what the network gives. variance: of the reverse steps, by default.
+    """
+
+    spec_version: int = SPEC_VERSION
+    noise_version: int = NOISE_VERSION
+    image_shape: tuple[Size, Size, Size]
+    value_range: tuple[Annotated[float, msgspec.Meta(ge=-1e6)], Annotated[float, msgspec.Meta(le=1e6)]] = (
+        -1.0,
+        1.0,
+    )
+    timesteps: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
+    schedule: BetaSchedule = msgspec.field(default_factory=LinearBetas)
+    prediction: Prediction = "epsilon"
+    variance: Variance = "fixed_large"
+    embedding: SinusoidalEmbedding
+    network: UNetConfig | None = None
+    precision: Literal["fp32"] = "fp32"
+    provenance: Provenance
+
+    def to_json(self) -> str:
+        """The text that rides inside the model's files.
+
+        Raises SpecError where it is too long to ride in an engine.
+        """
+        text = msgspec.json.encode(self).decode()
+        if len(text.encode()) > MAX_SPEC_BYTES:
+            raise SpecError(
+                f"the ModelSpec takes {len(text.encode())} bytes, and only {MAX_SPEC_BYTES} fit in an engine"
+            )
+        return text
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str) -> "ModelSpec":
+        """Parse and check it; `source` names the file in errors.
+
+        Raises SpecError where it is malformed, out of range, or of a newer version than this one.
+        """
+        try:
+            versions = msgspec.json.decode(text, type=_Versions)
+            if versions.spec_version > SPEC_VERSION or versions.noise_version > NOISE_VERSION:
+                raise SpecError(
+                    f"{source} was written by a newer ddpm-deploy (spec version {versions.spec_version}, noise "
+                    f"version {versions.noise_version}; this one knows {SPEC_VERSION} and {NOISE_VERSION}): "
+                    "upgrade with pip install -U ddpm-deploy"
+                )
+            return msgspec.json.decode(text, type=cls)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            raise SpecError(f"the ModelSpec in {source} is not valid: {error}") from error
+
+    def make_schedule(self) -> Schedule:
+        """The forward process the model was trained on."""
+        return Schedule(self.schedule.betas(self.timesteps))
+
+    def to_builtins(self) -> dict[str, Any]:
+        """As plain dicts and lists, for printing."""
+        result: dict[str, Any] = msgspec.to_builtins(self)
+        return result
+
+
+class _Versions(msgspec.Struct):
+    spec_version: int
+    noise_version: int

@@ -1,0 +1,1 @@
+"""Training the ε-network in PyTorch, and running it there as the reference."""

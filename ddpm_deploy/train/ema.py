@@ -1,0 +1,25 @@
+"""An exponential moving average of a network's parameters."""
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def averaged(network: Network) -> Network:
+    """A copy of the network to hold the average: in evaluation mode, without gradients."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
+    """Move the average towards the network after training step `step`, counted from 0.
+
+    The decay rises to its value as (1 + step)/(10 + step), so that the average soon forgets the
+    random weights at the start.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)

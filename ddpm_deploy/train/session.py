@@ -1,0 +1,143 @@
+"""A training session: the trainer's steps, and what a person keeps of them: checkpoints, metrics, pictures.
+
+Beside `model.pt` stands the folder `model.train`, with metrics.csv and pictures of samples.
+"""
+
+import csv
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import torch
+
+from ddpm_deploy.errors import BackendError, OutputError
+from ddpm_deploy.files import atomic, show
+from ddpm_deploy.runtime.images import grid, save_png, to_uint8
+from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.train.denoiser import TorchDenoiser
+from ddpm_deploy.train.trainer import Trainer, learning_rate
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY: Final = 50  # steps between rows of the metrics
+_COLUMNS: Final = ("step", "loss", "learning_rate", "images_per_second")
+_PICTURE_IMAGES: Final = 16
+_PICTURE_STEPS: Final = 100
+
+Report = Callable[[int, str | None], None]  # steps more that are done; the latest figures
+
+
+class Session:
+    """Trains to the settings' last step, or until it is told to stop.
+
+    output: the checkpoint, written every `save_every` steps and at the end. report: told of progress.
+    """
+
+    def __init__(self, trainer: Trainer, output: Path, report: Report) -> None:
+        self.trainer = trainer
+        self.output = output
+        self.folder = output.with_suffix(".train")
+        self._report = report
+        self._stopped = False
+
+    def run(self) -> bool:
+        """Train and save. Returns whether the last step was reached: not so after SIGINT or SIGTERM."""
+        trainer, settings = self.trainer, self.trainer.settings
+        self._make_folder()
+        metrics = _Metrics(self.folder / "metrics.csv", trainer.steps_done)
+        with _stop_on_signals(self._stop):
+            loss, started = torch.zeros((), device=trainer.device), time.perf_counter()
+            since = 0  # steps that `loss` and `started` speak of
+            while trainer.steps_done < settings.steps and not self._stopped:
+                loss += trainer.advance()
+                since += 1
+                note = None
+                if trainer.steps_done % LOG_EVERY == 0 or trainer.steps_done == settings.steps:
+                    mean = self._require_finite(loss.item() / since)
+                    speed = since * settings.batch_size / (time.perf_counter() - started)
+                    metrics.add(
+                        trainer.steps_done, mean, learning_rate(settings, trainer.steps_done - 1), speed
+                    )
+                    note = f"loss {mean:.4f} · {speed:.0f} images/s"
+                    logger.debug("step %d: %s", trainer.steps_done, note)
+                self._report(1, note)
+                self._keep()
+                if note:
+                    loss, started, since = torch.zeros_like(loss), time.perf_counter(), 0
+            self.trainer.checkpoint().save(self.output)
+        return trainer.steps_done >= settings.steps
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _keep(self) -> None:
+        """Save and draw samples, where this step is one for it."""
+        settings, step = self.trainer.settings, self.trainer.steps_done
+        if step % settings.save_every == 0 and step < settings.steps:
+            self.trainer.checkpoint().save(self.output)
+        if settings.sample_every and (step % settings.sample_every == 0 or step == settings.steps):
+            self._draw(self.folder / f"samples-{step:06d}.png")
+
+    def _draw(self, path: Path) -> None:
+        trainer = self.trainer
+        denoiser = TorchDenoiser(trainer.average, trainer.spec, device=str(trainer.device))
+        steps = min(_PICTURE_STEPS, trainer.spec.timesteps)
+        images = Sampler(denoiser).sample(_PICTURE_IMAGES, steps=steps, seed=0)
+        text = {"step": trainer.steps_done, "seed": 0, "solver": "ddpm", "steps": steps}
+        save_png(grid(to_uint8(images, trainer.spec.value_range)), path, text)
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"the folder {show(self.folder)} cannot be made: {error.strerror}") from error
+
+    def _require_finite(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise BackendError(
+                f"the loss is not finite at step {self.trainer.steps_done}: lower --learning-rate; "
+                f"{show(self.output)}, if it was written, is from before"
+            )
+        return loss
+
+
+class _Metrics:
+    """metrics.csv; what an earlier session wrote past its last checkpoint is dropped."""
+
+    def __init__(self, path: Path, steps_done: int) -> None:
+        self._path = path
+        kept: list[list[str]] = []
+        if steps_done and path.is_file():
+            with path.open(newline="") as file:
+                kept = [
+                    row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= steps_done
+                ]
+        with atomic(path) as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([_COLUMNS, *kept])
+
+    def add(self, step: int, loss: float, rate: float, speed: float) -> None:
+        """One row."""
+        with self._path.open("a", newline="") as file:
+            csv.writer(file).writerow([step, f"{loss:.6f}", f"{rate:.3e}", f"{speed:.1f}"])
+
+
+@contextmanager
+def _stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` on Ctrl-C or SIGTERM, so that the step at hand ends and a checkpoint is saved."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        logger.info("stopping after this step; the checkpoint is saved")
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

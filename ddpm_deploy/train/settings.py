@@ -1,0 +1,124 @@
+"""How a network is trained: the settings, and the presets that name whole sets of them."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+
+from ddpm_deploy.embedding import SinusoidalEmbedding
+from ddpm_deploy.errors import SettingError
+from ddpm_deploy.spec import ModelSpec, Provenance, UNetConfig
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Rate = Annotated[float, msgspec.Meta(gt=0.0)]
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of a training run; a checkpoint carries them, so that resuming needs none of them again.
+
+    data: what was trained on, as it was named. skip_broken: whether unreadable images were left out.
+    steps: where training ends. learning_rate: its peak, reached after `warmup_steps`; from there it
+    stays ("none") or falls to zero along a half cosine at the last step ("cosine").
+    grad_clip: largest norm of the gradient. ema_decay: of the average. flip: mirror images at random.
+    sample_every: steps between pictures of samples; 0 for none.
+    """
+
+    data: str
+    skip_broken: bool = False
+    steps: Positive
+    batch_size: Positive
+    learning_rate: Rate
+    warmup_steps: Annotated[int, msgspec.Meta(ge=0)]
+    decay: Literal["none", "cosine"]
+    grad_clip: Rate = 1.0
+    ema_decay: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+    flip: bool
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    save_every: Positive = 1000
+    sample_every: Annotated[int, msgspec.Meta(ge=0)] = 1000
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A network and a training that are known to go well together.
+
+    image_size: height and width. channels: 1 (grey) or 3 (RGB); None: as the images are.
+    """
+
+    image_size: int
+    channels: int | None
+    network: UNetConfig
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    decay: Literal["none", "cosine"]
+    ema_decay: float
+    flip: bool
+
+    def spec(self, data: str, channels: int, image_size: int) -> ModelSpec:
+        """The spec of a new model of this kind, for images of one size.
+
+        Raises SettingError where the network cannot halve the size as often as it must.
+        """
+        divisor = self.network.size_divisor
+        if image_size % divisor:
+            below = image_size // divisor * divisor
+            nearest = " or ".join(str(size) for size in (below, below + divisor) if size)
+            raise SettingError(f"image size {image_size} is not a multiple of {divisor}: choose {nearest}")
+        return ModelSpec(
+            image_shape=(channels, image_size, image_size),
+            embedding=SinusoidalEmbedding(dim=self.network.channels),
+            network=self.network,
+            provenance=Provenance(digest="0" * 64, data=data[:200]),
+        )
+
+    def settings(self, data: str, **overrides: Any) -> Settings:
+        """The settings of a new training, some of them in place of the preset's."""
+        mine: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("steps", "batch_size", "learning_rate", "warmup_steps", "decay", "ema_decay", "flip")
+        }
+        return Settings(data=data, **(mine | overrides))
+
+
+PRESETS: Final = {
+    "digits": Preset(
+        image_size=8,
+        channels=1,
+        network=UNetConfig(channels=32, channel_mults=(1, 2), blocks=1, attention_levels=(), groups=8, dropout=0.0),
+        steps=1400,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        decay="cosine",
+        ema_decay=0.995,
+        flip=False,
+    ),
+    "small": Preset(
+        image_size=32,
+        channels=None,
+        network=UNetConfig(
+            channels=32, channel_mults=(1, 2, 4), blocks=1, attention_levels=(2,), dropout=0.0
+        ),
+        steps=5000,
+        batch_size=32,
+        learning_rate=5e-4,
+        warmup_steps=200,
+        decay="cosine",
+        ema_decay=0.999,
+        flip=True,
+    ),
+    "cifar10": Preset(
+        image_size=32,
+        channels=3,
+        network=UNetConfig(),
+        steps=800_000,
+        batch_size=128,
+        learning_rate=2e-4,
+        warmup_steps=5000,
+        decay="none",
+        ema_decay=0.9999,
+        flip=True,
+    ),
+}

@@ -1,0 +1,132 @@
+"""Training: one step at a time, each a function of its number, so that a resumed run is the same run."""
+
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.train import ema
+from ddpm_deploy.train.checkpoint import Checkpoint, StateDict, build_network, digest
+from ddpm_deploy.train.diffusion import Diffusion
+from ddpm_deploy.train.settings import Settings
+from ddpm_deploy.version import __version__
+
+_ORDER, _STEP = 0, 1  # the two uses of the seed
+
+
+class Trainer:
+    """A network in training.
+
+    spec: of the network (its provenance is filled in at `checkpoint`). settings: of the training.
+    images: (N, C, H, W) uint8. device: of the network.
+
+    Everything random in step n follows from (seed, n), and the order of the images from (seed, epoch):
+    no state of a random generator needs saving.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, settings: Settings, images: NDArray[np.uint8], device: torch.device
+    ) -> None:
+        self.spec = spec
+        self.settings = settings
+        self.steps_done = 0
+        self.device = device
+        torch.manual_seed(_seed(settings.seed, _STEP))
+        self.network = build_network(spec).to(device).train()
+        self.average = ema.averaged(self.network)
+        self.diffusion = Diffusion(spec).to(device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate, fused=True)
+        self._images = torch.from_numpy(images)
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    @classmethod
+    def resume(cls, checkpoint: Checkpoint, images: NDArray[np.uint8], device: torch.device) -> "Trainer":
+        """Take training up where a checkpoint left it."""
+        trainer = cls(checkpoint.spec, checkpoint.settings, images, device)
+        trainer.network.load_state_dict(checkpoint.raw)
+        trainer.average.load_state_dict(checkpoint.ema)
+        trainer.optimizer.load_state_dict(checkpoint.optimizer)
+        trainer.steps_done = checkpoint.step
+        return trainer
+
+    def advance(self) -> Tensor:
+        """Take one training step; returns the loss, a tensor without axes on the device."""
+        step, settings = self.steps_done, self.settings
+        torch.manual_seed(_seed(settings.seed, _STEP, step))
+        x0 = self._batch(step)
+        t = torch.randint(self.diffusion.timesteps, (len(x0),)).to(self.device)
+        epsilon = torch.randn(x0.shape).to(self.device)
+        loss = self.diffusion.loss(self.network, x0, t, epsilon)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.grad_clip, foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        self.optimizer.step()
+        ema.update(self.average, self.network, step, settings.ema_decay)
+        self.steps_done += 1
+        return loss.detach()
+
+    def _batch(self, step: int) -> Tensor:
+        """The images of one step, (B, C, H, W) float32 in [-1, 1]."""
+        size = self.settings.batch_size
+        places = range(step * size, (step + 1) * size)
+        batch = self._images[[self._image_at(place) for place in places]].to(self.device)
+        x0 = batch.float() * (2 / 255) - 1
+        if self.settings.flip:
+            mirrored = torch.rand(size).to(self.device) < 0.5
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
+        return x0
+
+    def _image_at(self, place: int) -> int:
+        """The image at a place in the endless sequence of epochs, each in its own random order."""
+        epoch, position = divmod(place, len(self._images))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.settings.seed, _ORDER, epoch]).permutation(
+                len(self._images)
+            )
+        return int(self._order[position])
+
+    def checkpoint(self) -> Checkpoint:
+        """The state of the training, to save."""
+        average = _on_cpu(self.average.state_dict())
+        provenance = msgspec.structs.replace(
+            self.spec.provenance,
+            digest=digest(average),
+            step=self.steps_done,
+            ddpm_deploy=__version__,
+            torch=str(torch.__version__),
+        )
+        return Checkpoint(
+            spec=msgspec.structs.replace(self.spec, provenance=provenance),
+            ema=average,
+            raw=_on_cpu(self.network.state_dict()),
+            optimizer=self.optimizer.state_dict(),
+            step=self.steps_done,
+            settings=self.settings,
+        )
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The rate of step `step`, from 0: a linear warm-up, then level or along a half cosine to zero."""
+    warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    if settings.decay == "none":
+        return settings.learning_rate * warm
+    done = max(0, step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _seed(*entropy: int) -> int:
+    """Mix a seed and what it is for into 32 bits, which is what torch's CPU generator takes in."""
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def _on_cpu(state: dict[str, Any]) -> StateDict:
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}

@@ -1,0 +1,188 @@
+"""The ε-network of the DDPM family: one U-Net, forward(x, temb), written to be exported.
+
+It follows Ho et al. 2020 (appendix B) and their code; `UNetConfig` says how a relative differs. Plain
+operators only: attention is two matrix products and a softmax, with q scaled before the first, so that
+half precision does not overflow there.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddpm_deploy.spec import UNetConfig
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv; the timestep; norm, SiLU, dropout, conv; plus the (projected) input."""
+
+    def __init__(self, config: UNetConfig, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.scale_shift = config.scale_shift
+        self.temb_channels = 2 * channels if config.scale_shift else channels
+        self.norm1 = nn.GroupNorm(config.groups, channels_in, eps=config.norm_eps)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(config.groups, channels, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """x (B, C_in, H, W) and this block's own slice of the projected temb → (B, C, H, W)."""
+        temb = temb[:, :, None, None]  # (B, C or 2C, 1, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.scale_shift:
+            scale, shift = temb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + temb)
+        h = self.conv2(self.dropout(F.silu(h)))
+        result: Tensor = self.shortcut(x) + h
+        return result
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, residual."""
+
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        super().__init__()
+        self.heads = channels // config.head_channels if config.head_channels else config.heads
+        self.norm = nn.GroupNorm(config.groups, channels, eps=config.norm_eps)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
+        _, channels, height, width = x.shape
+        head = channels // self.heads
+        qkv = self.qkv(self.norm(x)).reshape(-1, 3, self.heads, head, height * width)
+        q, k, v = qkv.unbind(dim=1)  # (B, heads, head, HW)
+        q = q * head**-0.5
+        weights = torch.softmax(q.transpose(2, 3) @ k, dim=3)  # (B, heads, HW, HW)
+        h = v @ weights.transpose(2, 3)  # (B, heads, head, HW)
+        result: Tensor = x + self.out(h.reshape(-1, channels, height, width))
+        return result
+
+
+class Downsample(nn.Module):
+    """Halve the resolution by a stride-2 convolution."""
+
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        super().__init__()
+        self.pad = (0, 1, 0, 1) if config.padding == "asymmetric" else (1, 1, 1, 1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H/2, W/2)."""
+        result: Tensor = self.conv(F.pad(x, self.pad))
+        return result
+
+
+class Upsample(nn.Module):
+    """Double the resolution by repeating pixels, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, 2H, 2W)."""
+        result: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return result
+
+
+class Stage(nn.Module):
+    """A residual block, with attention after it where its level has it."""
+
+    def __init__(self, config: UNetConfig, channels_in: int, channels: int, attention: bool) -> None:
+        super().__init__()
+        self.block = ResBlock(config, channels_in, channels)
+        self.attention = Attention(config, channels) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """(B, C_in, H, W) → (B, C, H, W)."""
+        result: Tensor = self.attention(self.block(x, temb))
+        return result
+
+
+class UNet(nn.Module):
+    """The ε-network: prediction = forward(x, temb).
+
+    config: its shape. image_channels: C of x. temb_dim: D of temb, the sinusoidal embedding.
+    out_channels: of the prediction.
+    """
+
+    def __init__(self, config: UNetConfig, image_channels: int, temb_dim: int, out_channels: int) -> None:
+        super().__init__()
+        widths = [config.channels * mult for mult in config.channel_mults]
+        hidden = 4 * config.channels
+        self.temb1 = nn.Linear(temb_dim, hidden)
+        self.temb2 = nn.Linear(hidden, hidden)
+        self.conv_in = nn.Conv2d(image_channels, config.channels, 3, padding=1)
+
+        # Going down, what each module gives is kept; going up, each stage takes one back.
+        self.down = nn.ModuleList()
+        channels, skips = config.channels, [config.channels]
+        for level, width in enumerate(widths):
+            for _ in range(config.blocks):
+                self.down.append(Stage(config, channels, width, level in config.attention_levels))
+                channels = width
+                skips.append(channels)
+            if level < len(widths) - 1:
+                self.down.append(Downsample(config, channels))
+                skips.append(channels)
+
+        self.middle = nn.ModuleList(
+            [
+                Stage(config, channels, channels, attention=True),
+                Stage(config, channels, channels, attention=False),
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(config.blocks + 1):
+                self.up.append(Stage(config, channels + skips.pop(), width, level in config.attention_levels))
+                channels = width
+            if level > 0:
+                self.up.append(Upsample(channels))
+
+        self.norm_out = nn.GroupNorm(config.groups, channels, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        # The timestep's projections for all blocks are one matrix product, split.
+        self.temb_splits = [m.temb_channels for m in self.modules() if isinstance(m, ResBlock)]
+        self.temb_projections = nn.Linear(hidden, sum(self.temb_splits))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """As Ho's code: Xavier uniform, and zero where a residual branch or the network ends."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, Attention):
+                nn.init.zeros_(module.out.weight)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """x (B, C, H, W) and temb (B, D) → (B, out_channels, H, W)."""
+        temb = F.silu(self.temb2(F.silu(self.temb1(temb))))
+        projections = iter(self.temb_projections(temb).split(self.temb_splits, dim=1))
+
+        h = self.conv_in(x)
+        skips = [h]
+        for module in self.down:
+            h = module(h, next(projections)) if isinstance(module, Stage) else module(h)
+            skips.append(h)
+        for stage in self.middle:
+            h = stage(h, next(projections))
+        for module in self.up:
+            if isinstance(module, Stage):
+                h = module(torch.cat([h, skips.pop()], dim=1), next(projections))
+            else:
+                h = module(h)
+        result: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return result
