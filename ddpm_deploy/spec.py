@@ -96,6 +96,11 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     precision: Literal["fp32"] = "fp32"
     provenance: Provenance
 
+    def __post_init__(self) -> None:
+        lo, hi = self.value_range
+        if lo >= hi:
+            raise ValueError(f"the value range ({lo}, {hi}) is empty")
+
     def to_json(self) -> str:
         """The text that rides inside the model's files.
 

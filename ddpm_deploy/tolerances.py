@@ -30,4 +30,12 @@ class Tolerance:
 
 PARITY: Final = {"fp32": Parity(prediction=5e-6, psnr=110.0)}
 
-TOLERANCES: Final[dict[str, Tolerance]] = {}
+TOLERANCES: Final = {
+    "box_muller": Tolerance(2.5e-7, 1.6e-7, "relative to the radius, against NumPy's float64 log and cos"),
+    "gaussian_table": Tolerance(1e-10, 2.9e-12, "relative, mean and variance of the chain's output, float64"),
+    "diffusers_betas": Tolerance(3e-7, 1.1e-7, "relative; its betas are float32"),
+    "diffusers_embedding": Tolerance(1e-4, 5.1e-5, "its angles are float32"),
+    "diffusers_ddpm_linear": Tolerance(4e-5, 2.3e-5, "whole chains on shared noise; its tables are float32"),
+    "diffusers_ddpm_cosine": Tolerance(5e-4, 3.1e-4, "the same; 1/√ᾱ reaches 20,291"),
+    "diffusers_replay": Tolerance(1e-4, 0, "our float32 chain on its noise"),
+}

@@ -40,6 +40,8 @@ def one_line_errors(command: str) -> Iterator[None]:
         raise Refusal(f"{error.format_message()} (see {command} --help)", 2) from error
     except DdpmDeployError as error:
         raise Refusal(str(error), 1) from error
+    except KeyboardInterrupt as error:
+        raise Refusal("interrupted: nothing was left half-written", 130) from error
     except MemoryError as error:
         raise Refusal("out of memory: choose a smaller --batch or --batch-size", 1) from error
 

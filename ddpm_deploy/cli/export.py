@@ -47,7 +47,7 @@ def main(
         raise SettingError(f"{show(output)}: the output's name must end in .onnx")
     read_spec(checkpoint)  # a broken or foreign file is refused before torch is loaded
     require_output(output)
-    require("torch", "train")
+    require("torch", "export")
     require("onnx", "export")
     require_onnxruntime()
     from ddpm_deploy.export.graph import export_onnx

@@ -115,8 +115,8 @@ class Chain:
         np.multiply(x, row[:, A], x0)
         np.multiply(out, row[:, B], scratch)
         np.add(x0, scratch, x0)
-        np.maximum(x0, row[:, LO], x0)
-        np.minimum(x0, row[:, HI], x0)
+        np.maximum(x0, row[:, LO], out=x0)
+        np.minimum(x0, row[:, HI], out=x0)
 
         np.multiply(x, row[:, D], x)
         np.multiply(x0, row[:, C], scratch)

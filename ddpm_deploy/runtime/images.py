@@ -21,6 +21,7 @@ from ddpm_deploy.spec import ModelSpec
 
 PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
 _LARGEST_GRID: Final = 4096  # images
+_LINE_WIDTH, _LINE_GREY = 2, 96  # of a grid
 _SMALLEST_TILE: Final = 64  # pixels: smaller images are enlarged in a grid, so that a person sees them
 
 
@@ -35,7 +36,7 @@ def to_uint8(
 
 
 def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> NDArray[np.uint8]:
-    """Tile (N, H, W, C) images into one (H', W', C), as near square as can be, one pixel apart.
+    """Tile (N, H, W, C) images into one (H', W', C), as near square as can be, on grey lines.
 
     Images under 64 pixels are enlarged by a whole factor, each pixel a square.
     """
@@ -44,11 +45,14 @@ def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> NDArray[np.ui
     rows = math.ceil(count / columns)
     zoom = max(1, _SMALLEST_TILE // max(height, width))
     tiles = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    cell_height, cell_width = height * zoom + 1, width * zoom + 1
-    canvas = np.zeros((rows * cell_height - 1, columns * cell_width - 1, channels), np.uint8)
+    tile_height, tile_width = height * zoom, width * zoom
+    line = _LINE_WIDTH
+    shape = rows * (tile_height + line) + line, columns * (tile_width + line) + line, channels
+    canvas = np.full(shape, _LINE_GREY, np.uint8)
     for i, tile in enumerate(tiles):
-        top, left = i // columns * cell_height, i % columns * cell_width
-        canvas[top : top + cell_height - 1, left : left + cell_width - 1] = tile
+        top = line + i // columns * (tile_height + line)
+        left = line + i % columns * (tile_width + line)
+        canvas[top : top + tile_height, left : left + tile_width] = tile
     return canvas
 
 

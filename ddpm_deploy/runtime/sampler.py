@@ -187,7 +187,9 @@ class Sampler:
             for done in range(0, count, self.denoiser.max_batch):
                 batch = min(self.denoiser.max_batch, count - done)
                 chain = (
-                    self._chain if noise is None else Chain(self.denoiser, _GivenNoise(noise, count, done))
+                    self._chain
+                    if noise is None
+                    else Chain(self.denoiser, _GivenNoise(noise, self.spec.image_shape, count, done))
                 )
                 indices = np.uint64(first_index + done) + np.arange(batch, dtype=np.uint64)
                 chain.start(slice(0, batch), table, np.full(batch, seed, np.uint64), indices)
@@ -222,9 +224,9 @@ class Sampler:
 class _GivenNoise(NoiseSource):
     """A caller's noise for the part of the call's samples that starts at `done`."""
 
-    def __init__(self, noise: Noise, count: int, done: int) -> None:
+    def __init__(self, noise: Noise, image_shape: tuple[int, ...], count: int, done: int) -> None:
         self._noise = noise
-        self._count = count
+        self._shape = (count, *image_shape)
         self._done = done
 
     def assign(self, slots: slice, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
@@ -233,6 +235,6 @@ class _GivenNoise(NoiseSource):
     def fill(self, draws: NDArray[np.int64]) -> Array:
         """The caller's noise for this draw, the same for all slots, as they started together."""
         given = np.asarray(self._noise(int(draws[0])), np.float32)
-        if len(given) != self._count:
-            raise SettingError(f"noise(draw) gave {len(given)} samples, and {self._count} are needed")
+        if given.shape != self._shape:
+            raise SettingError(f"noise(draw) gave the shape {given.shape}, and {self._shape} is needed")
         return given[self._done : self._done + len(draws)].reshape(len(draws), -1)

@@ -1,7 +1,6 @@
 """Checkpoints: a network, its average, and all it takes to train on. Read as data, never executed."""
 
 import hashlib
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -61,17 +60,8 @@ class Checkpoint:
         name = show(path)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            OSError,
-            EOFError,
-            ValueError,
-            KeyError,
-            AttributeError,
-        ) as error:
-            first = str(error).strip().split("\n")[0]
-            raise ArtefactError(f"{name} is not a whole, safe checkpoint: {first}") from error
+        except Exception as error:  # torch's reader of a hostile file raises nearly anything
+            raise ArtefactError(f"{name} is not a whole, safe checkpoint: {_first_line(error)}") from error
         if not isinstance(content, dict) or not isinstance(content.get("format"), int):
             raise ArtefactError(f"{name} is not a checkpoint of ddpm-train")
         if content["format"] > FORMAT:
@@ -80,35 +70,42 @@ class Checkpoint:
                 f"{FORMAT}): upgrade with pip install -U ddpm-deploy"
             )
         try:
-            settings = msgspec.json.decode(content["settings"], type=Settings)
-            checkpoint = cls(
-                spec, content["ema"], content["raw"], content["optimizer"], content["step"], settings
-            )
-            for state in (checkpoint.ema, checkpoint.raw):
-                build_network(spec, state)
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, msgspec.MsgspecError) as error:
-            raise ArtefactError(
-                f"{name} does not fit its own ModelSpec: {str(error).strip().split(chr(10))[0]}"
-            ) from error
-        return checkpoint
+            return cls._checked(content, spec)
+        except Exception as error:
+            raise ArtefactError(f"{name} does not fit its own ModelSpec: {_first_line(error)}") from error
+
+    @classmethod
+    def _checked(cls, content: dict[str, Any], spec: ModelSpec) -> "Checkpoint":
+        settings = msgspec.json.decode(content["settings"], type=Settings)
+        if not isinstance(content["step"], int) or content["step"] < 0:
+            raise ValueError("its step is not a number")
+        for kind in ("ema", "raw"):
+            build_network(spec, content[kind])
+        return cls(spec, content["ema"], content["raw"], content["optimizer"], content["step"], settings)
 
 
-def build_network(spec: ModelSpec, state: StateDict | None = None) -> UNet:
-    """The network of a spec, with the given weights, or newly initialised.
+def new_network(spec: ModelSpec) -> UNet:
+    """The network of a spec, newly initialised.
 
-    Raises ValueError or RuntimeError where the spec makes no network or the weights do not fit it.
+    Raises ValueError where the spec makes no network.
     """
     if spec.network is None:
         raise ValueError("its ModelSpec has no network configuration")
     channels = spec.image_shape[0]
-    # With weights to come, nothing is allocated: a spec that lies about its size costs no memory.
-    with torch.device("cpu" if state is None else "meta"):
-        network = UNet(spec.network, channels, spec.embedding.dim, channels)
-    if state is not None:
-        network.load_state_dict(state, assign=True)
-        wrong = [name for name, tensor in state.items() if tensor.dtype != torch.float32 or tensor.is_sparse]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is not a dense float32 tensor")
+    return UNet(spec.network, channels, spec.embedding.dim, channels)
+
+
+def build_network(spec: ModelSpec, state: StateDict) -> UNet:
+    """The network of a spec with the given weights, which it shares.
+
+    Raises an error of torch's, TypeError or ValueError where they do not fit it.
+    """
+    with torch.device("meta"):  # allocates nothing, whatever size the spec claims
+        network = new_network(spec)
+    network.load_state_dict(state, assign=True)
+    wrong = [name for name, tensor in state.items() if tensor.dtype != torch.float32 or tensor.is_sparse]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not a dense float32 tensor")
     return network
 
 
@@ -129,3 +126,7 @@ def digest(state: StateDict) -> str:
         sha.update(name.encode())
         sha.update(state[name].detach().cpu().contiguous().numpy().data)
     return sha.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -24,7 +24,6 @@ Progress = Callable[[int], None]  # how many images more are done
 DIGITS: Final = "digits"
 _ARRAY_SUFFIXES: Final = (".npy", ".npz")
 _NAMED: Final = 3  # broken files named in an error
-_IMAGE_ERRORS: Final = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def read_images(
         try:
             with source.load(i) as image:
                 images[i] = fit(image, image_size, channels)
-        except _IMAGE_ERRORS as error:
+        except Exception as error:  # Pillow's decoders of a broken file raise nearly anything
             broken.append((i, error))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -150,7 +149,7 @@ def _read_array(path: Path) -> NDArray[np.generic]:
                 raise ValueError(f"it holds the arrays {', '.join(names)}, and none is named images or arr_0")
             member: NDArray[np.generic] = archive[name]
             return member
-    except (OSError, ValueError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, MemoryError) as error:
+    except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
         raise DataError(
             f"{show(path)} is not a readable array of images: {str(error).splitlines()[0]}"
         ) from error
@@ -216,7 +215,7 @@ def _all_grey(paths: Sequence[Path]) -> bool:
             with Image.open(path) as image:
                 if image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;16"):
                     return False
-        except _IMAGE_ERRORS:
+        except Exception:  # it is broken, which is told when it is read
             continue
     return True
 

@@ -86,7 +86,9 @@ PRESETS: Final = {
     "digits": Preset(
         image_size=8,
         channels=1,
-        network=UNetConfig(channels=32, channel_mults=(1, 2), blocks=1, attention_levels=(), groups=8, dropout=0.0),
+        network=UNetConfig(
+            channels=32, channel_mults=(1, 2), blocks=1, attention_levels=(), groups=8, dropout=0.0
+        ),
         steps=1400,
         batch_size=32,
         learning_rate=1e-3,

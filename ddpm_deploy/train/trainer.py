@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train import ema
-from ddpm_deploy.train.checkpoint import Checkpoint, StateDict, build_network, digest
+from ddpm_deploy.train.checkpoint import Checkpoint, StateDict, digest, new_network
 from ddpm_deploy.train.diffusion import Diffusion
 from ddpm_deploy.train.settings import Settings
 from ddpm_deploy.version import __version__
@@ -37,7 +37,7 @@ class Trainer:
         self.steps_done = 0
         self.device = device
         torch.manual_seed(_seed(settings.seed, _STEP))
-        self.network = build_network(spec).to(device).train()
+        self.network = new_network(spec).to(device).train()
         self.average = ema.averaged(self.network)
         self.diffusion = Diffusion(spec).to(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate, fused=True)

@@ -1,0 +1,67 @@
+"""Denoisers and specs for the tests: small, exact, and without a backend."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.embedding import SinusoidalEmbedding
+from ddpm_deploy.runtime.denoiser import Array, allocate
+from ddpm_deploy.schedule import Schedule
+from ddpm_deploy.spec import ModelSpec, Provenance, UNetConfig
+
+TINY_UNET = UNetConfig(
+    channels=8, channel_mults=(1, 2), blocks=1, attention_levels=(1,), heads=2, groups=4, dropout=0.0
+)
+
+
+def tiny_spec(shape: tuple[int, int, int] = (1, 8, 8), timesteps: int = 1000) -> ModelSpec:
+    """The spec of TINY_UNET on images of one shape."""
+    return ModelSpec(
+        image_shape=shape,
+        timesteps=timesteps,
+        embedding=SinusoidalEmbedding(dim=8),
+        network=TINY_UNET,
+        provenance=Provenance(digest="0" * 64),
+    )
+
+
+class ArrayDenoiser:
+    """A Denoiser over NumPy: `predict` is the network, on (B, C, H, W) and t (B,)."""
+
+    device = "cpu"
+
+    def __init__(self, spec: ModelSpec, max_batch: int) -> None:
+        self.spec = spec
+        self.max_batch = max_batch
+        self.x, self.temb, self.prediction = allocate(spec, max_batch)
+        self._embedding = spec.embedding.table(spec.timesteps)
+
+    def predict(self, x: Array, t: NDArray[np.int64]) -> Array:
+        """A network with no meaning, whose rows do not depend on one another."""
+        wave = np.float32(0.3) + self._embedding[t][:, :1, None, None]
+        result: Array = x * wave - np.roll(x, 1, axis=3) * np.float32(0.25)
+        return result
+
+    def run(self, batch: int) -> None:
+        """Predict, with t found from the embedding as a network would have to."""
+        distance = np.abs(self._embedding[None] - self.temb[:batch, None]).max(axis=2)  # (B, T)
+        t = distance.argmin(axis=1)
+        assert distance.min() == 0.0
+        self.prediction[:batch] = self.predict(self.x[:batch], t)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class GaussianDenoiser(ArrayDenoiser):
+    """The optimal ε-network for data N(mean, std²): E[ε | x_t] in closed form."""
+
+    def __init__(self, spec: ModelSpec, max_batch: int, mean: float, std: float) -> None:
+        super().__init__(spec, max_batch)
+        self._alphas_cumprod = Schedule(spec.schedule.betas(spec.timesteps)).alphas_cumprod
+        self._mean, self._std = mean, std
+
+    def predict(self, x: Array, t: NDArray[np.int64]) -> Array:
+        """√(1 - ᾱ)·(x - √ᾱ·mean) / (ᾱ·std² + 1 - ᾱ)."""
+        ac = self._alphas_cumprod[t][:, None, None, None]
+        epsilon = np.sqrt(1 - ac) * (x - np.sqrt(ac) * self._mean) / (ac * self._std**2 + 1 - ac)
+        return epsilon.astype(np.float32)

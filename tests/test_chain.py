@@ -1,0 +1,133 @@
+"""The chain: equal to the reference bit for bit, however its slots are filled, without allocating."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ddpm_deploy import reference
+from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.schedule import Schedule
+from ddpm_deploy.solvers import COLUMNS, StepTable, ddpm, leading_timesteps
+from tests.models import ArrayDenoiser, tiny_spec
+
+SPEC = tiny_spec((3, 4, 5), timesteps=30)
+SCHEDULE = Schedule(SPEC.schedule.betas(30))
+
+
+def every_column_table(seed: int, steps: int) -> StepTable:
+    """A table that uses all columns of the rule: no solver does yet, and the chain must not know."""
+    rng = np.random.default_rng(seed)
+    columns = {name: rng.uniform(-0.6, 0.6, steps) for name in ("a", "b", "c", "d", "e", "f", "g")}
+    return StepTable.from_columns(t=np.sort(rng.integers(0, 30, steps))[::-1], lo=-0.9, hi=0.8, **columns)
+
+
+TABLES = {
+    "full": ddpm(SCHEDULE, leading_timesteps(30, 30)),
+    "strided": ddpm(SCHEDULE, leading_timesteps(30, 7), variance="fixed_small"),
+    "unclipped": ddpm(SCHEDULE, leading_timesteps(30, 5), clip=None),
+    "every column": every_column_table(0, 12),
+}
+
+
+def reference_images(table: StepTable, seed: int, index: int) -> NDArray[np.float32]:
+    denoiser = ArrayDenoiser(SPEC, 1)
+    *_, last = reference.chain(
+        lambda x, t: denoiser.predict(x[None], np.array([t]))[0], table, SPEC.image_shape, seed, index
+    )
+    return last
+
+
+def start(chain: Chain, slot: int, table: StepTable, seed: int, index: int) -> None:
+    chain.start(slice(slot, slot + 1), table, np.array([seed], np.uint64), np.array([index], np.uint64))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_batch_equals_the_reference_bit_for_bit(name: str) -> None:
+    table = TABLES[name]
+    chain = Chain(ArrayDenoiser(SPEC, 3))
+    chain.start(slice(0, 3), table, np.full(3, 7, np.uint64), np.arange(5, 8, dtype=np.uint64))
+    for _ in range(len(table)):
+        chain.step()
+    assert not chain.active.any()
+    for slot in range(3):
+        np.testing.assert_array_equal(
+            chain.x[slot].view(np.uint32), reference_images(table, 7, 5 + slot).view(np.uint32)
+        )
+
+
+def test_slots_are_independent() -> None:
+    """Chains of different tables, seeds and ages, started in any slot at any step, give the same bits."""
+    chain = Chain(ArrayDenoiser(SPEC, 4))
+    admissions = {  # step: slot, table, seed, index
+        0: [(2, "full", 1, 0)],
+        3: [(0, "every column", 2, 9)],
+        5: [(3, "strided", 3, 2**40)],
+        12: [(3, "unclipped", 1, 1)],  # a slot that is done and taken again
+        20: [(1, "strided", 9, 4)],
+    }
+    expected = {}
+    for step in range(60):
+        for slot, name, seed, index in admissions.get(step, []):
+            assert not chain.active[slot]
+            start(chain, slot, TABLES[name], seed, index)
+            expected[slot] = (name, seed, index)
+        if not chain.active.any():
+            break
+        before = chain.active.copy()
+        chain.step()
+        for slot in np.flatnonzero(before & ~chain.active):
+            name, seed, index = expected.pop(int(slot))
+            np.testing.assert_array_equal(chain.x[slot], reference_images(TABLES[name], seed, index))
+    assert not expected
+
+
+def test_idle_slots_keep_their_images() -> None:
+    chain = Chain(ArrayDenoiser(SPEC, 2))
+    start(chain, 0, TABLES["unclipped"], 1, 0)
+    start(chain, 1, TABLES["full"], 1, 1)
+    for _ in range(5):
+        chain.step()
+    done = chain.x[0].copy()
+    for _ in range(25):
+        chain.step()
+    np.testing.assert_array_equal(chain.x[0], done)
+
+
+def test_x0_is_the_clipped_estimate_of_the_last_step() -> None:
+    chain = Chain(ArrayDenoiser(SPEC, 1))
+    start(chain, 0, TABLES["full"], 1, 0)
+    x = chain.x.copy()
+    batch = chain.predict()
+    out = chain.denoiser.prediction.copy()
+    chain.update(batch)
+    row = dict(zip(COLUMNS, TABLES["full"].float32_rows()[0], strict=True))
+    np.testing.assert_array_equal(chain.x0, np.clip(row["a"] * x + row["b"] * out, -1, 1))
+
+
+def test_a_step_allocates_less_than_an_image() -> None:
+    spec = tiny_spec((3, 64, 64))
+    image_bytes = 3 * 64 * 64 * 4
+
+    class Still(ArrayDenoiser):
+        def run(self, batch: int) -> None:
+            """Predict zero, without allocating."""
+
+    chain = Chain(Still(spec, 2))
+    table = ddpm(spec.make_schedule(), leading_timesteps(1000, 1000))
+    chain.start(slice(0, 2), table, np.zeros(2, np.uint64), np.arange(2, dtype=np.uint64))
+    chain.step()
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            chain.step()
+            assert tracemalloc.get_traced_memory()[1] - before < image_bytes
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(20):
+            chain.step()
+        assert tracemalloc.get_traced_memory()[0] - before < 1_000_000
+    finally:
+        tracemalloc.stop()

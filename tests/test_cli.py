@@ -1,0 +1,331 @@
+"""The command lines, in process and as processes: what they print, write and refuse."""
+
+import csv
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from ddpm_deploy.cli import main as ddpm_deploy
+from ddpm_deploy.cli.train import _PRESETS
+from ddpm_deploy.version import __version__
+
+BIN = Path(sys.executable).parent
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(ddpm_deploy, [str(a) for a in arguments])
+
+
+def refused(result: Result, code: int, *parts: str) -> None:
+    """One line on stderr, nothing on stdout, no traceback, the right exit code."""
+    assert result.exit_code == code, (result.output, result.exception)
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in errors[0]
+
+
+# --- the happy paths ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", "train", "export", "verify", "run", "inspect"])
+def test_help_and_version(command: str) -> None:
+    for flag in ("--help", "-h"):
+        result = call(*filter(None, [command, flag]))
+        assert result.exit_code == 0
+        assert "Usage" in result.stdout
+    assert "Examples:" in result.stdout or not command
+    assert __version__ in call(*filter(None, [command, "--version"])).stdout
+
+
+def test_presets_named_on_the_command_line_are_all_there_are() -> None:
+    from ddpm_deploy.train.settings import PRESETS
+
+    assert list(PRESETS) == list(_PRESETS)
+
+
+def test_train_export_verify_run(tmp_path: Path) -> None:
+    """The whole way on one's own PNGs, by the words that each command prints for the next."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"photo {i}.png")
+    model = tmp_path / "m.pt"
+    size = ("--preset", "digits", "--channels", "rgb", "--image-size", 8)
+    trained = call(
+        "train", tmp_path / "photos", "-o", model, *size, "--steps", 6, "--batch-size", 4, "--sample-every", 3
+    )
+    assert trained.exit_code == 0, trained.output
+    assert f"next: ddpm-export {model}" in trained.stdout
+    with (tmp_path / "m.train" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["6"]
+    assert float(rows[0]["loss"]) > 0
+    assert sorted(p.name for p in (tmp_path / "m.train").glob("*.png")) == [
+        "samples-000003.png",
+        "samples-000006.png",
+    ]
+
+    resumed = call("train", "--resume", model, "--steps", 8, "--sample-every", 0)
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads(call("inspect", model, "--json").stdout)["provenance"]["step"] == 8
+
+    exported = call("export", model)
+    assert exported.exit_code == 0, exported.output
+    onnx = tmp_path / "m.onnx"
+    assert f"ddpm-verify {model} {onnx}" in exported.stdout
+    assert f"ddpm-run {onnx} --steps 1000" in exported.stdout
+    assert call("inspect", onnx, "--json").stdout == call("inspect", model, "--json").stdout
+    assert "image_shape          3 × 8 × 8" in call("inspect", onnx).stdout
+
+    report, plot = tmp_path / "r.json", tmp_path / "r.png"
+    verified = call("verify", model, onnx, "--count", 2, "--steps", 30, "--report", report, "--plot", plot)
+    assert verified.exit_code == 0, verified.output
+    assert "within tolerance" in verified.stdout
+    content = json.loads(report.read_text())
+    assert content["within_tolerance"]
+    assert len(content["steps"]) == 30
+    with Image.open(plot) as image:
+        assert image.size[0] > 500
+
+    for source, output in ((onnx, tmp_path / "a.npz"), (model, tmp_path / "b.npz")):
+        ran = call("run", source, "--steps", 20, "--count", 3, "--seed", 5, "--float", "-o", output)
+        assert ran.exit_code == 0, ran.output
+        assert "3 images, 20 steps, seed 5" in ran.stdout
+    np.testing.assert_allclose(
+        np.load(tmp_path / "a.npz")["samples"], np.load(tmp_path / "b.npz")["samples"], atol=1e-4
+    )
+
+
+def test_verify_exits_1_past_tolerance(tmp_path: Path, checkpoint_path: Path, onnx_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(onnx_path)
+    weight = next(t for t in model.graph.initializer if t.name == "conv_out.weight")
+    weight.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.001), weight.name)
+    )
+    onnx.save(model, tmp_path / "off.onnx")
+    result = call("verify", checkpoint_path, tmp_path / "off.onnx", "--steps", 20)
+    assert result.exit_code == 1
+    assert "PAST TOLERANCE" in result.stdout
+    assert "first t past tolerance: 950" in result.stdout
+
+
+def test_a_seed_that_was_not_given_is_printed(tmp_path: Path, onnx_path: Path) -> None:
+    first = call("run", onnx_path, "--steps", 3, "--count", 1, "-o", tmp_path / "a.npz")
+    seed = first.stdout.split("seed ")[1].split(",")[0]
+    call("run", onnx_path, "--steps", 3, "--count", 1, "--seed", seed, "-o", tmp_path / "b.npz")
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])
+
+
+def test_quiet_and_verbose(tmp_path: Path, onnx_path: Path) -> None:
+    """As processes, since logging is a process's own."""
+    command = [BIN / "ddpm-run", onnx_path, "--steps", "2", "--count", "1", "-o", tmp_path / "x.png"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "1 image · 2 steps · about" in said.stderr
+    quiet = subprocess.run([*command, "-q"], capture_output=True, text=True, check=True)
+    assert quiet.stderr == ""
+    assert quiet.stdout.startswith(f"{tmp_path / 'x.png'}: 1 image, 2 steps")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    model = tmp_path / "m.pt"
+    command = [
+        BIN / "ddpm-train",
+        "digits",
+        "-o",
+        model,
+        "--steps",
+        "100000",
+        "--sample-every",
+        "0",
+        "--batch-size",
+        "2",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "m.train" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while (
+        not (metrics.exists() and len(metrics.read_text().splitlines()) > 1) and time.monotonic() < deadline
+    ):
+        time.sleep(0.1)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert f"go on with: ddpm-train --resume {model}" in stdout
+    step = json.loads(call("inspect", model, "--json").stdout)["provenance"]["step"]
+    assert step >= 50
+    resumed = call("train", "--resume", model, "--steps", step + 2)
+    assert resumed.exit_code == 0, resumed.output
+
+
+def test_interrupted_run_leaves_nothing(tmp_path: Path, onnx_path: Path) -> None:
+    command = [BIN / "ddpm-run", onnx_path, "--count", "5000", "-o", tmp_path / "x.npz"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()  # the forecast
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- bad input ------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """A pickle of this would run a command."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def bad_files(folder: Path, whole: Path) -> dict[str, Path]:
+    """What may stand where a model is expected."""
+    content = whole.read_bytes()
+    files = {
+        "missing": None,
+        "empty": b"",
+        "truncated": content[: len(content) // 2],
+        "foreign": b"GIF89a" + bytes(100),
+        "pickle": pickle.dumps(Bomb()),
+    }
+    paths = {}
+    for name, data in files.items():
+        paths[name] = folder / f"{name}{whole.suffix}"
+        if data is not None:
+            paths[name].write_bytes(data)
+    paths["folder"] = folder / f"folder{whole.suffix}"
+    paths["folder"].mkdir()
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "foreign", "pickle", "folder"])
+@pytest.mark.parametrize("suffix", [".pt", ".onnx"])
+def test_bad_models(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_path: Path,
+    onnx_path: Path,
+    suffix: str,
+    kind: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad = bad_files(tmp_path, checkpoint_path if suffix == ".pt" else onnx_path)[kind]
+    before = sorted(tmp_path.iterdir())
+    refused(call("inspect", bad), 1, kind)
+    refused(call("run", bad, "-o", "x.png"), 1, kind)
+    refused(call("verify", bad, onnx_path), 1, kind)
+    refused(call("verify", onnx_path, bad, "--report", "r.json"), 1, kind)
+    refused(call("export", bad, "-o", "x.onnx"), 1, kind)
+    if suffix == ".pt":
+        refused(call("train", "--resume", bad), 1, kind)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["--steps", 0], 2, "--steps"),
+        (["--steps", -1], 2, "--steps"),
+        (["--steps", "many"], 2, "--steps"),
+        (["--steps", 1001], 1, "choose from 1 to 1000"),
+        (["--count", 0], 2, "--count"),
+        (["--count", 10**12], 2, "--count"),
+        (["--seed", -1], 2, "--seed"),
+        (["--batch", 0], 2, "--batch"),
+        (["--solver", "euler"], 2, "--solver"),
+        (["--device", "tpu"], 1, "device 'tpu'"),
+        (["-o", "x.bmp"], 1, ".bmp"),
+        (["-o", "missing/x.png"], 1, "does not exist"),
+        (["-o", "/proc/x.png"], 1, "/proc/x.png"),
+        (["--float"], 1, "only an .npz holds floats"),
+        (["--no-such-option"], 2, "--no-such-option"),
+    ],
+)
+def test_bad_arguments_of_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    onnx_path: Path,
+    arguments: list[object],
+    code: int,
+    problem: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(call("run", onnx_path, *arguments), code, problem)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        ([], 2, "DATA is missing"),
+        (["missing"], 1, "does not exist"),
+        (["empty"], 1, "holds no images"),
+        (["broken"], 1, "broken/a.png"),
+        (["empty.npy"], 1, "is empty"),
+        (["pickle.npz"], 1, "not a readable array"),
+        (["digits", "--steps", 0], 2, "--steps"),
+        (["digits", "-o", "x.onnx"], 1, "must end in .pt"),
+        (["digits", "-o", "missing/x.pt"], 1, "does not exist"),
+        (["digits", "--image-size", 9], 1, "choose 8 or 10"),
+        (["digits", "--device", "tpu"], 1, "device 'tpu'"),
+        (["digits", "--preset", "imagenet"], 2, "--preset"),
+        (["--resume", "x.pt", "--batch-size", 3], 2, "--batch-size cannot change"),
+        (["--resume", "missing.pt"], 1, "does not exist"),
+    ],
+)
+def test_bad_arguments_of_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], code: int, problem: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Bomb()))
+    before = sorted(tmp_path.rglob("*"))
+    refused(call("train", *arguments), code, problem)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--fp16"], "--fp16 is not supported by this version"),
+        (["--engine"], "--engine is not supported by this version"),
+        (["-o", "engine.plan"], "--engine is not supported by this version"),
+        (["-o", "model.pb"], "must end in .onnx"),
+        (["-o", "missing/x.onnx"], "does not exist"),
+    ],
+)
+def test_bad_arguments_of_export(checkpoint_path: Path, arguments: list[object], problem: str) -> None:
+    refused(call("export", checkpoint_path, *arguments), 1, problem)
+
+
+def test_export_does_not_replace_another_model(tmp_path: Path, checkpoint_path: Path) -> None:
+    output = tmp_path / "x.onnx"
+    output.write_text("another")
+    refused(call("export", checkpoint_path, "-o", output), 1, "holds another model", "--force")
+    assert output.read_text() == "another"
+    assert call("export", checkpoint_path, "-o", output, "--force").exit_code == 0
+    assert call("export", checkpoint_path, "-o", output).exit_code == 0
+
+
+def test_a_finished_training_asks_how_far_to_go(checkpoint_path: Path) -> None:
+    refused(call("train", "--resume", checkpoint_path), 1, "has its 40 steps already", "--steps")

@@ -1,0 +1,194 @@
+"""Files: nothing half-written, clear refusals, and specs read out of whole, broken and hostile ones."""
+
+import io
+import os
+import pickle
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpm_deploy.artefact import read_spec
+from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError, SpecError
+from ddpm_deploy.files import atomic, require_file, require_output
+from ddpm_deploy.spec import SPEC_KEY
+from tests.models import tiny_spec
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_atomic_replaces_only_when_the_block_succeeds(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "before"
+    assert leftovers(tmp_path) == ["x.bin"]
+    with atomic(path) as temporary:
+        temporary.write_text("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after"
+    assert leftovers(tmp_path) == ["x.bin"]
+
+
+def test_atomic_obeys_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic(tmp_path / "x") as temporary:
+            temporary.write_text("x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_full_disk_is_one_clear_error(small_disk: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="no space left on device: free some space"),
+        atomic(small_disk / "x") as file,
+    ):
+        file.write_bytes(bytes(1_000_000))
+    assert leftovers(small_disk) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("missing/x.png", "does not exist"), ("folder", "is a folder"), ("file/x.png", "does not exist")],
+)
+def test_outputs_that_cannot_be_written(tmp_path: Path, name: str, problem: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=problem):
+        require_output(tmp_path / name)
+
+
+def test_missing_file_names_its_near_misses(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(ArtefactError, match=r"does not exist; found model\.onnx beside it"):
+        require_file(tmp_path / "model.plan")
+
+
+def test_names_are_shown_on_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError) as caught:
+        require_file(tmp_path / "a\nb\udcff.pt")
+    assert "\n" not in str(caught.value)
+    str(caught.value).encode()
+
+
+# --- specs in files ---------------------------------------------------------------------------------
+
+
+def test_spec_of_a_checkpoint_and_of_its_export(checkpoint_path: Path, onnx_path: Path) -> None:
+    spec = read_spec(checkpoint_path)
+    assert spec == read_spec(onnx_path)
+    assert spec.provenance.step == 40
+    assert spec.provenance.data == ""
+    assert spec.image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".onnx"])
+@pytest.mark.parametrize("cut", [1, 10, 100, 1000, -1, -100])
+def test_truncated_files(
+    tmp_path: Path, checkpoint_path: Path, onnx_path: Path, suffix: str, cut: int
+) -> None:
+    whole = (checkpoint_path if suffix == ".pt" else onnx_path).read_bytes()
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(whole[:cut])
+    with pytest.raises(ArtefactError):
+        read_spec(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".onnx"])
+def test_foreign_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    for content in (b"hello", bytes(1000), os.urandom(5000), b"PK\x03\x04" + bytes(100), b"\x80" * 1000):
+        path.write_bytes(content)
+        with pytest.raises(ArtefactError):
+            read_spec(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".onnx"])
+def test_flipped_bits_never_surprise(
+    tmp_path: Path, checkpoint_path: Path, onnx_path: Path, suffix: str
+) -> None:
+    whole = (checkpoint_path if suffix == ".pt" else onnx_path).read_bytes()
+    path = tmp_path / f"x{suffix}"
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        content = bytearray(whole)
+        for place in rng.integers(0, len(whole), 4):
+            content[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        with suppress(DdpmDeployError):
+            read_spec(path)
+
+
+def test_a_pickle_is_never_run(tmp_path: Path) -> None:
+    """A torch file is a zip with a pickle in it; ours only looks for a text in that."""
+    mark = tmp_path / "executed"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {mark}",)
+
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(
+            "archive/data.pkl", pickle.dumps({"a": Bomb(), SPEC_KEY: tiny_spec().to_json()}, protocol=2)
+        )
+    read_spec(path)
+    assert not mark.exists()
+    torch = pytest.importorskip("torch")
+    from ddpm_deploy.train.checkpoint import Checkpoint
+
+    with pytest.raises(ArtefactError):
+        Checkpoint.load(path)
+    torch.save({SPEC_KEY: tiny_spec().to_json(), "format": 1, "ema": Bomb()}, path)
+    with pytest.raises(ArtefactError, match="safe"):
+        Checkpoint.load(path)
+    assert not mark.exists()
+
+
+def test_a_pickle_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 27))
+    with pytest.raises(ArtefactError, match="not stored as PyTorch stores one"):
+        read_spec(path)
+
+
+def test_an_onnx_file_of_another_maker(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", [value], [out])), tmp_path / "x.onnx"
+    )
+    with pytest.raises(SpecError, match="carries no ModelSpec"):
+        read_spec(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.plan"])
+def test_names_that_are_no_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(io.BytesIO(b"x").read())
+    with pytest.raises(ArtefactError):
+        read_spec(tmp_path / name)

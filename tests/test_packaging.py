@@ -1,0 +1,224 @@
+"""What is shipped, what it imports, and that it runs without torch."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ddpm_deploy
+
+ROOT = Path(__file__).parent.parent
+MODULES = [
+    "__init__",
+    "artefact",
+    "cli/__init__",
+    "cli/common",
+    "cli/export",
+    "cli/inspect",
+    "cli/report",
+    "cli/run",
+    "cli/train",
+    "cli/verify",
+    "dependencies",
+    "embedding",
+    "errors",
+    "export/__init__",
+    "export/graph",
+    "files",
+    "noise",
+    "reference",
+    "runtime/__init__",
+    "runtime/chain",
+    "runtime/denoiser",
+    "runtime/images",
+    "runtime/ort",
+    "runtime/parity",
+    "runtime/sampler",
+    "schedule",
+    "solvers",
+    "spec",
+    "tolerances",
+    "train/__init__",
+    "train/checkpoint",
+    "train/data",
+    "train/denoiser",
+    "train/diffusion",
+    "train/ema",
+    "train/session",
+    "train/settings",
+    "train/trainer",
+    "train/unet",
+    "version",
+]
+HEAVY = ("torch", "onnx", "onnxruntime", "PIL", "sklearn", "matplotlib", "diffusers")
+
+
+def python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_public_names() -> None:
+    assert ddpm_deploy.__all__ == [
+        "ArtefactError",
+        "BackendError",
+        "DataError",
+        "DdpmDeployError",
+        "Denoiser",
+        "DependencyError",
+        "ModelSpec",
+        "OutputError",
+        "OwnershipError",
+        "ParityError",
+        "Sampler",
+        "Schedule",
+        "SettingError",
+        "SpecError",
+        "StepTable",
+        "__version__",
+        "to_uint8",
+    ]
+    for name in ddpm_deploy.__all__:
+        assert getattr(ddpm_deploy, name) is not None
+    assert dir(ddpm_deploy) == ddpm_deploy.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = ddpm_deploy.nothing
+
+
+def test_every_error_is_public_and_of_one_tree() -> None:
+    from ddpm_deploy import errors
+
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    assert all(issubclass(error, ddpm_deploy.DdpmDeployError) for error in classes)
+    assert {error.__name__ for error in classes} <= set(ddpm_deploy.__all__)
+    assert all(error.__name__ in (errors.__doc__ or "") for error in classes)
+
+
+def test_importing_brings_in_nothing_heavy() -> None:
+    code = f"import sys, ddpm_deploy; print([m for m in ('numpy', 'click', 'msgspec', *{HEAVY}) if m in sys.modules])"
+    assert python(code).strip() == "[]"
+    names = f"[getattr(ddpm_deploy, n) for n in ddpm_deploy.__all__]; print([m for m in {HEAVY} if m in sys.modules])"
+    assert python(f"import sys, ddpm_deploy; {names}").strip() == "[]"
+
+
+def test_running_never_imports_torch(onnx_path: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(onnx_path), "--steps", "2", "--count", "1", "-o", str(tmp_path / "x.png")]
+    code = (
+        f"import sys; from ddpm_deploy.cli import main; main({arguments}, standalone_mode=False); "
+        f"print([m for m in ('torch', 'onnx', 'sklearn') if m in sys.modules])"
+    )
+    assert python(code).splitlines()[-1] == "[]"
+
+
+def test_arrows_point_one_way() -> None:
+    """core ← runtime ← train ← export ← cli: a stage imports only what stands before it."""
+    order = ["core", "runtime", "train", "export", "cli"]
+    for path in (ROOT / "ddpm_deploy").rglob("*.py"):
+        parts = path.relative_to(ROOT / "ddpm_deploy").parts
+        stage = parts[0] if len(parts) > 1 else "core"
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if len(words) > 1 and words[0] in ("from", "import") and words[1].startswith("ddpm_deploy."):
+                target = words[1].split(".")[1]
+                target = target if target in order else "core"
+                if parts != ("__init__.py",):  # the public face, which imports lazily
+                    assert order.index(target) <= order.index(stage), f"{path}: {line.strip()}"
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a built wheel and sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, capture_output=True)
+    return folder
+
+
+def test_wheel_content(distributions: Path) -> None:
+    (wheel,) = distributions.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    package = sorted(name for name in names if ".dist-info/" not in name)
+    assert package == sorted(["ddpm_deploy/py.typed", *(f"ddpm_deploy/{module}.py" for module in MODULES)])
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_sdist_content(distributions: Path) -> None:
+    (sdist,) = distributions.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "tests/test_noise.py",
+    } <= names
+    assert not any(name.startswith((".", "demo")) and name != ".gitignore" for name in names)
+
+
+@pytest.fixture(scope="session")
+def runtime_python(distributions: Path) -> Path:
+    """The Python of an environment with nothing but the wheel's base and its `cpu` extra.
+
+    Kept in .venv-cpu, since filling it takes a while; the wheel itself is installed anew.
+    """
+    environment = ROOT / ".venv-cpu"
+    executable = environment / "bin" / "python"
+    (wheel,) = distributions.glob("*.whl")
+    pip = [
+        executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-c",
+        ROOT / "constraints.txt",
+    ]
+    if not (environment / "installed").exists():
+        venv.create(environment, with_pip=True, clear=True)
+        subprocess.run([*pip, f"{wheel}[cpu]"], check=True)
+        (environment / "installed").touch()
+    subprocess.run([*pip, "--force-reinstall", "--no-deps", wheel], check=True)
+    return executable
+
+
+def test_the_runtime_runs_a_whole_chain_without_torch(
+    runtime_python: Path, onnx_path: Path, tmp_path: Path
+) -> None:
+    environment = {"PATH": os.environ["PATH"]}
+
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(c) for c in command], capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+
+    freeze = run(runtime_python, "-m", "pip", "list", "--format=freeze").stdout
+    installed = {line.split("==")[0].lower() for line in freeze.splitlines()}
+    assert {"ddpm-deploy", "onnxruntime", "numpy", "click", "msgspec", "pillow"} <= installed
+    assert not installed & {"torch", "onnx", "onnxscript", "scikit-learn", "diffusers"}
+
+    scripts = runtime_python.parent
+    ran = run(scripts / "ddpm-run", onnx_path, "--count", 2, "--seed", 0, "-o", "x.png")
+    assert ran.returncode == 0, ran.stderr
+    assert "2 images, 1000 steps" in ran.stdout
+    assert run(scripts / "ddpm-deploy", "inspect", onnx_path).returncode == 0
+    assert run(scripts / "ddpm-deploy", "inspect", onnx_path.with_suffix(".pt")).returncode == 0
+    assert run(scripts / "ddpm-verify", onnx_path, onnx_path, "--steps", 5, "--count", 1).returncode == 0
+
+    for command, package, extra in (
+        (["ddpm-run", onnx_path.with_suffix(".pt")], "torch", "train"),
+        (["ddpm-train", "digits"], "torch", "train"),
+        (["ddpm-export", onnx_path.with_suffix(".pt")], "torch", "export"),
+        (["ddpm-verify", onnx_path, onnx_path, "--plot", "r.png"], "matplotlib", "plot"),
+    ):
+        refused = run(scripts / str(command[0]), *command[1:])
+        assert refused.returncode == 1
+        line = f"Error: {package} is not installed: pip install 'ddpm-deploy[{extra}]'"
+        assert refused.stderr.splitlines() == [line]

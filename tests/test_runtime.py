@@ -1,0 +1,352 @@
+"""The Sampler, ONNX Runtime, parity, and the files that images go to."""
+
+import json
+import threading
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_deploy import Sampler, to_uint8
+from ddpm_deploy.errors import (
+    ArtefactError,
+    BackendError,
+    DependencyError,
+    OutputError,
+    OwnershipError,
+    SettingError,
+    SpecError,
+)
+from ddpm_deploy.runtime.images import Destination, grid
+from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.runtime.parity import compare, psnr, spot_check, summarise
+from ddpm_deploy.tolerances import PARITY
+from tests.models import ArrayDenoiser, tiny_spec
+
+# --- Sampler ------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_its_splits_bit_for_bit_in_onnx_runtime(onnx_path: Path) -> None:
+    """Whatever the batch size, position or number of threads."""
+    with Sampler.load(onnx_path) as sampler:
+        together = sampler.sample(7, steps=40, seed=3)
+    with Sampler.load(onnx_path, max_batch=3, threads=1) as sampler:
+        split = sampler.sample(7, steps=40, seed=3)
+        single = np.concatenate([sampler.sample(1, steps=40, seed=3, first_index=i) for i in range(7)])
+    np.testing.assert_array_equal(together, split)
+    np.testing.assert_array_equal(together, single)
+    assert together.shape == (7, 1, 8, 8)
+    assert np.abs(together).max() <= 1
+    assert len(np.unique(together.reshape(7, -1), axis=0)) == 7
+
+
+def test_a_sampler_gives_the_same_again_and_other_for_another_seed(onnx_path: Path) -> None:
+    with Sampler.load(onnx_path) as sampler:
+        first = sampler.sample(2, steps=10, seed=1)
+        np.testing.assert_array_equal(first, sampler.sample(2, steps=10, seed=1))
+        assert (first != sampler.sample(2, steps=10, seed=2)).any()
+        assert (sampler.sample(2, steps=10) != sampler.sample(2, steps=10)).any()
+
+
+def test_iter_samples_gives_the_batches_of_sample() -> None:
+    sampler = Sampler(ArrayDenoiser(tiny_spec(), 4))
+    parts = list(sampler.iter_samples(10, steps=5, seed=0))
+    assert [len(part) for part in parts] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate(parts), sampler.sample(10, steps=5, seed=0))
+
+
+def test_callback_sees_every_step_and_may_stop_the_run() -> None:
+    sampler = Sampler(ArrayDenoiser(tiny_spec(), 4))
+    seen = []
+    sampler.sample(6, steps=5, seed=0, callback=lambda step, x, x0: seen.append((step, x.shape, x0.shape)))
+    shapes = {4: (4, 1, 8, 8), 2: (2, 1, 8, 8)}
+    assert seen == [(step, shapes[n], shapes[n]) for n in (4, 2) for step in range(5)]
+
+    def stop(step: int, x: object, x0: object) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    wanted = Sampler(ArrayDenoiser(tiny_spec(), 4)).sample(3, steps=5, seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(3, steps=5, seed=0, callback=stop)
+    np.testing.assert_array_equal(sampler.sample(3, steps=5, seed=0), wanted)
+
+
+def test_given_noise_replaces_the_addressed_noise() -> None:
+    """The addressed noise, given back as the caller's own, gives the same images: splits included."""
+    from ddpm_deploy import reference
+
+    spec = tiny_spec()
+    sampler = Sampler(ArrayDenoiser(spec, 2))
+
+    def noise(draw: int) -> np.ndarray:
+        return np.stack([reference.normal(5, index, draw, spec.image_shape) for index in range(3)])
+
+    np.testing.assert_array_equal(sampler.sample(3, steps=4, noise=noise), sampler.sample(3, steps=4, seed=5))
+    with pytest.raises(SettingError, match=r"noise\(draw\) gave the shape"):
+        sampler.sample(3, steps=4, noise=lambda draw: noise(draw)[:2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"count": 0}, "count must be 1 or more"),
+        ({"count": 1, "steps": 0}, "choose from 1 to 1000"),
+        ({"count": 1, "steps": 1001}, "choose from 1 to 1000"),
+        ({"count": 1, "seed": -1}, "seed must be"),
+        ({"count": 1, "seed": 2**64}, "seed must be"),
+        ({"count": 2, "first_index": 2**64 - 1}, "first_index must be"),
+        ({"count": 1, "solver": "euler"}, "solver 'euler' is not known"),
+        ({"count": 1, "spacing": "trailing"}, "spacing 'trailing' is not known"),
+    ],
+)
+def test_settings_out_of_range(arguments: dict[str, object], problem: str) -> None:
+    with pytest.raises(SettingError, match=problem):
+        Sampler(ArrayDenoiser(tiny_spec(), 1)).sample(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_sampler_in_use_refuses_a_second_thread() -> None:
+    sampler = Sampler(ArrayDenoiser(tiny_spec(), 1))
+    errors: list[Exception] = []
+
+    def other() -> None:
+        try:
+            sampler.sample(1, steps=2)
+        except OwnershipError as error:
+            errors.append(error)
+
+    def callback(step: int, x: object, x0: object) -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    sampler.sample(1, steps=2, callback=callback)
+    assert len(errors) == 2
+    other()  # free again
+    assert len(errors) == 2
+
+
+def test_numbers_that_are_not_finite_are_an_error() -> None:
+    class Broken(ArrayDenoiser):
+        def run(self, batch: int) -> None:
+            """NaN, as half precision gives when it overflows."""
+            self.prediction[:batch] = np.nan
+
+    with pytest.raises(BackendError, match="not finite"):
+        Sampler(Broken(tiny_spec(), 1)).sample(1, steps=3)
+
+
+# --- ONNX Runtime -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "problem"),
+    [
+        ({"path": "missing.onnx"}, ArtefactError, "does not exist"),
+        ({"path": "model.pt"}, ArtefactError, "export it first"),
+        ({"device": "cuda"}, SettingError, "not supported by this version"),
+        ({"threads": 0}, SettingError, "threads must be"),
+        ({"max_batch": 0}, SettingError, "max_batch must be"),
+    ],
+)
+def test_loads_that_are_refused(
+    onnx_path: Path, arguments: dict[str, object], error: type[Exception], problem: str
+) -> None:
+    arguments = {**arguments, "path": onnx_path.parent / str(arguments.get("path", onnx_path.name))}
+    with pytest.raises(error, match=problem):
+        Sampler.load(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_graph_that_does_not_fit_its_spec(onnx_path: Path) -> None:
+    spec = msgspec.structs.replace(tiny_spec(), image_shape=(3, 8, 8))
+    with pytest.raises(ArtefactError, match=r"has x \(B, 1, 8, 8\).*x \(B, 3, 8, 8\).*is needed"):
+        OrtDenoiser(onnx_path, spec=spec)
+
+
+def test_a_broken_graph_with_a_whole_spec(tmp_path: Path, onnx_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(onnx_path)
+    model.graph.node[3].op_type = "NoSuchOperator"
+    onnx.save(model, tmp_path / "x.onnx")
+    with pytest.raises(ArtefactError, match="ONNX Runtime cannot load it"):
+        OrtDenoiser(tmp_path / "x.onnx")
+
+
+def test_a_fixed_batch_is_refused(tmp_path: Path, onnx_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(onnx_path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, tmp_path / "x.onnx")
+    with pytest.raises(ArtefactError, match="fixed batch"):
+        OrtDenoiser(tmp_path / "x.onnx")
+
+
+def test_spec_from_elsewhere_for_a_graph_without_one(tmp_path: Path, onnx_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    from ddpm_deploy.artefact import read_spec
+
+    model = onnx.load(onnx_path)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    with pytest.raises(SpecError):
+        Sampler.load(tmp_path / "bare.onnx")
+    with (
+        Sampler.load(tmp_path / "bare.onnx", spec=read_spec(onnx_path)) as bare,
+        Sampler.load(onnx_path) as whole,
+    ):
+        np.testing.assert_array_equal(bare.sample(1, steps=3, seed=0), whole.sample(1, steps=3, seed=0))
+
+
+def test_both_onnxruntimes_at_once_are_explained(monkeypatch: pytest.MonkeyPatch, onnx_path: Path) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
+    with pytest.raises(DependencyError, match="both installed.*pip uninstall -y onnxruntime onnxruntime-gpu"):
+        Sampler.load(onnx_path)
+
+
+# --- parity -------------------------------------------------------------------------------------------
+
+
+class Off(ArrayDenoiser):
+    """Right, but for an error of a given relative size below a given timestep."""
+
+    def __init__(self, size: float, below: int = 1000) -> None:
+        super().__init__(tiny_spec(), 4)
+        self.size, self.below = size, below
+
+    def predict(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        """The prediction, scaled."""
+        scale = np.where(t < self.below, 1 + self.size, 1).astype(np.float32)
+        return super().predict(x, t) * scale[:, None, None, None]
+
+
+def test_equal_models_are_equal() -> None:
+    result = compare(Off(0), Off(0), count=2, steps=100)
+    assert result.within
+    assert result.first_past is None
+    assert np.isinf(result.psnr).all()
+    assert all(step.rms == 0 for step in result.steps)
+    assert len(result.steps) == 50
+
+
+def test_errors_are_measured_and_located() -> None:
+    """An error of one part in a thousand below t = 300 is found there, at that size, and nowhere else."""
+    result = compare(Off(0), Off(1e-3, below=300), count=2, forced=None)
+    assert not result.within
+    assert result.first_past == 299
+    assert len(result.steps) == 1000
+    for step in result.steps:
+        assert step.relative_rms == pytest.approx(1e-3 if step.timestep < 300 else 0, rel=1e-3)
+    rows = summarise(result.steps, 1000)
+    assert [row["from"] for row in rows] == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    assert [row["relative_rms"] > 1e-6 for row in rows] == [False] * 7 + [True] * 3
+    assert np.isfinite(result.psnr).all()
+
+
+def test_nan_is_past_tolerance() -> None:
+    result = compare(Off(0), Off(float("nan"), below=500), count=1, steps=10)
+    assert not result.within
+    assert result.first_past == 400
+    assert not spot_check(Off(0), Off(float("nan")), (1,)).relative_rms <= 1
+
+
+def test_psnr_is_that_of_its_definition() -> None:
+    wanted = np.zeros((2, 1, 8, 8), np.float32)
+    images = wanted + np.array([0.02, 0], np.float32)[:, None, None, None]
+    np.testing.assert_allclose(psnr(images, wanted), [40, np.inf], rtol=1e-6)
+
+
+def test_models_of_different_kinds_cannot_be_compared() -> None:
+    other = ArrayDenoiser(tiny_spec(timesteps=500), 4)
+    with pytest.raises(SettingError, match="differ in timesteps"):
+        compare(Off(0), other, count=1)
+    with pytest.raises(SettingError, match="count must be from 1 to 4"):
+        compare(Off(0), Off(0), count=5)
+
+
+def test_exported_network_agrees_with_pytorch(checkpoint_path: Path, onnx_path: Path) -> None:
+    from ddpm_deploy.train.denoiser import TorchDenoiser
+
+    result = compare(TorchDenoiser.load(checkpoint_path), OrtDenoiser(onnx_path), count=2)
+    assert result.within
+    assert result.tolerance == PARITY["fp32"]
+
+
+# --- images -------------------------------------------------------------------------------------------
+
+
+def test_to_uint8_rounds_and_clips() -> None:
+    values = np.array([-1.5, -1, -0.999, 0, 0.999, 1, 7, 1 / 255 - 1], np.float32).reshape(1, 1, 2, 4)
+    assert to_uint8(values).ravel().tolist() == [0, 0, 0, 128, 255, 255, 255, 0]
+    assert to_uint8(np.zeros((2, 3, 4, 5), np.float32)).shape == (2, 4, 5, 3)
+    assert to_uint8(np.full((1, 1, 1, 1), 0.5, np.float32), (0.0, 1.0)).item() == 128
+
+
+def test_to_uint8_undoes_the_trainers_scaling() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    np.testing.assert_array_equal(to_uint8(pixels * np.float32(2 / 255) - 1)[..., 0], pixels[0])
+
+
+def test_grid_places_every_image() -> None:
+    pixels = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((5, 64, 64, 3), np.uint8)
+    picture = grid(pixels)
+    assert picture.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
+    for i in range(5):
+        top, left = 2 + i // 3 * 66, 2 + i % 3 * 66
+        assert (picture[top : top + 64, left : left + 64] == i + 1).all()
+    assert grid(pixels[:, :8, :8]).shape == picture.shape  # small ones are enlarged
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+def test_destinations(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    samples = np.random.default_rng(0).uniform(-1, 1, (5, *shape)).astype(np.float32)
+
+    def write(name: str, as_float: bool = False) -> Path:
+        destination = Destination(tmp_path / name, 5, 30, tiny_spec(shape), {"seed": 1}, as_float)
+        destination.check()
+        with destination.open() as put:
+            put(samples[:2])
+            put(samples[2:])
+        return destination.path
+
+    pixels = to_uint8(samples)
+    np.testing.assert_array_equal(np.load(write("x.npz"))["arr_0"], pixels)
+    np.testing.assert_array_equal(np.load(write("f.npz", as_float=True))["samples"], samples)
+    for folder in (write("folder"), write("folder")):
+        assert sorted(p.name for p in folder.iterdir()) == [f"{30 + i:06d}.png" for i in range(5)]
+        with Image.open(folder / "000033.png") as image:
+            np.testing.assert_array_equal(np.asarray(image).reshape(pixels[3].shape), pixels[3])
+            assert json.loads(image.text["ddpm_deploy"]) == {"seed": 1, "index": 33}  # type: ignore[attr-defined]
+    with Image.open(write("x.png")) as image:
+        np.testing.assert_array_equal(np.asarray(image).reshape(grid(pixels).shape), grid(pixels))
+        assert json.loads(image.text["ddpm_deploy"]) == {"seed": 1, "first_index": 30, "count": 5}  # type: ignore[attr-defined]
+
+
+def test_an_interrupted_destination_leaves_nothing(tmp_path: Path) -> None:
+    for name in ("x.npz", "x.png"):
+        destination = Destination(tmp_path / name, 5, 0, tiny_spec(), {})
+        with pytest.raises(KeyboardInterrupt), destination.open() as put:
+            put(np.zeros((2, 1, 8, 8), np.float32))
+            raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "as_float", "problem"),
+    [
+        ("x.jpg", 1, False, r"not a \.jpg"),
+        ("missing/x.png", 1, False, "does not exist"),
+        ("missing/folder", 1, False, "does not exist"),
+        ("file", 1, False, "is a file"),
+        ("x.png", 5000, False, "do not fit in one grid"),
+        ("x.png", 1, True, "only an .npz holds floats"),
+    ],
+)
+def test_destinations_that_are_refused(
+    tmp_path: Path, name: str, count: int, as_float: bool, problem: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=problem):
+        Destination(tmp_path / name, count, 0, tiny_spec(), {}, as_float).check()

@@ -1,0 +1,433 @@
+"""The network, the data, and training: sizes, exactness of resuming, and what is refused."""
+
+import io
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_deploy.errors import ArtefactError, DataError, SettingError
+from ddpm_deploy.spec import UNetConfig
+from tests.models import TINY_UNET, tiny_spec
+
+torch = pytest.importorskip("torch")
+
+from ddpm_deploy.train import ema  # noqa: E402
+from ddpm_deploy.train.checkpoint import Checkpoint, digest, new_network  # noqa: E402
+from ddpm_deploy.train.data import find_images, fit, read_images  # noqa: E402
+from ddpm_deploy.train.diffusion import Diffusion  # noqa: E402
+from ddpm_deploy.train.settings import PRESETS, Settings  # noqa: E402
+from ddpm_deploy.train.trainer import Trainer, learning_rate  # noqa: E402
+from ddpm_deploy.train.unet import UNet  # noqa: E402
+
+# --- the network ------------------------------------------------------------------------------------
+
+
+def test_cifar10_network_has_the_papers_size() -> None:
+    spec = PRESETS["cifar10"].spec("cifar", 3, 32)
+    network = new_network(spec)
+    assert sum(p.numel() for p in network.parameters()) == 35_746_307
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"padding": "symmetric", "scale_shift": True, "norm_eps": 1e-5},
+        {"head_channels": 4},
+        {"attention_levels": (), "blocks": 2},
+        {"channel_mults": (1,)},
+    ],
+)
+def test_network_variants(change: dict[str, object]) -> None:
+    """Shapes hold for every variant, in images that are not square, and rows do not mix."""
+    network = randomised(UNet(msgspec.structs.replace(TINY_UNET, **change), 3, 8, 3)).eval()
+    x, temb = torch.randn(3, 3, 8, 12), torch.randn(3, 8)
+    out = network(x, temb)
+    assert out.shape == x.shape
+    torch.testing.assert_close(out[1:2], network(x[1:2], temb[1:2]), rtol=1e-4, atol=1e-5)
+    assert (network(x, temb + 1) - out).abs().max() > 1e-3
+
+
+def randomised(network: UNet) -> UNet:
+    """Weights without the zeros of initialisation, under which half of the network would not count."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def test_network_is_that_of_diffusers() -> None:
+    """The same weights in diffusers' UNet2DModel give the same prediction: attention, skips and all."""
+    from diffusers import UNet2DModel
+
+    config = UNetConfig(
+        channels=32, channel_mults=(1, 2), blocks=1, attention_levels=(1,), groups=8, dropout=0.0
+    )
+    mine = randomised(UNet(config, 3, 32, 3)).eval()
+    peer = UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        norm_num_groups=8,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+    ).eval()
+    peer.load_state_dict(as_diffusers(mine))
+    x = torch.randn(2, 3, 16, 16)
+    from ddpm_deploy.embedding import SinusoidalEmbedding
+
+    temb = torch.from_numpy(SinusoidalEmbedding(dim=32).table(1000)[[3, 700]])
+    torch.testing.assert_close(mine(x, temb), peer(x, torch.tensor([3, 700])).sample, rtol=1e-4, atol=1e-4)
+
+
+def as_diffusers(network: UNet) -> dict[str, "torch.Tensor"]:
+    """The weights of the network of the test above under diffusers' names."""
+    mine = network.state_dict()
+    stages = {
+        "down.0": "down_blocks.0.resnets.0",
+        "down.2": "down_blocks.1.resnets.0",
+        "middle.0": "mid_block.resnets.0",
+        "middle.1": "mid_block.resnets.1",
+        "up.0": "up_blocks.0.resnets.0",
+        "up.1": "up_blocks.0.resnets.1",
+        "up.3": "up_blocks.1.resnets.0",
+        "up.4": "up_blocks.1.resnets.1",
+    }
+    attentions = {
+        "down.2": "down_blocks.1.attentions.0",
+        "middle.0": "mid_block.attentions.0",
+        "up.0": "up_blocks.0.attentions.0",
+        "up.1": "up_blocks.0.attentions.1",
+    }
+    whole = {
+        "temb1": "time_embedding.linear_1",
+        "temb2": "time_embedding.linear_2",
+        "conv_in": "conv_in",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+        "down.1.conv": "down_blocks.0.downsamplers.0.conv",
+        "up.2.conv": "up_blocks.0.upsamplers.0.conv",
+    }
+    result = {}
+    projections = dict.fromkeys(("weight", "bias"))
+    for kind in projections:
+        parts = iter(mine[f"temb_projections.{kind}"].split(network.temb_splits))
+        for here, there in whole.items():
+            result[f"{there}.{kind}"] = mine[f"{here}.{kind}"]
+        for here, there in stages.items():
+            for layer in ("norm1", "conv1", "norm2", "conv2"):
+                result[f"{there}.{layer}.{kind}"] = mine[f"{here}.block.{layer}.{kind}"]
+            if f"{here}.block.shortcut.{kind}" in mine:
+                result[f"{there}.conv_shortcut.{kind}"] = mine[f"{here}.block.shortcut.{kind}"]
+            result[f"{there}.time_emb_proj.{kind}"] = next(parts)
+        for here, there in attentions.items():
+            result[f"{there}.group_norm.{kind}"] = mine[f"{here}.attention.norm.{kind}"]
+            qkv = (
+                mine[f"{here}.attention.qkv.{kind}"].flatten(1)
+                if kind == "weight"
+                else mine[f"{here}.attention.qkv.bias"]
+            )
+            for name, part in zip(("to_q", "to_k", "to_v"), qkv.chunk(3), strict=True):
+                result[f"{there}.{name}.{kind}"] = part
+            out = mine[f"{here}.attention.out.{kind}"]
+            result[f"{there}.to_out.0.{kind}"] = out.flatten(1) if kind == "weight" else out
+    return result
+
+
+# --- diffusion and training ---------------------------------------------------------------------------
+
+
+def test_q_sample_has_the_forward_moments() -> None:
+    diffusion = Diffusion(tiny_spec())
+    x0, epsilon = (
+        torch.full((2, 1, 64, 64), 0.5),
+        torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)),
+    )
+    x = diffusion.q_sample(x0, torch.tensor([0, 999]), epsilon)
+    ac = tiny_spec().make_schedule().alphas_cumprod
+    for row, t in zip(x, (0, 999), strict=True):
+        assert row.mean().item() == pytest.approx(0.5 * ac[t] ** 0.5, abs=5 * (1 - ac[t]) ** 0.5 / 64)
+        assert row.std().item() == pytest.approx((1 - ac[t]) ** 0.5, rel=0.05)
+
+
+def test_loss_of_the_right_prediction_is_zero() -> None:
+    diffusion = Diffusion(tiny_spec())
+    epsilon = torch.randn(2, 1, 8, 8)
+
+    class Right(torch.nn.Module):
+        def forward(self, x: "torch.Tensor", temb: "torch.Tensor") -> "torch.Tensor":
+            """ε itself."""
+            return epsilon
+
+    assert diffusion.loss(Right(), torch.zeros(2, 1, 8, 8), torch.tensor([1, 2]), epsilon) == 0
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    settings = PRESETS["digits"].settings("digits", steps=1000, warmup_steps=100, learning_rate=1e-3)
+    rates = [learning_rate(settings, step) for step in range(1000)]
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates[99] == pytest.approx(1e-3)
+    assert rates == rates[:100] + sorted(rates[100:], reverse=True)
+    assert rates[550] == pytest.approx(5e-4, rel=1e-3)
+    assert rates[-1] < 1e-8
+    level = msgspec.structs.replace(settings, decay="none")
+    assert learning_rate(level, 999) == 1e-3
+
+
+def test_ema_forgets_its_start_and_then_averages() -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    average = ema.averaged(network)
+    values = torch.linspace(0, 1, 50)
+    wanted = network.weight.item()
+    for step, value in enumerate(values):
+        network.weight.data.fill_(value)
+        ema.update(average, network, step, 0.9)
+        decay = min(0.9, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * value.item()
+    assert average.weight.item() == pytest.approx(wanted, rel=1e-5)
+    assert not average.weight.requires_grad
+
+
+def digits_trainer(**settings: object) -> Trainer:
+    images = read_images(find_images("digits"), 8, 1)
+    chosen = PRESETS["digits"].settings("digits", **({"steps": 12, "batch_size": 8, "flip": True} | settings))
+    spec = msgspec.structs.replace(tiny_spec(), network=msgspec.structs.replace(TINY_UNET, dropout=0.1))
+    return Trainer(spec, chosen, images, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("interrupted", [1, 7])
+def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, interrupted: int) -> None:
+    whole = digits_trainer()
+    for _ in range(12):
+        whole.advance()
+    first = digits_trainer()
+    for _ in range(interrupted):
+        first.advance()
+    first.checkpoint().save(tmp_path / "x.pt")
+    second = Trainer.resume(
+        Checkpoint.load(tmp_path / "x.pt"), read_images(find_images("digits"), 8, 1), first.device
+    )
+    while second.steps_done < 12:
+        second.advance()
+    a, b = whole.checkpoint(), second.checkpoint()
+    assert digest(a.raw) == digest(b.raw)
+    assert digest(a.ema) == digest(b.ema) == a.spec.provenance.digest
+    for key, state in a.optimizer["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, b.optimizer["state"][key][name])
+
+
+def test_training_learns() -> None:
+    """The loss of 120 steps falls well below 1, that of predicting zero."""
+    trainer = digits_trainer(steps=120, batch_size=32, learning_rate=3e-3, warmup_steps=10)
+    losses = [trainer.advance().item() for _ in range(120)]
+    assert losses[0] == pytest.approx(1, abs=0.1)
+    assert np.mean(losses[-20:]) < 0.5
+
+
+def test_every_epoch_shows_every_image_once() -> None:
+    trainer = digits_trainer()
+    count = len(trainer._images)
+    first, second = ([trainer._image_at(epoch * count + i) for i in range(count)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(count))
+    assert first != second
+
+
+def test_a_step_of_another_seed_is_another_step() -> None:
+    assert digits_trainer(seed=0).advance() != digits_trainer(seed=1).advance()
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+def altered(path: Path, out: Path, **changes: object) -> Path:
+    content = torch.load(path, weights_only=True)
+    for key, value in changes.items():
+        content[key] = value
+    torch.save(content, out)
+    return out
+
+
+def test_newer_checkpoint_format(tmp_path: Path, checkpoint_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="format 2, written by a newer ddpm-deploy"):
+        Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", format=2))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ema": {}},
+        {"ema": None},
+        {"ema": {"conv_in.weight": torch.zeros(1)}},
+        {"settings": "{}"},
+        {"settings": 3},
+        {"step": "many"},
+        {"format": "one"},
+    ],
+)
+def test_checkpoints_that_do_not_fit_themselves(
+    tmp_path: Path, checkpoint_path: Path, changes: dict[str, object]
+) -> None:
+    with pytest.raises(ArtefactError):
+        Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", **changes))
+
+
+def test_weights_of_another_type_are_refused(tmp_path: Path, checkpoint_path: Path) -> None:
+    state = torch.load(checkpoint_path, weights_only=True)["ema"]
+    state["conv_in.weight"] = state["conv_in.weight"].double()
+    with pytest.raises(ArtefactError, match=r"conv_in\.weight is not a dense float32"):
+        Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", ema=state))
+
+
+# --- data -----------------------------------------------------------------------------------------------
+
+
+def test_digits_are_the_real_ones() -> None:
+    images = read_images(find_images("digits"), 8, 1)
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.dtype == np.uint8
+    assert (images.min(), images.max()) == (0, 255)
+
+
+def png(mode: str, size: tuple[int, int] = (20, 12)) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_mode_is_read(mode: str, channels: int) -> None:
+    image = Image.fromarray(np.full((12, 20), 40_000, np.uint16)) if mode == "I;16" else png(mode)
+    pixels = fit(image, 8, channels)
+    assert pixels.shape == (channels, 8, 8)
+    assert pixels.dtype == np.uint8
+    if mode == "I;16":
+        assert (pixels == 40_000 >> 8).all()
+
+
+def test_images_are_scaled_by_their_shorter_side_and_cropped_to_the_middle() -> None:
+    array = np.zeros((10, 30), np.uint8)
+    array[:, 10:20] = 255
+    assert (fit(Image.fromarray(array), 10, 1) == 255).all()
+
+
+def test_exif_rotation_is_applied() -> None:
+    array = np.zeros((8, 8, 3), np.uint8)
+    array[:4] = 255  # white above
+    image = Image.fromarray(array)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned a quarter clockwise to be upright
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    pixels = fit(Image.open(buffer), 8, 1)[0]
+    assert (pixels[:, 4:] == 255).all()
+    assert (pixels[:, :4] == 0).all()
+
+
+def test_transparency_is_laid_on_white() -> None:
+    assert (fit(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 8, 3) == 255).all()
+
+
+def test_a_folder_with_subfolders_and_odd_names(tmp_path: Path) -> None:
+    (tmp_path / "b c").mkdir()
+    png("L").save(tmp_path / "b c" / "new\nline.png")
+    png("L").save(tmp_path / "A.PNG")
+    (tmp_path / "notes.txt").write_text("not an image")
+    source = find_images(str(tmp_path))
+    assert source.count == 2
+    assert source.grey
+    assert read_images(source, 4, 1).shape == (2, 1, 4, 4)
+    png("RGB").save(tmp_path / "c.png")
+    assert not find_images(str(tmp_path)).grey
+
+
+def test_broken_images_are_named_or_skipped(tmp_path: Path) -> None:
+    for i in range(3):
+        png("RGB").save(tmp_path / f"{i}.png")
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    source = find_images(str(tmp_path))
+    with pytest.raises(DataError, match=r"1 of 3 images cannot be read: .*1\.png.*--skip-broken"):
+        read_images(source, 8, 3)
+    assert read_images(source, 8, 3, skip_broken=True).shape == (2, 3, 8, 8)
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="3 of 3"):
+        read_images(find_images(str(tmp_path)), 8, 3, skip_broken=True)
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 8), (5, 8, 8, 1), (5, 1, 8, 8), (5, 8, 8, 3), (5, 3, 8, 8)])
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_arrays(tmp_path: Path, shape: tuple[int, ...], suffix: str) -> None:
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    path = tmp_path / f"x{suffix}"
+    np.save(path, array) if suffix == ".npy" else np.savez_compressed(path, array)
+    source = find_images(str(path))
+    channels = 1 if source.grey else 3
+    images = read_images(source, 8, channels)
+    wanted = (
+        array.reshape(5, 8, 8, 1)
+        if channels == 1
+        else array
+        if shape[-1] == 3
+        else array.transpose(0, 2, 3, 1)
+    )
+    np.testing.assert_array_equal(images, wanted.transpose(0, 3, 1, 2))
+
+
+def test_arrays_that_are_no_images(tmp_path: Path) -> None:
+    cases = {
+        "float": (np.zeros((5, 8, 8)), "float64 values"),
+        "flat": (np.zeros((5, 64), np.uint8), r"shape \(5, 64\)"),
+        "planes": (np.zeros((5, 8, 8, 2), np.uint8), "shape"),
+        "empty": (np.zeros((0, 8, 8), np.uint8), "shape"),
+        "objects": (np.array([{}], object), "not a readable array"),
+    }
+    for name, (array, problem) in cases.items():
+        for suffix, save in ((".npy", np.save), (".npz", np.savez)):
+            path = tmp_path / f"{name}{suffix}"
+            save(path, array)
+            with pytest.raises(DataError, match=problem):
+                find_images(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_array_files_that_are_broken_or_lie(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    array = np.zeros((50, 8, 8), np.uint8)
+    np.save(path, array) if suffix == ".npy" else np.savez(path, array)
+    whole = path.read_bytes()
+    lie = whole.replace(b"(50, 8, 8)", b"(9999999,8,8)"[:10].ljust(10))
+    for content in (b"", b"x", whole[:100], whole[:-50], whole.replace(b"(50, 8, 8)", b"(9**9,8,8)"), lie):
+        path.write_bytes(content)
+        with pytest.raises(DataError):
+            read_images(find_images(str(path)), 8, 1)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty folder", "file.txt", "file.pt"])
+def test_data_that_is_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty folder").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(DataError):
+        find_images(str(tmp_path / name))
+
+
+def test_image_size_must_fit_the_network() -> None:
+    with pytest.raises(SettingError, match="not a multiple of 8: choose 24 or 32"):
+        PRESETS["cifar10"].spec("x", 3, 30)
+
+
+def test_settings_survive_their_json() -> None:
+    settings = PRESETS["small"].settings("x", seed=2**63 - 1)
+    assert msgspec.json.decode(msgspec.json.encode(settings), type=Settings) == settings
