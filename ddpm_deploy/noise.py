@@ -72,6 +72,8 @@ _52: Final = np.array(52)
 _LOW, _HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)
 # The scratch of one tile (0.4 MB) stays within a core's L2 cache, whatever the size of the images.
 _TILE_BLOCKS: Final = 1024
+# What is made in one call at the most, unless one step takes more.
+_WINDOW_BLOCKS: Final = 2048
 
 
 def _round_keys(key: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -219,13 +221,19 @@ class _Tile:
 
 
 class AddressedNoise:
-    """The addressed noise of up to `slots` samples of `elements` numbers, in memory allocated once."""
+    """The addressed noise of up to `slots` samples of `elements` numbers, in memory allocated once.
+
+    lookahead: steps whose noise is best made in one call. NumPy's cost of a call is paid once for
+    them all, which counts for small images.
+    """
 
     def __init__(self, slots: int, elements: int) -> None:
+        blocks = -(-elements // 4)
+        self.lookahead = max(1, _WINDOW_BLOCKS // (slots * blocks))
         self._elements = elements
-        self._normal = np.empty((slots, -(-elements // 4), 2, 2), np.float32)
+        self._normal = np.empty((self.lookahead * slots, blocks, 2, 2), np.float32)
         self._keys = np.zeros((ROUNDS, 2, slots, 1), np.uint32)
-        self._counter = np.zeros((3, slots, 1), np.uint64)  # draw, sample low, sample high
+        self._samples = np.zeros((2, slots, 1), np.uint64)  # sample low, sample high
         self._tiles: dict[tuple[int, ...], _Tile] = {}
 
     def assign(self, slots: slice, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
@@ -233,29 +241,32 @@ class AddressedNoise:
         halves = np.stack([seeds, indices]).view(np.uint32).reshape(2, -1, 2)
         low, high = halves[..., _LOW], halves[..., _HIGH]
         self._keys[:, :, slots] = _round_keys(np.stack([low[0], high[0]])[..., None])
-        self._counter[1, slots, 0], self._counter[2, slots, 0] = low[1], high[1]
+        self._samples[0, slots, 0], self._samples[1, slots, 0] = low[1], high[1]
 
     def fill(self, draws: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Give the leading B slots the noise of their draws: (B,) → (B, elements) float32.
+        """Give the leading B slots the noise of their draws, at most `lookahead` of them: (K, B) → (K, B, elements).
 
         The result is a view of the object's own memory: the next call overwrites it.
         """
-        batch, blocks = len(draws), self._normal.shape[1]
-        self._counter[0, :batch, 0] = draws
+        steps, batch = draws.shape
+        rows, blocks = steps * batch, self._normal.shape[1]
+        keys = np.tile(self._keys[:, :, :batch], (1, 1, steps, 1))
+        counter = np.empty((3, rows, 1), np.uint64)
+        counter[0, :, 0] = draws.ravel()
+        counter[1:] = np.tile(self._samples[:, :batch], (1, steps, 1))
         stride = max(1, _TILE_BLOCKS // blocks)
-        for slot in range(0, batch, stride):
-            slots = slice(slot, min(slot + stride, batch))
-            keys, counter = self._keys[:, :, slots], self._counter[:, slots]
+        for row in range(0, rows, stride):
+            part = slice(row, min(row + stride, rows))
             for block in range(0, blocks, _TILE_BLOCKS):
-                out = self._normal[slots, block : block + _TILE_BLOCKS]
-                self._tile(out.shape[0], out.shape[1]).fill(keys, counter, block, out)
-        return self._normal[:batch].reshape(batch, -1)[:, : self._elements]
+                out = self._normal[part, block : block + _TILE_BLOCKS]
+                self._tile(out.shape[0], out.shape[1]).fill(keys[:, :, part], counter[:, part], block, out)
+        return self._normal[:rows].reshape(steps, batch, -1)[..., : self._elements]
 
-    def _tile(self, slots: int, blocks: int) -> _Tile:
+    def _tile(self, rows: int, blocks: int) -> _Tile:
         """The scratch for this shape: of whole tiles, and of the last one each way."""
-        tile = self._tiles.get((slots, blocks))
+        tile = self._tiles.get((rows, blocks))
         if tile is None:
             if len(self._tiles) == 4:  # a changing batch must not collect a tile for each size
                 self._tiles.clear()
-            tile = self._tiles[slots, blocks] = _Tile(slots, blocks)
+            tile = self._tiles[rows, blocks] = _Tile(rows, blocks)
         return tile

@@ -20,6 +20,7 @@ def every_column_table(seed: int, steps: int) -> StepTable:
     """A table that uses all columns of the rule: no solver does yet, and the chain must not know."""
     rng = np.random.default_rng(seed)
     columns = {name: rng.uniform(-0.6, 0.6, steps) for name in ("a", "b", "c", "d", "e", "f", "g")}
+    columns["e"][3:5] = 0  # steps without noise between steps with it
     return StepTable.from_columns(t=np.sort(rng.integers(0, 30, steps))[::-1], lo=-0.9, hi=0.8, **columns)
 
 

@@ -31,7 +31,7 @@ KNOWN_ANSWERS = [
 def addressed(seeds: list[int], indices: list[int], draws: list[int], elements: int) -> NDArray[np.float32]:
     source = AddressedNoise(len(seeds), elements)
     source.assign(slice(0, len(seeds)), np.array(seeds, np.uint64), np.array(indices, np.uint64))
-    return source.fill(np.array(draws)).copy()
+    return source.fill(np.array([draws]))[0].copy()
 
 
 def golden_cases() -> NDArray[np.float32]:
@@ -71,7 +71,7 @@ def test_a_slot_takes_up_its_new_address() -> None:
     source = AddressedNoise(3, 16)
     source.assign(slice(0, 3), np.array([1, 1, 1], np.uint64), np.array([0, 1, 2], np.uint64))
     source.assign(slice(1, 2), np.array([9], np.uint64), np.array([77], np.uint64))
-    np.testing.assert_array_equal(source.fill(np.array([4, 5, 6]))[1], addressed([9], [77], [5], 16)[0])
+    np.testing.assert_array_equal(source.fill(np.array([[4, 5, 6]]))[0, 1], addressed([9], [77], [5], 16)[0])
 
 
 def test_golden_bits() -> None:
@@ -124,3 +124,12 @@ def test_noise_is_standard_normal() -> None:
     assert abs((np.abs(z) > 3).mean() - 0.0026998) < 5 * (0.0027 / n) ** 0.5
     for lag in (1, 2, 3, 4, 65536):
         assert abs((z[lag:] * z[:-lag]).mean()) < 5 / (n - lag) ** 0.5
+
+
+def test_noise_of_several_steps_is_that_of_each() -> None:
+    source = AddressedNoise(3, 20)
+    assert source.lookahead > 4
+    source.assign(slice(0, 3), np.array([1, 1, 2], np.uint64), np.array([0, 1, 2], np.uint64))
+    draws = np.array([[9, 5, 7], [8, 4, 6], [7, 3, 5]])
+    for made, wanted in zip(source.fill(draws).copy(), draws, strict=True):
+        np.testing.assert_array_equal(made, addressed([1, 1, 2], [0, 1, 2], wanted.tolist(), 20))

@@ -233,7 +233,7 @@ def test_equal_models_are_equal() -> None:
 
 def test_errors_are_measured_and_located() -> None:
     """An error of one part in a thousand below t = 300 is found there, at that size, and nowhere else."""
-    result = compare(Off(0), Off(1e-3, below=300), count=2, forced=None)
+    result = compare(Off(0), Off(1e-3, below=300), count=2, forced=1000)
     assert not result.within
     assert result.first_past == 299
     assert len(result.steps) == 1000

@@ -6,6 +6,8 @@ import click
 
 from ddpm_deploy.cli.common import FilePath, command, duration, logger, open_denoiser, progress, time_step
 
+_FORCED = 50  # timesteps at which predictions are compared
+
 
 @command(
     """
@@ -58,7 +60,9 @@ def main(
     require_comparable(models[0].spec, models[1].spec)
     timesteps = models[0].spec.timesteps
     length = min(steps or timesteps, timesteps)
-    forecast = length * sum(time_step(model, count) for model in models)
+    forced = length if every else min(length, _FORCED)
+    reference_time, candidate_time = (time_step(model, count) for model in models)
+    forecast = length * reference_time + (length + forced) * candidate_time
     logger.info("%d images · 2 chains of %d steps · about %s", count, length, duration(forecast))
     with progress("comparing", length=2 * length) as bar:
         result = compare(
@@ -67,7 +71,7 @@ def main(
             count=count,
             steps=steps,
             seed=seed,
-            forced=None if every else 50,
+            forced=forced,
             progress=bar.advance,
         )
     for model in models:

@@ -14,17 +14,23 @@ from ddpm_deploy.runtime.denoiser import Array, Denoiser
 from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable
 
 T, A, B, LO, HI, C, D, E, F, G = (COLUMNS.index(name) for name in COLUMNS[:10])
+_ZERO: Final = np.zeros((), np.float32)
 IDLE: Final = 0  # the row pointer of a slot with nothing to do
 
 
 class NoiseSource(Protocol):
-    """Where x_T and z come from: `noise.AddressedNoise`, or a peer's own noise."""
+    """Where x_T and z come from: `noise.AddressedNoise`, or a peer's own noise.
+
+    lookahead: steps whose noise the chain may ask for at once.
+    """
+
+    lookahead: int
 
     def assign(self, slots: slice, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
         """Say whose noise these slots make from now on."""
 
     def fill(self, draws: NDArray[np.int64]) -> Array:
-        """Give the leading slots their noise: draws (B,) → (B, C·H·W). Overwritten by the next call."""
+        """Give the leading slots their noise: draws (K, B) → (K, B, C·H·W). Overwritten by the next call."""
 
 
 class Chain:
@@ -49,6 +55,9 @@ class Chain:
         self._scratch = np.empty_like(self._x0)
         self._current = np.zeros((slots, len(COLUMNS)), np.float32)
         self._timestep = np.zeros(slots, np.int64)
+        self._ahead = np.empty((0, slots, elements), np.float32)  # noise of the steps to come
+        # Whether any table so far uses x̂0_prev or the raw prediction: few do.
+        self._uses_previous = self._uses_prediction = False
 
     @property
     def x(self) -> Array:
@@ -75,8 +84,9 @@ class Chain:
         self._end[slots] = first + len(table)
         self._x0_previous[slots] = 0
         self.noise.assign(slots, seeds, indices)
-        x_T = self.noise.fill(np.zeros(slots.stop, np.int64))  # noqa: N806  (the paper's name)
+        x_T = self.noise.fill(np.zeros((1, slots.stop), np.int64))[0]  # noqa: N806  (the paper's name)
         self._flat(self.denoiser.x)[slots] = x_T[slots]
+        self._ahead = self._ahead[:0]  # the noise made ahead was of other slots
 
     def _first_row(self, table: StepTable) -> int:
         known = self._tables.get(id(table))
@@ -84,6 +94,8 @@ class Chain:
             known = table, len(self._rows)
             self._rows = np.concatenate([self._rows, table.float32_rows()])
             self._tables[id(table)] = known
+            self._uses_previous |= bool(table["f"].any())
+            self._uses_prediction |= bool(table["g"].any())
         return known[1]
 
     def clear(self) -> None:
@@ -122,20 +134,33 @@ class Chain:
         np.multiply(x0, row[:, C], scratch)
         np.add(x, scratch, x)
         if row[:, E].any():
-            z = self.noise.fill(self._timestep[:batch] + 1)
-            np.multiply(z, row[:, E], scratch)
+            np.multiply(self._next_noise(batch), row[:, E], scratch)
             np.add(x, scratch, x)
-        np.multiply(x0_previous, row[:, F], scratch)
-        np.add(x, scratch, x)
-        np.multiply(out, row[:, G], scratch)
-        np.add(x, scratch, x)
+        else:
+            self._ahead = self._ahead[1:]
+        if self._uses_previous:
+            np.multiply(x0_previous, row[:, F], scratch)
+            np.add(x, scratch, x)
+        if self._uses_prediction:
+            np.multiply(out, row[:, G], scratch)
+            np.add(x, scratch, x)
         # -0 becomes +0, so that a term with a zero coefficient may as well not be computed.
-        np.add(x, np.float32(0), x)
+        np.add(x, _ZERO, x)
 
         self._x0, self._x0_previous = self._x0_previous, self._x0
         pointer = self._pointer[:batch]
         pointer += pointer != IDLE
         pointer[pointer == self._end[:batch]] = IDLE
+
+    def _next_noise(self, batch: int) -> Array:
+        """z of the leading slots at their steps, (B, C·H·W), made for some steps to come as well."""
+        if not len(self._ahead):
+            pointers = self._pointer[:batch] + np.arange(self.noise.lookahead)[:, None]  # (K, B)
+            # Past a chain's end this asks for noise that is never used.
+            timesteps = self._rows[:, T].take(pointers, mode="clip")
+            self._ahead = self.noise.fill(timesteps.astype(np.int64) + 1)
+        z, self._ahead = self._ahead[0, :batch], self._ahead[1:]
+        return z
 
     @staticmethod
     def _flat(array: Array) -> Array:

@@ -48,6 +48,8 @@ class OrtDenoiser:
         options.log_severity_level = 4  # what it logs, it also raises
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
+        # Its threads spin while a network runs, and leave the cores to others between two runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:

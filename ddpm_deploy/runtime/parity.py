@@ -99,13 +99,13 @@ def compare(
     count: int,
     steps: int | None = None,
     seed: int = 0,
-    forced: int | None = 50,
+    forced: int = 50,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run both chains whole on the same noise, and the candidate on the reference's x_t on the way.
 
     count: images, at most either's max_batch. steps: of the chains (None: T). forced: timesteps that
-    are compared teacher-forced, evenly spaced (None: every one of the chain).
+    are compared teacher-forced, evenly spaced, at most all of the chain's.
 
     Raises SettingError where the two are not the same kind of model, or an argument is out of range.
     """
@@ -123,9 +123,7 @@ def compare(
         variance=spec.variance,
         clip=spec.value_range,
     )
-    compared = set(
-        np.linspace(0, len(table) - 1, min(forced or len(table), len(table))).round().astype(int).tolist()
-    )
+    compared = set(np.linspace(0, len(table) - 1, min(forced, len(table))).round().astype(int).tolist())
 
     def run(denoiser: Denoiser, visit: Callable[[int], None]) -> Array:
         chain = Chain(denoiser)

@@ -224,6 +224,8 @@ class Sampler:
 class _GivenNoise(NoiseSource):
     """A caller's noise for the part of the call's samples that starts at `done`."""
 
+    lookahead = 1
+
     def __init__(self, noise: Noise, image_shape: tuple[int, ...], count: int, done: int) -> None:
         self._noise = noise
         self._shape = (count, *image_shape)
@@ -234,7 +236,8 @@ class _GivenNoise(NoiseSource):
 
     def fill(self, draws: NDArray[np.int64]) -> Array:
         """The caller's noise for this draw, the same for all slots, as they started together."""
-        given = np.asarray(self._noise(int(draws[0])), np.float32)
+        given = np.asarray(self._noise(int(draws[0, 0])), np.float32)
         if given.shape != self._shape:
             raise SettingError(f"noise(draw) gave the shape {given.shape}, and {self._shape} is needed")
-        return given[self._done : self._done + len(draws)].reshape(len(draws), -1)
+        batch = draws.shape[1]
+        return given[self._done : self._done + batch].reshape(1, batch, -1)

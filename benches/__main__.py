@@ -1,0 +1,65 @@
+"""Run the benchmarks and write docs/benchmarks.md."""
+
+import datetime
+import os
+import platform
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from benches import chain, process
+from benches.models import export_preset
+from benches.table import Row
+
+DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PACKAGES = ("numpy", "onnxruntime", "torch", "diffusers")
+
+INTRODUCTION = """\
+# Benchmarks
+
+Made by `make bench` (`python -m benches`) on {date}: {machine}, Python {python}, {packages}.
+Random weights of the presets' networks: time does not depend on them. What is compared runs in one process, in
+turn, in blocks of {block} steps; a ratio is of medians, with the smallest and largest ratio of two neighbouring
+blocks after it. Nothing here was run on a GPU.
+
+"""
+
+
+def main() -> None:
+    """Measure everything, print each row as it comes, and write the table."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        models = {preset: export_preset(preset, Path(name)) for preset in ("digits", "cifar10")}
+        for group in (
+            process.measure(models),
+            chain.measure(models["digits"], batch=16, limit=0.04, peers=False),
+            chain.measure(models["cifar10"], batch=1, limit=0.01, peers=True),
+        ):
+            for row in group:
+                print(row.markdown(), flush=True)
+                rows.append(row)
+    DOCS.write_text(_page(rows))
+    print(f"wrote {DOCS}")
+
+
+def _page(rows: list[Row]) -> str:
+    introduction = INTRODUCTION.format(
+        date=datetime.date.today().isoformat(),
+        machine=f"{os.cpu_count()} cores of {_cpu()}",
+        python=platform.python_version(),
+        packages=", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES),
+        block=chain.BLOCK,
+    )
+    head = "| what | measured | asked | |\n| --- | --- | --- | --- |\n"
+    return introduction + head + "".join(row.markdown() + "\n" for row in rows)
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    main()

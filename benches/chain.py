@@ -1,0 +1,158 @@
+"""The chain against the network alone, and against the same chain elsewhere."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+import torch
+
+from benches.models import Model, diffusers_pipeline
+from benches.table import Row
+from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.runtime.denoiser import Denoiser
+from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.solvers import ddpm, leading_timesteps
+from ddpm_deploy.train.denoiser import TorchDenoiser
+
+BLOCK: Final = 8  # steps in a row, before the next candidate's turn
+ROUNDS: Final = 12
+
+Block = Callable[[], None]  # runs BLOCK steps
+
+
+class _Timed:
+    """A Denoiser that adds up the time spent in its network."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        self.inner = inner
+        self.seconds = 0.0
+        self.spec, self.device, self.max_batch = inner.spec, inner.device, inner.max_batch
+        self.x, self.temb, self.prediction = inner.x, inner.temb, inner.prediction
+
+    def run(self, batch: int) -> None:
+        """The network, timed."""
+        start = time.perf_counter()
+        self.inner.run(batch)
+        self.seconds += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Free the network."""
+        self.inner.close()
+
+
+def measure(model: Model, *, batch: int, limit: float, peers: bool) -> Iterator[Row]:
+    """Rows for one network at one batch size."""
+    label = f"{model.name}, batch {batch}"
+    yield _outside(model, batch, limit, label)
+    blocks = {
+        "ours": _chain_block(OrtDenoiser(model.onnx, max_batch=batch), batch),
+        "bare": _bare_block(model, batch),
+    }
+    times = _interleave(blocks)
+    yield Row(f"{label}: our chain ÷ bare ONNX Runtime calls", _ratio(times["ours"], times["bare"]))
+    yield Row(f"{label}: a step of our chain", f"{_median(times['ours']) * 1e3:.1f} ms")
+    if peers:
+        yield from _against_peers(model, batch, label)
+
+
+def _outside(model: Model, batch: int, limit: float, label: str) -> Row:
+    """Time outside the network ÷ time in it, over whole blocks: the median, which noise in the network spares."""
+    timed = _Timed(OrtDenoiser(model.onnx, max_batch=batch))
+    block = _chain_block(timed, batch)
+    shares = []
+    for _ in range(ROUNDS):
+        timed.seconds, start = 0.0, time.perf_counter()
+        block()
+        shares.append((time.perf_counter() - start - timed.seconds) / timed.seconds)
+    share = statistics.median(shares)
+    spread = f"{share:.2%} ({min(shares):.2%} … {max(shares):.2%})"
+    return Row(f"{label}: time outside the network ÷ in it", spread, f"≤ {limit:.0%}", share <= limit)
+
+
+def _against_peers(model: Model, batch: int, label: str) -> Iterator[Row]:
+    ours = _chain_block(OrtDenoiser(model.onnx, max_batch=batch), batch)
+    contiguous = _chain_block(TorchDenoiser(model.network, model.spec, max_batch=batch), batch)
+    channels_last = copy.deepcopy(model.network)
+    for parameter in channels_last.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    blocks = {
+        "ours": ours,
+        "torch": contiguous,
+        "torch channels-last": _chain_block(TorchDenoiser(channels_last, model.spec, max_batch=batch), batch),
+        "diffusers": _diffusers_block(model, batch),
+    }
+    times = _interleave(blocks)
+    eager = min(times["torch"], times["torch channels-last"], key=_median)
+    for name, peer, wanted in (
+        ("PyTorch eager", eager, 1.2),
+        ("diffusers' DDPMPipeline", times["diffusers"], 1.35),
+    ):
+        ratio = _median(peer) / _median(times["ours"])
+        yield Row(f"{label}: {name} ÷ our chain", _ratio(peer, times["ours"]), f"≥ {wanted}", ratio >= wanted)
+
+
+def _chain_block(denoiser: Denoiser, batch: int) -> Block:
+    """BLOCK steps on in the full chain, which is long enough for all rounds."""
+    spec = denoiser.spec
+    table = ddpm(spec.make_schedule(), leading_timesteps(spec.timesteps, spec.timesteps))
+    chain = Chain(denoiser)
+
+    chain.start(slice(0, batch), table, np.zeros(batch, np.uint64), np.arange(batch, dtype=np.uint64))
+
+    def block() -> None:
+        for _ in range(BLOCK):
+            chain.step()
+
+    return block
+
+
+def _bare_block(model: Model, batch: int) -> Block:
+    options = onnxruntime.SessionOptions()
+    # As ours: threads that spin on after their turn would slow down whoever comes next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(model.onnx, options, providers=["CPUExecutionProvider"])
+    feeds = {
+        "x": np.random.default_rng(0).standard_normal((batch, *model.spec.image_shape), np.float32),
+        "temb": model.spec.embedding.table(1)[[0] * batch],
+    }
+
+    def block() -> None:
+        for _ in range(BLOCK):
+            session.run(None, feeds)
+
+    return block
+
+
+def _diffusers_block(model: Model, batch: int) -> Block:
+    pipeline: Any = diffusers_pipeline(model)
+
+    def block() -> None:
+        pipeline(batch_size=batch, num_inference_steps=BLOCK, output_type="np")
+
+    return block
+
+
+def _interleave(blocks: dict[str, Block]) -> dict[str, list[float]]:
+    """Seconds a step of each candidate, in turn, ROUNDS times after a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in blocks}
+    for round_ in range(ROUNDS + 1):
+        for name, block in blocks.items():
+            start = time.perf_counter()
+            block()
+            if round_:
+                times[name].append((time.perf_counter() - start) / BLOCK)
+    return times
+
+
+def _median(times: list[float]) -> float:
+    return statistics.median(times)
+
+
+def _ratio(upper: list[float], lower: list[float]) -> str:
+    pairs = [a / b for a, b in zip(upper, lower, strict=True)]
+    return f"{_median(upper) / _median(lower):.3f} ({min(pairs):.3f} … {max(pairs):.3f})"
