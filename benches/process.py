@@ -1,6 +1,5 @@
 """Whole processes: how long they take to start, and how much memory they take."""
 
-import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,12 @@ session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProv
 shapes = {i.name: [1, *i.shape[1:]] for i in session.get_inputs()}
 for _ in range(5):
     session.run(None, {name: numpy.zeros(shape, "f4") for name, shape in shapes.items()})
+"""
+
+_WATCH = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
@@ -73,12 +78,12 @@ def _interleaved(*commands: Sequence[str | Path]) -> list[float]:
 
 
 def _peak_mb(command: Sequence[str | Path]) -> float:
-    """The largest resident set of a process."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_maxrss / 1000
+    """The largest resident set of a process.
+
+    A child's figure starts from its parent's size, so the parent is a small process of its own.
+    """
+    watched = [sys.executable, "-c", _WATCH, *command]
+    return int(subprocess.run(watched, check=True, capture_output=True, text=True).stdout) / 1000
 
 
 def _installed_mb(environment: Path) -> float:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ddpm_deploy")
 
 FilePath = click.Path(path_type=Path)
+
+_LOG_SECONDS: Final = 15.0
 
 
 class Refusal(click.ClickException):
@@ -110,34 +112,44 @@ def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], N
     return set_level
 
 
-class Bar:
-    """A progress bar on standard error, where that is a terminal and nobody asked for quiet."""
+class _Log:
+    """Progress where there is no terminal: a line in the log now and then."""
 
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
+    def __init__(self, label: str, length: int, done: int) -> None:
+        self._label, self._length, self._done = label, length, done
+        self._next = time.monotonic() + _LOG_SECONDS
 
-    def advance(self, steps: int, note: str | None = None) -> None:
-        """Move on, and show `note` at the end of the line."""
-        if self._bar is not None:
-            self._bar.update(steps, note)
+    def update(self, steps: int, note: str | None) -> None:
+        """Move on, and log it if it is time to."""
+        self._done += steps
+        if time.monotonic() > self._next:
+            self._next = time.monotonic() + _LOG_SECONDS
+            logger.info("%s: %d of %d%s", self._label, self._done, self._length, f" · {note}" if note else "")
 
 
 @contextmanager
-def progress(label: str, length: int, done: int = 0) -> Iterator[Bar]:
-    """Show how far long work has come, in steps."""
+def progress(label: str, length: int, done: int = 0) -> Iterator[Callable[[int, str | None], None]]:
+    """Give the function that tells how long work goes on: `advance(steps, note)`.
+
+    A bar on a terminal, with the time left; elsewhere lines in the log; nothing under --quiet.
+    """
     if not sys.stderr.isatty() or logger.level > logging.INFO:
-        yield Bar(None)
+        yield _Log(label, length, done).update
         return
     with click.progressbar(
-        length=length,
-        label=label,
-        file=sys.stderr,
-        show_pos=True,
-        item_show_func=lambda note: note,
-        update_min_steps=1,
+        length=length, label=label, file=sys.stderr, show_pos=True, item_show_func=lambda note: note
     ) as bar:
         bar.update(done)
-        yield Bar(bar)
+        latest = ""
+
+        def advance(steps: int, note: str | None) -> None:
+            nonlocal latest
+            latest = (
+                note or latest
+            )  # click shows what came with the last step, and not every step brings a note
+            bar.update(steps, latest)
+
+        yield advance
 
 
 def open_denoiser(

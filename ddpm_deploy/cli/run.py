@@ -105,13 +105,13 @@ def main(
             "%s · %d steps · about %s · %.0f MB", images, len(table), duration(forecast), resident_mb()
         )
         start = time.perf_counter()
-        with progress("sampling", length=count * len(table)) as bar, destination.open() as write:
+        with progress("sampling", length=count * len(table)) as advance, destination.open() as write:
             for samples in sampler.iter_samples(
                 count,
                 steps=steps,
                 seed=seed,
                 first_index=first_index,
-                callback=lambda step, x, x0: bar.advance(len(x)),
+                callback=lambda step, x, x0: advance(len(x), None),
             ):
                 write(samples)
         took = time.perf_counter() - start

@@ -90,8 +90,8 @@ def main(
 
     \b
     Presets:
-      digits   8×8 grey, 0.4 M parameters: minutes on a CPU
-      small    32×32, 2.7 M parameters: hours on a CPU, minutes on a GPU
+      digits   8×8 grey, 0.7 M parameters: minutes on a CPU
+      small    32×32, 1.5 M parameters: an hour on a CPU
       cifar10  32×32 RGB, the paper's 35.7 M parameters: for a GPU
     """
     from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES
@@ -130,8 +130,8 @@ def _train(trainer: "Trainer", output: Path) -> None:
         trainer.device,
         parameters / 1e6,
     )
-    with progress("training", length=settings.steps, done=trainer.steps_done) as bar:
-        session = Session(trainer, output, bar.advance)
+    with progress("training", length=settings.steps, done=trainer.steps_done) as advance:
+        session = Session(trainer, output, advance)
         finished = session.run()
     if not finished:
         click.echo(
@@ -202,9 +202,13 @@ def _images(settings: "Settings", source: "Source", spec: "ModelSpec") -> Any:
     from ddpm_deploy.train.data import read_images
 
     channels, size, _ = spec.image_shape
-    with progress("reading images", length=source.count) as bar:
+    with progress("reading images", length=source.count) as advance:
         images = read_images(
-            source, size, channels, skip_broken=settings.skip_broken, progress=lambda done: bar.advance(done)
+            source,
+            size,
+            channels,
+            skip_broken=settings.skip_broken,
+            progress=lambda done: advance(done, None),
         )
     left_out = source.count - len(images)
     logger.info("%d images%s", len(images), f" ({left_out} broken ones left out)" if left_out else "")

@@ -64,7 +64,7 @@ def main(
     reference_time, candidate_time = (time_step(model, count) for model in models)
     forecast = length * reference_time + (length + forced) * candidate_time
     logger.info("%d images · 2 chains of %d steps · about %s", count, length, duration(forecast))
-    with progress("comparing", length=2 * length) as bar:
+    with progress("comparing", length=2 * length) as advance:
         result = compare(
             models[0],
             models[1],
@@ -72,7 +72,7 @@ def main(
             steps=steps,
             seed=seed,
             forced=forced,
-            progress=bar.advance,
+            progress=lambda steps: advance(steps, None),
         )
     for model in models:
         model.close()

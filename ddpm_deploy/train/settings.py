@@ -101,10 +101,10 @@ PRESETS: Final = {
         image_size=32,
         channels=None,
         network=UNetConfig(
-            channels=32, channel_mults=(1, 2, 4), blocks=1, attention_levels=(2,), dropout=0.0
+            channels=32, channel_mults=(1, 2, 2, 2), blocks=1, attention_levels=(2,), groups=8, dropout=0.0
         ),
         steps=5000,
-        batch_size=32,
+        batch_size=16,
         learning_rate=5e-4,
         warmup_steps=200,
         decay="cosine",
