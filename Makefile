@@ -36,7 +36,7 @@ $(DEMO)/digits.onnx: $(DEMO)/digits.pt
 
 $(DEMO)/samples.png: $(DEMO)/digits.onnx
 	$(BIN)/ddpm-verify $(DEMO)/digits.pt $< --plot $(DEMO)/parity.png --report $(DEMO)/parity.json
-	$(BIN)/ddpm-run $< --steps 1000 --count 64 --seed 0 -o $@
+	$(BIN)/ddpm-run $< --steps 1000 --count 36 --seed 0 -o $@
 
 check: .venv/installed
 	$(BIN)/ruff check .

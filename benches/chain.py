@@ -15,7 +15,6 @@ from benches.table import Row
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.denoiser import Denoiser
 from ddpm_deploy.runtime.ort import OrtDenoiser
-from ddpm_deploy.solvers import ddpm, leading_timesteps
 from ddpm_deploy.train.denoiser import TorchDenoiser
 
 BLOCK: Final = 8  # steps in a row, before the next candidate's turn
@@ -98,8 +97,7 @@ def _against_peers(model: Model, batch: int, label: str) -> Iterator[Row]:
 
 def _chain_block(denoiser: Denoiser, batch: int) -> Block:
     """BLOCK steps on in the full chain, which is long enough for all rounds."""
-    spec = denoiser.spec
-    table = ddpm(spec.make_schedule(), leading_timesteps(spec.timesteps, spec.timesteps))
+    table = denoiser.spec.step_table()
     chain = Chain(denoiser)
 
     chain.start(slice(0, batch), table, np.zeros(batch, np.uint64), np.arange(batch, dtype=np.uint64))

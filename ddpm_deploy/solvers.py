@@ -19,6 +19,8 @@ from ddpm_deploy.schedule import Schedule
 
 Prediction = Literal["epsilon", "v", "x0"]
 Variance = Literal["fixed_small", "fixed_large"]
+Solver = Literal["ddpm"]
+Spacing = Literal["leading"]
 
 # The columns of a row, in the order in which the float32 rows hold them. The last two bound the
 # learned-range variance, ln β̃ and ln β; they are zero where the variance is fixed.

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
-from ddpm_deploy.errors import SpecError
+from ddpm_deploy.errors import SettingError, SpecError
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
-from ddpm_deploy.solvers import Prediction, Variance
+from ddpm_deploy.solvers import Prediction, Solver, Spacing, StepTable, Variance, ddpm, leading_timesteps
 
 SPEC_VERSION: Final = 1
 SPEC_KEY: Final = "ddpm_deploy.spec"  # its name in an ONNX file's metadata
@@ -134,6 +134,26 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def make_schedule(self) -> Schedule:
         """The forward process the model was trained on."""
         return Schedule(self.schedule.betas(self.timesteps))
+
+    def step_table(
+        self, steps: int | None = None, *, solver: Solver = "ddpm", spacing: Spacing = "leading"
+    ) -> StepTable:
+        """The rows of this model's reverse chain in `steps` steps, 1 .. T (None: all T).
+
+        Raises SettingError where a setting is out of range or not known.
+        """
+        if solver != "ddpm":
+            raise SettingError(f"solver {solver!r} is not known: choose 'ddpm'")
+        if spacing != "leading":
+            raise SettingError(f"spacing {spacing!r} is not known: choose 'leading'")
+        timesteps = leading_timesteps(self.timesteps, self.timesteps if steps is None else steps)
+        return ddpm(
+            self.make_schedule(),
+            timesteps,
+            prediction=self.prediction,
+            variance=self.variance,
+            clip=self.value_range,
+        )
 
     def to_builtins(self) -> dict[str, Any]:
         """As plain dicts and lists, for printing."""

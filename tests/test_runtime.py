@@ -249,7 +249,7 @@ def test_nan_is_past_tolerance() -> None:
     result = compare(Off(0), Off(float("nan"), below=500), count=1, steps=10)
     assert not result.within
     assert result.first_past == 400
-    assert not spot_check(Off(0), Off(float("nan")), (1,)).relative_rms <= 1
+    assert spot_check(Off(0), Off(float("nan"), below=500), (1, 2)).relative_rms == float("inf")
 
 
 def test_psnr_is_that_of_its_definition() -> None:

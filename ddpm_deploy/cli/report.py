@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import OutputError
 from ddpm_deploy.files import atomic, show
@@ -47,19 +45,29 @@ def _decibels(value: float) -> str:
 
 
 def write_json(result: Comparison, reference: ModelSpec, candidate: ModelSpec, path: Path) -> None:
-    """Every figure; infinities as null."""
+    """Every figure; those that are not finite as null, which JSON has in their place."""
     content: dict[str, Any] = {
         "ddpm_deploy": __version__,
         "within_tolerance": result.within,
         "tolerance": asdict(result.tolerance),
         "first_t_past_tolerance": result.first_past,
-        "psnr": [float(value) if np.isfinite(value) else None for value in result.psnr],
-        "steps": [asdict(step) | {"relative_rms": step.relative_rms} for step in result.steps],
+        "psnr": [_finite(value) for value in result.psnr],
+        "steps": [
+            {
+                name: _finite(value)
+                for name, value in (asdict(step) | {"relative_rms": step.relative_rms}).items()
+            }
+            for step in result.steps
+        ],
         "reference": reference.to_builtins(),
         "candidate": candidate.to_builtins(),
     }
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def require_plotting() -> None:

@@ -3,6 +3,7 @@
 import secrets
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from ddpm_deploy.cli.common import (
     resident_mb,
     time_step,
 )
+
+if TYPE_CHECKING:
+    from ddpm_deploy.solvers import Solver, Spacing
 
 
 @command(
@@ -74,8 +78,8 @@ def main(
     seed: int | None,
     first_index: int,
     batch: int | None,
-    solver: str,
-    spacing: str,
+    solver: "Solver",
+    spacing: "Spacing",
     device: str | None,
     threads: int | None,
     as_float: bool,
@@ -88,7 +92,7 @@ def main(
     denoiser = open_denoiser(model, device=device, threads=threads, max_batch=batch and min(batch, count))
     with Sampler(denoiser) as sampler:
         spec = sampler.spec
-        table = sampler.table(steps, solver="ddpm", spacing="leading")
+        table = sampler.table(steps, solver=solver, spacing=spacing)
         origin = {
             "model": spec.provenance.digest,
             "seed": seed,
@@ -109,6 +113,8 @@ def main(
             for samples in sampler.iter_samples(
                 count,
                 steps=steps,
+                solver=solver,
+                spacing=spacing,
                 seed=seed,
                 first_index=first_index,
                 callback=lambda step, x, x0: advance(len(x), None),

@@ -90,20 +90,21 @@ class Destination:
 
     def check(self) -> None:
         """Raise OutputError where the samples could not be written: ask this before long work."""
-        suffix = self.path.suffix.lower()
-        if self._is_folder:
-            if self.path.is_file():
-                raise OutputError(f"{show(self.path)} is a file; a folder of images needs another name")
-            require_output(self.path / "x" if self.path.is_dir() else self.path)
-        elif suffix not in (".png", ".npz"):
-            raise OutputError(
-                f"{show(self.path)}: samples go to a .png (one grid), an .npz or a folder, not a {suffix}"
-            )
-        else:
-            require_output(self.path)
-        if self.as_float and suffix != ".npz":
-            raise OutputError(f"{show(self.path)}: only an .npz holds floats")
-        if suffix == ".png" and not self._is_folder and self.count > _LARGEST_GRID:
+        suffix = "" if self._is_folder else self.path.suffix.lower()
+        name = show(self.path)
+        if suffix not in ("", ".png", ".npz"):
+            raise OutputError(f"{name}: samples go to a .png (one grid), an .npz or a folder, not a {suffix}")
+        if self._is_folder and self.path.is_file():
+            raise OutputError(f"{name} is a file; a folder of images needs another name")
+        require_output(self.path / "x" if self.path.is_dir() else self.path)
+        if suffix == ".npz":
+            return
+        require("PIL.Image", "cpu")
+        if self.as_float:
+            raise OutputError(f"{name}: only an .npz holds floats")
+        if self.spec.image_shape[0] not in (1, 3):
+            raise OutputError(f"{name}: images of {self.spec.image_shape[0]} channels go to an .npz")
+        if suffix == ".png" and self.count > _LARGEST_GRID:
             raise OutputError(
                 f"{self.count} images do not fit in one grid (at most {_LARGEST_GRID}): name an .npz or a folder"
             )

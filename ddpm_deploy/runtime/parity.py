@@ -1,6 +1,7 @@
 """Two Denoisers compared: the same question to both (teacher-forced), and their chains on the same noise."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.denoiser import Array, Denoiser
-from ddpm_deploy.solvers import ddpm, leading_timesteps
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.tolerances import PARITY, Parity
 
@@ -45,10 +45,14 @@ class StepErrors:
 
     @property
     def relative_rms(self) -> float:
-        """RMS of the error relative to the RMS of the reference's prediction; 0 where both are zero."""
+        """RMS of the error relative to the RMS of the reference's prediction.
+
+        0 where there is no error; infinite where the reference is zero or a number is not finite.
+        """
         if self.rms == 0:
             return 0.0
-        return self.rms / self.reference_rms if self.reference_rms else float("inf")
+        ratio = self.rms / self.reference_rms if self.reference_rms else math.inf
+        return ratio if math.isfinite(ratio) else math.inf
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,7 @@ class Comparison:
     @property
     def first_past(self) -> int | None:
         """The first timestep, in the order of the chain, whose prediction is past tolerance."""
-        # `not <=`, so that NaN is past it.
-        return next((s.timestep for s in self.steps if not s.relative_rms <= self.tolerance.prediction), None)
+        return next((s.timestep for s in self.steps if s.relative_rms > self.tolerance.prediction), None)
 
     @property
     def within(self) -> bool:
@@ -87,7 +90,7 @@ def spot_check(reference: Denoiser, candidate: Denoiser, batches: Sequence[int])
             reference.temb[:batch] = table[t]
             reference.run(batch)
             errors = _forced(reference, candidate, batch, int(t))
-            if not errors.relative_rms <= worst.relative_rms:
+            if errors.relative_rms > worst.relative_rms:
                 worst = SpotCheck(errors.relative_rms, int(t), batch)
     return worst
 
@@ -114,15 +117,7 @@ def compare(
         raise SettingError(
             f"count must be from 1 to {min(reference.max_batch, candidate.max_batch)}, not {count}"
         )
-    spec = reference.spec
-    timesteps = leading_timesteps(spec.timesteps, steps or spec.timesteps)
-    table = ddpm(
-        spec.make_schedule(),
-        timesteps,
-        prediction=spec.prediction,
-        variance=spec.variance,
-        clip=spec.value_range,
-    )
+    table = reference.spec.step_table(steps)
     compared = set(np.linspace(0, len(table) - 1, min(forced, len(table))).round().astype(int).tolist())
 
     def run(denoiser: Denoiser, visit: Callable[[int], None]) -> Array:
@@ -142,7 +137,7 @@ def compare(
 
     def visit(step: int) -> None:
         if step in compared:
-            errors.append(_forced(reference, candidate, count, int(timesteps[step])))
+            errors.append(_forced(reference, candidate, count, int(table.timesteps[step])))
 
     wanted = run(reference, visit)
     got = run(candidate, lambda step: None)
@@ -207,7 +202,7 @@ def summarise(steps: Sequence[StepErrors], timesteps: int) -> list[dict[str, Any
                     "from": top - 1,
                     "to": bottom,
                     "max": max(s.max for s in inside),
-                    "relative_rms": float(np.max(relative)),
+                    "relative_rms": max(relative),
                 }
             )
     return rows

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,9 @@ from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, Sett
 from ddpm_deploy.files import show
 from ddpm_deploy.runtime.chain import Chain, NoiseSource
 from ddpm_deploy.runtime.denoiser import Array, Denoiser
-from ddpm_deploy.solvers import StepTable, ddpm, leading_timesteps
+from ddpm_deploy.solvers import Solver, Spacing, StepTable
 from ddpm_deploy.spec import ModelSpec
 
-Solver = Literal["ddpm"]
-Spacing = Literal["leading"]
 Callback = Callable[[int, Array, Array], None]
 Noise = Callable[[int], Array]
 
@@ -40,7 +38,6 @@ class Sampler:
         self.denoiser = denoiser
         self._chain = Chain(denoiser)
         self._tables: dict[tuple[object, ...], StepTable] = {}
-        self._schedule = denoiser.spec.make_schedule()
         self._busy = threading.Lock()
 
     @classmethod
@@ -87,21 +84,9 @@ class Sampler:
         self, steps: int | None = None, *, solver: Solver = "ddpm", spacing: Spacing = "leading"
     ) -> StepTable:
         """The rows that `sample` runs for these settings."""
-        if solver != "ddpm":
-            raise SettingError(f"solver {solver!r} is not known: choose 'ddpm'")
-        if spacing != "leading":
-            raise SettingError(f"spacing {spacing!r} is not known: choose 'leading'")
         key = steps, solver, spacing
         if key not in self._tables:
-            spec = self.spec
-            timesteps = leading_timesteps(spec.timesteps, spec.timesteps if steps is None else steps)
-            self._tables[key] = ddpm(
-                self._schedule,
-                timesteps,
-                prediction=spec.prediction,
-                variance=spec.variance,
-                clip=spec.value_range,
-            )
+            self._tables[key] = self.spec.step_table(steps, solver=solver, spacing=spacing)
         return self._tables[key]
 
     def sample(
