@@ -19,7 +19,7 @@ CHECKPOINT_SUFFIXES: Final = (".pt", ".pth")
 ONNX_SUFFIX: Final = ".onnx"
 
 # Far above what our files hold; a file that asks for more is lying.
-_MAX_PICKLE_BYTES: Final = 64 << 20
+_MAX_PICKLE_BYTES: Final = 4 << 20
 _MAX_PROPERTY_BYTES: Final = 1 << 20
 _MAX_FIELDS: Final = 100_000
 

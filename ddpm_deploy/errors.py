@@ -54,3 +54,8 @@ class ParityError(DdpmDeployError):
 
 class OwnershipError(DdpmDeployError):
     """A Sampler was used while another call on it was still running."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, in one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

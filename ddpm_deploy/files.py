@@ -6,7 +6,8 @@ wrong, what stood under the name before still stands there.
 
 import errno
 import os
-import tempfile
+import secrets
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,13 +15,19 @@ from pathlib import Path
 from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError
 
 
-def show(path: Path) -> str:
-    """A path for a message: one line whatever its bytes are."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in os.fspath(path))
+def show(text: str | Path) -> str:
+    """A path, or a text out of a file, for a message: one line, whatever its characters are."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in os.fspath(text))
+
+
+def quoted(path: Path) -> str:
+    """A path in a command line to be pasted into a shell."""
+    return shlex.quote(show(path))
 
 
 def require_file(path: Path, error: type[DdpmDeployError] = ArtefactError) -> None:
     """Raise `error` unless `path` is a readable regular file that is not empty; name near misses."""
+    _require_text(path, error)
     try:
         if path.is_dir():
             raise error(f"{show(path)} is a folder, and a file is needed: name a file in it")
@@ -36,6 +43,14 @@ def require_file(path: Path, error: type[DdpmDeployError] = ArtefactError) -> No
         raise error(f"{show(path)} cannot be read: {_reason(problem)}") from problem
 
 
+def _require_text(path: Path, error: type[DdpmDeployError]) -> None:
+    """Neither torch nor ONNX Runtime opens a name that is not text, and what they say of it misleads."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as problem:
+        raise error(f"the name {show(path)} is not UTF-8: rename it, or reach it by a link") from problem
+
+
 def _near_misses(path: Path) -> str:
     with suppress(OSError):
         near = sorted(p.name for p in path.parent.iterdir() if p.stem == path.stem and p.is_file())
@@ -46,17 +61,18 @@ def _near_misses(path: Path) -> str:
 
 def require_output(path: Path) -> None:
     """Raise OutputError unless a file can be written at `path`: ask this before long work."""
+    _require_text(path, OutputError)
     folder = path.parent
     try:
         if path.is_dir():
             raise OutputError(f"{show(path)} is a folder: name a file to write")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{show(path)} is not a regular file: name another output")
         if not folder.is_dir():
             raise OutputError(
                 f"the folder {show(folder)} does not exist: create it, or choose another output"
             )
-        descriptor, name = tempfile.mkstemp(prefix=".ddpm-", dir=folder)
-        os.close(descriptor)
-        Path(name).unlink()
+        _create_beside(path).unlink()
     except (OSError, ValueError) as problem:
         raise _unwritable(path, problem) from problem
 
@@ -65,34 +81,34 @@ def require_output(path: Path) -> None:
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, with its suffix; rename it to `path` when the block succeeds.
 
-    Raises OutputError where the file cannot be written; the temporary file never stays behind.
+    Where `path` is a link, the file that it points at is replaced. Raises OutputError where the file
+    cannot be written; however the block ends, the temporary file does not stay behind.
     """
     try:
-        descriptor, name = tempfile.mkstemp(prefix=".ddpm-", suffix=path.suffix, dir=path.parent)
-        os.close(descriptor)
-    except (OSError, ValueError) as problem:
+        target = path.resolve()
+        temporary = _create_beside(target)
+    except (OSError, ValueError, RuntimeError) as problem:
         raise _unwritable(path, problem) from problem
-    temporary = Path(name)
     try:
         yield temporary
         _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as problem:
         raise _unwritable(path, problem) from problem
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _create_beside(path: Path) -> Path:
+    """A new, empty file with a name of its own."""
+    temporary = path.with_name(f".ddpm-{secrets.token_hex(8)}{path.suffix}")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return temporary
+
+
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _unwritable(path: Path, problem: Exception) -> OutputError:

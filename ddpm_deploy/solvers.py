@@ -101,6 +101,8 @@ def ddpm(
     section 4). `variance` is β̃ ("fixed_small") or β ("fixed_large"); the last step adds no noise.
     """
     here = schedule.alphas_cumprod[timesteps]
+    if here.min() < np.finfo(np.float32).tiny:
+        raise SettingError("this schedule has steps that float32 cannot hold: its ᾱ comes too near zero")
     there = np.append(here[1:], 1.0)  # ᾱ after the step
     beta = 1 - here / there
     posterior_variance = beta * (1 - there) / (1 - here)

@@ -4,12 +4,13 @@ The same text is in the checkpoint (an entry), in the ONNX file (a metadata prop
 (the network's name), so one file is enough to run.
 """
 
+import math
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
-from ddpm_deploy.errors import SettingError, SpecError
+from ddpm_deploy.errors import SettingError, SpecError, first_line
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
 from ddpm_deploy.solvers import Prediction, Solver, Spacing, StepTable, Variance, ddpm, leading_timesteps
@@ -18,6 +19,9 @@ SPEC_VERSION: Final = 1
 SPEC_KEY: Final = "ddpm_deploy.spec"  # its name in an ONNX file's metadata
 # TensorRT keeps 4095 characters of a network's name and silently drops a longer one.
 MAX_SPEC_BYTES: Final = 3999
+
+_MAX_IMAGE_SIZE: Final = 2**26  # numbers: a quarter of a gigabyte
+_MAX_EMBEDDING_SIZE: Final = 2**26
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
 Text = Annotated[str, msgspec.Meta(max_length=200)]
@@ -55,6 +59,20 @@ class UNetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def size_divisor(self) -> int:
         """Heights and widths must be multiples of this, as each level but the last halves them."""
         return int(2 ** (len(self.channel_mults) - 1))
+
+    def require_sound(self, image_shape: tuple[int, int, int]) -> None:
+        """Raise ValueError unless there is such a network for images (C, H, W)."""
+        _, height, width = image_shape
+        if height % self.size_divisor or width % self.size_divisor:
+            raise ValueError(
+                f"images of {height}×{width} cannot be halved {len(self.channel_mults) - 1} times"
+            )
+        for mult in self.channel_mults:
+            channels = self.channels * mult
+            if channels % self.groups or self.channels % self.groups:
+                raise ValueError(f"{channels} channels do not make {self.groups} groups")
+            if channels % (self.head_channels or self.heads):
+                raise ValueError(f"{channels} channels do not make whole attention heads")
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -100,6 +118,15 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         lo, hi = self.value_range
         if lo >= hi:
             raise ValueError(f"the value range ({lo}, {hi}) is empty")
+        # The sizes of the two tables that a chain makes of a spec before it runs anything.
+        if math.prod(self.image_shape) > _MAX_IMAGE_SIZE:
+            raise ValueError(f"images of the shape {self.image_shape} are larger than any that is supported")
+        if self.timesteps * self.embedding.dim > _MAX_EMBEDDING_SIZE:
+            raise ValueError(
+                f"{self.timesteps} embeddings of {self.embedding.dim} numbers are more than is supported"
+            )
+        if self.network is not None:
+            self.network.require_sound(self.image_shape)
 
     def to_json(self) -> str:
         """The text that rides inside the model's files.
@@ -129,7 +156,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                 )
             return msgspec.json.decode(text, type=cls)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise SpecError(f"the ModelSpec in {source} is not valid: {error}") from error
+            raise SpecError(f"the ModelSpec in {source} is not valid: {first_line(error)}") from error
 
     def make_schedule(self) -> Schedule:
         """The forward process the model was trained on."""

@@ -13,13 +13,15 @@ TINY_UNET = UNetConfig(
 )
 
 
-def tiny_spec(shape: tuple[int, int, int] = (1, 8, 8), timesteps: int = 1000) -> ModelSpec:
+def tiny_spec(
+    shape: tuple[int, int, int] = (1, 8, 8), timesteps: int = 1000, network: UNetConfig | None = TINY_UNET
+) -> ModelSpec:
     """The spec of TINY_UNET on images of one shape."""
     return ModelSpec(
         image_shape=shape,
         timesteps=timesteps,
         embedding=SinusoidalEmbedding(dim=8),
-        network=TINY_UNET,
+        network=network,
         provenance=Provenance(digest="0" * 64),
     )
 

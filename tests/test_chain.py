@@ -12,7 +12,7 @@ from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.solvers import COLUMNS, StepTable, ddpm, leading_timesteps
 from tests.models import ArrayDenoiser, tiny_spec
 
-SPEC = tiny_spec((3, 4, 5), timesteps=30)
+SPEC = tiny_spec((3, 4, 5), timesteps=30, network=None)
 SCHEDULE = Schedule(SPEC.schedule.betas(30))
 
 
@@ -94,6 +94,34 @@ def test_idle_slots_keep_their_images() -> None:
     for _ in range(25):
         chain.step()
     np.testing.assert_array_equal(chain.x[0], done)
+
+
+def test_an_infinite_prediction_does_not_touch_an_idle_slot() -> None:
+    class Overflowing(ArrayDenoiser):
+        def run(self, batch: int) -> None:
+            """Infinite in slot 0, as half precision may be for an image at the end of its chain."""
+            super().run(batch)
+            self.prediction[0] = np.inf
+
+    chain = Chain(Overflowing(SPEC, 2))
+    start(chain, 1, TABLES["full"], 1, 1)
+    chain.x[0] = 0.5
+    chain.step()
+    assert (chain.x[0] == 0.5).all()
+
+
+def test_tables_of_finished_chains_are_dropped() -> None:
+    chain = Chain(ArrayDenoiser(SPEC, 1))
+    tables = [ddpm(SCHEDULE, leading_timesteps(30, 1 + i % 30)) for i in range(90)]
+    for table in tables:
+        start(chain, 0, table, 1, 0)
+        chain.step()
+        chain.clear()
+    assert len(chain._rows) <= 33 * 31
+    start(chain, 0, TABLES["full"], 1, 0)
+    while chain.active.any():
+        chain.step()
+    np.testing.assert_array_equal(chain.x[0], reference_images(TABLES["full"], 1, 0))
 
 
 def test_x0_is_the_clipped_estimate_of_the_last_step() -> None:

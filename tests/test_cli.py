@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -72,7 +73,7 @@ def test_train_export_verify_run(tmp_path: Path) -> None:
     assert f"next: ddpm-export {model}" in trained.stdout
     with (tmp_path / "m.train" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["6"]
+    assert [row["step"] for row in rows] == ["3", "6"]
     assert float(rows[0]["loss"]) > 0
     assert sorted(p.name for p in (tmp_path / "m.train").glob("*.png")) == [
         "samples-000003.png",
@@ -89,7 +90,7 @@ def test_train_export_verify_run(tmp_path: Path) -> None:
     assert f"ddpm-verify {model} {onnx}" in exported.stdout
     assert f"ddpm-run {onnx} --steps 1000" in exported.stdout
     assert call("inspect", onnx, "--json").stdout == call("inspect", model, "--json").stdout
-    assert "image_shape          3 × 8 × 8" in call("inspect", onnx).stdout
+    assert "image_shape          3, 8, 8" in call("inspect", onnx).stdout
 
     report, plot = tmp_path / "r.json", tmp_path / "r.png"
     verified = call("verify", model, onnx, "--count", 2, "--steps", 30, "--report", report, "--plot", plot)
@@ -168,7 +169,7 @@ def test_interrupted_training_saves_and_says_how_to_go_on(tmp_path: Path, number
     assert process.returncode == 130, stderr
     assert f"go on with: ddpm-train --resume {model}" in stdout
     step = json.loads(call("inspect", model, "--json").stdout)["provenance"]["step"]
-    assert step >= 50
+    assert step >= 25
     resumed = call("train", "--resume", model, "--steps", step + 2)
     assert resumed.exit_code == 0, resumed.output
 
@@ -281,6 +282,10 @@ def test_bad_arguments_of_run(
         (["empty.npy"], 1, "is empty"),
         (["pickle.npz"], 1, "not a readable array"),
         (["digits", "--steps", 0], 2, "--steps"),
+        (["digits", "--learning-rate", "nan"], 1, "out of range"),
+        (["digits", "-o", "/dev/null.pt"], 1, "cannot be written")
+        if os.getuid()
+        else (["digits", "-o", "x"], 1, ".pt"),
         (["digits", "-o", "x.onnx"], 1, "must end in .pt"),
         (["digits", "-o", "missing/x.pt"], 1, "does not exist"),
         (["digits", "--image-size", 9], 1, "choose 8 or 10"),
@@ -325,6 +330,108 @@ def test_export_does_not_replace_another_model(tmp_path: Path, checkpoint_path: 
     assert output.read_text() == "another"
     assert call("export", checkpoint_path, "-o", output, "--force").exit_code == 0
     assert call("export", checkpoint_path, "-o", output).exit_code == 0
+
+
+def test_training_does_not_replace_a_model(tmp_path: Path, checkpoint_path: Path) -> None:
+    before = checkpoint_path.read_bytes()
+    refused(call("train", "digits", "-o", checkpoint_path), 1, "exists", "--resume", "--force")
+    assert checkpoint_path.read_bytes() == before
+
+
+def test_resuming_keeps_the_settings(tmp_path: Path) -> None:
+    from ddpm_deploy.train.checkpoint import Checkpoint
+
+    model = tmp_path / "m.pt"
+    options = ("--batch-size", 2, "--save-every", 7, "--sample-every", 0, "--no-flip", "--seed", 9)
+    assert call("train", "digits", "-o", model, "--steps", 2, *options).exit_code == 0
+    first = Checkpoint.load(model).settings
+    assert call("train", "--resume", model, "--steps", 3).exit_code == 0
+    second = Checkpoint.load(model).settings
+    assert (first.save_every, first.sample_every, first.seed) == (7, 0, 9)
+    assert second == msgspec.structs.replace(first, steps=3)
+
+
+def test_raw_weights_are_verified_as_such(tmp_path: Path, checkpoint_path: Path) -> None:
+    raw = tmp_path / "raw.onnx"
+    exported = call("export", checkpoint_path, "-o", raw, "--weights", "raw")
+    assert exported.exit_code == 0, exported.output
+    assert f"ddpm-verify {checkpoint_path} {raw} --weights raw" in exported.stdout
+    assert call("verify", checkpoint_path, raw, "--weights", "raw", "--steps", 10).exit_code == 0
+    averaged = call("verify", checkpoint_path, raw, "--steps", 10)
+    assert averaged.exit_code == 1
+    assert "weights are not the same" in averaged.stderr
+
+
+def test_names_with_spaces_can_be_pasted(tmp_path: Path, checkpoint_path: Path) -> None:
+    model = tmp_path / "my model.pt"
+    model.write_bytes(checkpoint_path.read_bytes())
+    assert f"ddpm-run '{tmp_path}/my model.onnx'" in call("export", model).stdout
+
+
+def test_a_mistake_names_the_command_that_was_typed() -> None:
+    assert "(see main run --help)" in call("run", "--steps", 0, "x.onnx").stderr
+
+
+def test_terminated_run_leaves_nothing(tmp_path: Path, onnx_path: Path) -> None:
+    command = [BIN / "ddpm-run", onnx_path, "--count", "5000", "-o", tmp_path / "x.npz"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()  # the forecast
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_a_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk; what was there before stays."""
+    model = tmp_path / "m.pt"
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "from ddpm_deploy.cli.train import main; main()"
+    )
+    options = ["digits", "-o", str(model), "--steps", "1", "--batch-size", "2", "--sample-every", "0"]
+    result = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"Error: {model} cannot be written: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not [p for p in tmp_path.iterdir() if p.is_file()]
+
+
+def test_reports_do_not_replace_models(tmp_path: Path, onnx_path: Path) -> None:
+    before = onnx_path.read_bytes()
+    refused(call("verify", onnx_path, onnx_path, "--report", onnx_path), 1, "files of their own")
+    refused(call("verify", onnx_path, onnx_path, "--report", tmp_path / "r", "--plot", tmp_path / "r"), 1)
+    assert onnx_path.read_bytes() == before
+
+
+def test_an_empty_name_is_a_mistake(onnx_path: Path) -> None:
+    refused(call("run", onnx_path, "-o", ""), 2, "the name is empty")
+
+
+def test_an_export_is_no_checkpoint(onnx_path: Path) -> None:
+    refused(call("export", onnx_path, "-o", "x.onnx"), 1, "not a checkpoint by its name")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">/dev/full"])
+def test_streams_that_are_closed_or_full(tmp_path: Path, onnx_path: Path, closed: str) -> None:
+    command = f"{BIN}/ddpm-run {onnx_path} --steps 2 --count 1 -o {tmp_path}/x.png {closed}"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr
+    assert result.returncode == (0 if closed == "2>&-" else 1)
+    assert (tmp_path / "x.png").exists()
+
+
+def test_changed_images_are_told_on_resume(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a.npy", "b.npy"):
+        np.save(tmp_path / name, rng.integers(0, 256, (6, 8, 8), np.uint8))
+    model = tmp_path / "m.pt"
+    options = ("--preset", "digits", "--steps", 1, "--sample-every", 0)
+    assert call("train", tmp_path / "a.npy", "-o", model, *options).exit_code == 0
+    assert "are not those" not in call("train", "--resume", model, "--steps", 2).stderr
+    assert "are not those" in call("train", tmp_path / "b.npy", "--resume", model, "--steps", 3).stderr
 
 
 def test_a_finished_training_asks_how_far_to_go(checkpoint_path: Path) -> None:

@@ -60,6 +60,21 @@ def test_atomic_obeys_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
 
 
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "x"
+    link.symlink_to("folder/y")
+    with atomic(link) as temporary:
+        temporary.write_text("x")
+    assert link.is_symlink()
+    assert (tmp_path / "folder" / "y").read_text() == "x"
+
+
+def test_devices_are_no_outputs() -> None:
+    with pytest.raises(OutputError, match="not a regular file"):
+        require_output(Path("/dev/null"))
+
+
 def test_a_full_disk_is_one_clear_error(small_disk: Path) -> None:
     with (
         pytest.raises(OutputError, match="no space left on device: free some space"),
@@ -87,9 +102,11 @@ def test_missing_file_names_its_near_misses(tmp_path: Path) -> None:
 
 
 def test_names_are_shown_on_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError) as caught:
-        require_file(tmp_path / "a\nb\udcff.pt")
+    with pytest.raises(ArtefactError, match="does not exist") as caught:
+        require_file(tmp_path / "a\nb.pt")
     assert "\n" not in str(caught.value)
+    with pytest.raises(ArtefactError, match="not UTF-8") as caught:
+        require_file(tmp_path / "b\udcff.pt")
     str(caught.value).encode()
 
 

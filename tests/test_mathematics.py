@@ -177,6 +177,11 @@ def test_denoised_undoes_the_forward_process(prediction: Prediction) -> None:
     np.testing.assert_allclose(table["a"] * x + table["b"] * out, x0, rtol=1e-9)
 
 
+def test_a_schedule_that_float32_cannot_hold() -> None:
+    with pytest.raises(SettingError, match="comes too near zero"):
+        ddpm(Schedule(LinearBetas().betas(100_000)), leading_timesteps(100_000, 100))
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_out_of_range(steps: int) -> None:
     with pytest.raises(SettingError, match="choose from 1 to 1000"):

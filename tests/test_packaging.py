@@ -1,5 +1,6 @@
 """What is shipped, what it imports, and that it runs without torch."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ MODULES = [
     "cli/common",
     "cli/export",
     "cli/inspect",
+    "cli/progress",
     "cli/report",
     "cli/run",
     "cli/train",
@@ -181,10 +183,14 @@ def runtime_python(distributions: Path) -> Path:
         "-c",
         ROOT / "constraints.txt",
     ]
-    if not (environment / "installed").exists():
+    wanted = hashlib.sha256(
+        (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    ).hexdigest()
+    marker = environment / "installed"
+    if not marker.exists() or marker.read_text() != wanted:
         venv.create(environment, with_pip=True, clear=True)
         subprocess.run([*pip, f"{wheel}[cpu]"], check=True)
-        (environment / "installed").touch()
+        marker.write_text(wanted)
     subprocess.run([*pip, "--force-reinstall", "--no-deps", wheel], check=True)
     return executable
 

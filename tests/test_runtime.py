@@ -93,6 +93,9 @@ def test_given_noise_replaces_the_addressed_noise() -> None:
     ("arguments", "problem"),
     [
         ({"count": 0}, "count must be 1 or more"),
+        ({"count": 2.5}, "count must be a whole number"),
+        ({"count": 1, "steps": 2.5}, "steps must be a whole number"),
+        ({"count": 10**15}, "do not fit in memory"),
         ({"count": 1, "steps": 0}, "choose from 1 to 1000"),
         ({"count": 1, "steps": 1001}, "choose from 1 to 1000"),
         ({"count": 1, "seed": -1}, "seed must be"),
@@ -161,7 +164,7 @@ def test_loads_that_are_refused(
 
 def test_a_graph_that_does_not_fit_its_spec(onnx_path: Path) -> None:
     spec = msgspec.structs.replace(tiny_spec(), image_shape=(3, 8, 8))
-    with pytest.raises(ArtefactError, match=r"has x \(B, 1, 8, 8\).*x \(B, 3, 8, 8\).*is needed"):
+    with pytest.raises(ArtefactError, match=r"has x \(B, 1, 8, 8\), temb.*x \(B, 3, 8, 8\).*is needed"):
         OrtDenoiser(onnx_path, spec=spec)
 
 
@@ -172,6 +175,32 @@ def test_a_broken_graph_with_a_whole_spec(tmp_path: Path, onnx_path: Path) -> No
     onnx.save(model, tmp_path / "x.onnx")
     with pytest.raises(ArtefactError, match="ONNX Runtime cannot load it"):
         OrtDenoiser(tmp_path / "x.onnx")
+
+
+def test_a_graph_with_inputs_and_outputs_exchanged(tmp_path: Path, onnx_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    from ddpm_deploy.artefact import read_spec
+
+    def value(name: str, *shape: int) -> object:
+        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", *shape])
+
+    outputs = [value("x", 1, 8, 8), value("temb", 64)]
+    nodes = [
+        onnx.helper.make_node("Identity", ["prediction"], ["x"]),
+        onnx.helper.make_node("Flatten", ["prediction"], ["temb"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", [value("prediction", 1, 8, 8)], outputs)
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    onnx.save(model, tmp_path / "x.onnx")
+    with pytest.raises(ArtefactError, match="does not fit its ModelSpec"):
+        OrtDenoiser(tmp_path / "x.onnx", spec=read_spec(onnx_path))
+
+
+def test_closing_twice_is_once_and_a_closed_sampler_says_so(onnx_path: Path) -> None:
+    with Sampler.load(onnx_path) as sampler:
+        sampler.close()
+    with pytest.raises(BackendError, match="closed"):
+        sampler.sample(1, steps=1)
 
 
 def test_a_fixed_batch_is_refused(tmp_path: Path, onnx_path: Path) -> None:
@@ -255,7 +284,8 @@ def test_nan_is_past_tolerance() -> None:
 def test_psnr_is_that_of_its_definition() -> None:
     wanted = np.zeros((2, 1, 8, 8), np.float32)
     images = wanted + np.array([0.02, 0], np.float32)[:, None, None, None]
-    np.testing.assert_allclose(psnr(images, wanted), [40, np.inf], rtol=1e-6)
+    np.testing.assert_allclose(psnr(images, wanted, 2.0), [40, np.inf], rtol=1e-6)
+    np.testing.assert_allclose(psnr(images, wanted, 1.0)[0], 40 - 20 * np.log10(2), rtol=1e-6)
 
 
 def test_models_of_different_kinds_cannot_be_compared() -> None:

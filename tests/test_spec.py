@@ -21,9 +21,9 @@ def test_round_trip() -> None:
 
 def test_largest_spec_fits_in_an_engines_name() -> None:
     network = UNetConfig(
-        channel_mults=(16_384,) * 16, attention_levels=tuple(range(16)), head_channels=16_384
+        channels=16_384, channel_mults=(16_384,) * 13, attention_levels=tuple(range(16)), head_channels=16_384
     )
-    spec = msgspec.structs.replace(tiny_spec(), network=network)
+    spec = tiny_spec((3, 4096, 4096), network=network)
     provenance = msgspec.structs.replace(
         spec.provenance, data="日" * 200, ddpm_deploy="v" * 200, torch="v" * 200
     )
@@ -57,6 +57,11 @@ def test_a_spec_that_would_not_fit_is_refused() -> None:
         {"provenance": {"digest": "g" * 64}},
         {"value_range": [1.0, -1.0]},
         {"value_range": [0.0, 0.0]},
+        {"image_shape": [16384, 16384, 16384]},
+        {"image_shape": [1, 7, 8]},
+        {"timesteps": 100_000, "embedding": {"dim": 65_536}},
+        {"network": {"channels": 8, "groups": 3}},
+        {"network": {"channels": 32, "head_channels": 48}},
     ],
 )
 def test_malformed_specs_are_refused(change: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_deploy.errors import ArtefactError, DataError, SettingError
+from ddpm_deploy.errors import ArtefactError, BackendError, DataError, OutputError, SettingError
 from ddpm_deploy.spec import UNetConfig
 from tests.models import TINY_UNET, tiny_spec
 
@@ -274,6 +274,8 @@ def test_newer_checkpoint_format(tmp_path: Path, checkpoint_path: Path) -> None:
         {"settings": 3},
         {"step": "many"},
         {"format": "one"},
+        {"optimizer": {}},
+        {"optimizer": None},
     ],
 )
 def test_checkpoints_that_do_not_fit_themselves(
@@ -288,6 +290,45 @@ def test_weights_of_another_type_are_refused(tmp_path: Path, checkpoint_path: Pa
     state["conv_in.weight"] = state["conv_in.weight"].double()
     with pytest.raises(ArtefactError, match=r"conv_in\.weight is not a dense float32"):
         Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", ema=state))
+
+
+def test_weights_that_repeat_a_number_are_refused(tmp_path: Path, checkpoint_path: Path) -> None:
+    """They are small in the file, and of any size in memory once they are used."""
+    state = torch.load(checkpoint_path, weights_only=True)["ema"]
+    state["conv_in.weight"] = torch.zeros(1).expand(state["conv_in.weight"].shape)
+    with pytest.raises(ArtefactError, match=r"conv_in\.weight is not a dense float32"):
+        Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", ema=state))
+
+
+def test_a_loss_that_is_not_finite_saves_nothing(tmp_path: Path) -> None:
+    from ddpm_deploy.train.session import Session
+
+    trainer = digits_trainer(steps=10, save_every=3, sample_every=0)
+    output = tmp_path / "m.pt"
+
+    def break_after_the_first_save(steps: int, note: str | None) -> None:
+        if trainer.steps_done == 4:
+            saved.append(output.read_bytes())
+            next(trainer.network.parameters()).data.fill_(float("nan"))
+
+    saved: list[bytes] = []
+    with pytest.raises(BackendError, match="not finite by step 6"):
+        Session(trainer, output, break_after_the_first_save).run()
+    assert output.read_bytes() == saved[0]
+
+
+def test_pictures_and_metrics_that_cannot_be_written_do_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddpm_deploy.train import session
+
+    def full(*arguments: object) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(session, "save_png", full)
+    trainer = digits_trainer(steps=3, save_every=3, sample_every=2)
+    assert session.Session(trainer, tmp_path / "m.pt", lambda steps, note: None).run()
+    assert Checkpoint.load(tmp_path / "m.pt").step == 3
 
 
 # --- data -----------------------------------------------------------------------------------------------
@@ -346,10 +387,10 @@ def test_a_folder_with_subfolders_and_odd_names(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not an image")
     source = find_images(str(tmp_path))
     assert source.count == 2
-    assert source.grey
+    assert source.grey()
     assert read_images(source, 4, 1).shape == (2, 1, 4, 4)
     png("RGB").save(tmp_path / "c.png")
-    assert not find_images(str(tmp_path)).grey
+    assert not find_images(str(tmp_path)).grey()
 
 
 def test_broken_images_are_named_or_skipped(tmp_path: Path) -> None:
@@ -367,6 +408,16 @@ def test_broken_images_are_named_or_skipped(tmp_path: Path) -> None:
         read_images(find_images(str(tmp_path)), 8, 3, skip_broken=True)
 
 
+def test_a_program_in_a_picture_is_not_run(tmp_path: Path) -> None:
+    """Pillow goes by content, and would hand PostScript to Ghostscript."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    with pytest.raises(DataError, match="cannot identify image file"):
+        read_images(find_images(str(tmp_path)), 8, 3)
+    (tmp_path / "a.png").rename(tmp_path / "a.eps")
+    with pytest.raises(DataError, match="holds no images"):
+        find_images(str(tmp_path))
+
+
 @pytest.mark.parametrize("shape", [(5, 8, 8), (5, 8, 8, 1), (5, 1, 8, 8), (5, 8, 8, 3), (5, 3, 8, 8)])
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 def test_arrays(tmp_path: Path, shape: tuple[int, ...], suffix: str) -> None:
@@ -374,7 +425,7 @@ def test_arrays(tmp_path: Path, shape: tuple[int, ...], suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
     np.save(path, array) if suffix == ".npy" else np.savez_compressed(path, array)
     source = find_images(str(path))
-    channels = 1 if source.grey else 3
+    channels = 1 if source.grey() else 3
     images = read_images(source, 8, channels)
     wanted = (
         array.reshape(5, 8, 8, 1)
@@ -400,6 +451,10 @@ def test_arrays_that_are_no_images(tmp_path: Path) -> None:
             save(path, array)
             with pytest.raises(DataError, match=problem):
                 find_images(str(path))
+    np.savez(tmp_path / "x.npz", np.zeros((5, 8, 8), np.uint8))
+    (tmp_path / "x.npz").rename(tmp_path / "x.npy")
+    with pytest.raises(DataError, match="not a readable array"):
+        find_images(str(tmp_path / "x.npy"))
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -408,8 +463,9 @@ def test_array_files_that_are_broken_or_lie(tmp_path: Path, suffix: str) -> None
     array = np.zeros((50, 8, 8), np.uint8)
     np.save(path, array) if suffix == ".npy" else np.savez(path, array)
     whole = path.read_bytes()
-    lie = whole.replace(b"(50, 8, 8)", b"(9999999,8,8)"[:10].ljust(10))
-    for content in (b"", b"x", whole[:100], whole[:-50], whole.replace(b"(50, 8, 8)", b"(9**9,8,8)"), lie):
+    assert b"(50, 8, 8)" in whole
+    malformed, lie = (whole.replace(b"(50, 8, 8)", shape) for shape in (b"(9**9,8,8)", b"(99,80,80)"))
+    for content in (b"", b"x", whole[:100], whole[:-50], malformed, lie):
         path.write_bytes(content)
         with pytest.raises(DataError):
             read_images(find_images(str(path)), 8, 1)

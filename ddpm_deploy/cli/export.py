@@ -11,11 +11,12 @@ _NOT_YET = "is not supported by this version: it exports FP32 ONNX; leave the op
 
 
 @command(
+    "A checkpoint → a checked ONNX file.",
     """
   ddpm-export model.pt                  model.onnx, with the averaged (EMA) weights
   ddpm-export model.pt -o net.onnx      under another name
   ddpm-export model.pt --weights raw    the weights as trained, without averaging
-"""
+""",
 )
 @click.argument("checkpoint", type=FilePath)
 @click.option(
@@ -37,15 +38,15 @@ def main(
     from ddpm_deploy.artefact import read_spec
     from ddpm_deploy.dependencies import require, require_onnxruntime
     from ddpm_deploy.errors import SettingError
-    from ddpm_deploy.files import require_output, show
+    from ddpm_deploy.files import quoted, require_output, show
 
+    read_spec(checkpoint)  # a broken or foreign file is refused before torch is loaded
     output = output or checkpoint.with_suffix(".onnx")
     for name, given in (("--fp16", fp16), ("--engine", engine or output.suffix.lower() == ".plan")):
         if given:
             raise SettingError(f"{name} {_NOT_YET}")
     if output.suffix.lower() != ".onnx":
         raise SettingError(f"{show(output)}: the output's name must end in .onnx")
-    read_spec(checkpoint)  # a broken or foreign file is refused before torch is loaded
     require_output(output)
     require("torch", "export")
     require("onnx", "export")
@@ -62,8 +63,9 @@ def main(
     click.echo(f"wrote {show(output)} ({size:.1f} MB, {weights} weights of step {spec.provenance.step})")
     click.echo(f"checked against PyTorch: largest RMS error {check.relative_rms:.1e} of the prediction's RMS")
     click.echo("next:")
-    click.echo(f"  ddpm-verify {show(checkpoint)} {show(output)}")
-    click.echo(f"  ddpm-run {show(output)} --steps {spec.timesteps} -o samples.png")
+    raw = " --weights raw" if weights == "raw" else ""
+    click.echo(f"  ddpm-verify {quoted(checkpoint)} {quoted(output)}{raw}")
+    click.echo(f"  ddpm-run {quoted(output)} --steps {spec.timesteps} -o samples.png")
 
 
 def _require_same_model(output: Path, digest: str) -> None:

@@ -6,20 +6,21 @@ from pathlib import Path
 import click
 
 from ddpm_deploy.cli.common import FilePath, command
+from ddpm_deploy.files import show
 
 
 @command(
+    "What a model says of itself.",
     """
   ddpm-deploy inspect model.onnx           the ModelSpec, for people
   ddpm-deploy inspect model.pt --json      for programs
-"""
+""",
 )
 @click.argument("file", type=FilePath)
 @click.option("--json", "as_json", is_flag=True, help="Print the ModelSpec as JSON.")
 def main(file: Path, as_json: bool) -> None:
     """Print the ModelSpec of FILE, a .pt or .onnx, without loading torch or the weights."""
     from ddpm_deploy.artefact import read_spec
-    from ddpm_deploy.files import show
 
     spec = read_spec(file).to_builtins()
     if as_json:
@@ -37,5 +38,5 @@ def main(file: Path, as_json: bool) -> None:
 
 def _text(value: object) -> str:
     if isinstance(value, list | tuple):
-        return " × ".join(map(str, value)) if value else "none"
-    return "none" if value is None else str(value)
+        return ", ".join(map(str, value)) if value else "none"
+    return "none" if value is None else show(str(value))

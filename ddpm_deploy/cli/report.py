@@ -70,15 +70,15 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def require_plotting() -> None:
-    """Raise DependencyError where there is nothing to draw with: ask this before long work."""
+def require_plotting(path: Path) -> None:
+    """Raise an error where `write_plot` could not draw there: ask this before long work."""
+    if path.suffix.lower() not in _PLOT_SUFFIXES:
+        raise OutputError(f"{show(path)}: a plot is written as {', '.join(_PLOT_SUFFIXES)}")
     require("matplotlib", "plot")
 
 
 def write_plot(result: Comparison, candidate: str, path: Path) -> None:
     """The relative RMS error of the prediction against t, with the tolerance."""
-    if path.suffix.lower() not in _PLOT_SUFFIXES:
-        raise OutputError(f"{show(path)}: a plot is written as {', '.join(_PLOT_SUFFIXES)}")
     figure_module = require("matplotlib.figure", "plot")
     figure = figure_module.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

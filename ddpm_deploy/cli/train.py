@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ddpm_deploy.cli.common import FilePath, command, logger, progress
-from ddpm_deploy.errors import SettingError
+from ddpm_deploy.cli.common import FilePath, command, logger
+from ddpm_deploy.cli.progress import progress
+from ddpm_deploy.errors import OutputError, SettingError
 
 if TYPE_CHECKING:
     from ddpm_deploy.spec import ModelSpec
@@ -35,17 +36,20 @@ _NEW_ON_RESUME: Final = {
     "save_every",
     "sample_every",
     "skip_broken",
+    "force",
 }
 
 
 @command(
+    "Images → a trained network.",
     """
   ddpm-train digits -o digits.pt                 handwritten digits, minutes on a CPU
   ddpm-train photos/ -o model.pt --steps 20000   your own images, scaled and cropped to 32×32
   ddpm-train cifar.npz -o model.pt --preset cifar10 --device cuda
   ddpm-train --resume model.pt                   go on after Ctrl-C
-  ddpm-train --resume model.pt --steps 40000     train a finished model further
-"""
+  ddpm-train --resume model.pt --steps 40000     train a finished model further (its learning rate
+                                                 follows the schedule of the longer training)
+""",
 )
 @click.argument("data", required=False)
 @click.option(
@@ -68,19 +72,19 @@ _NEW_ON_RESUME: Final = {
     type=click.Choice(["grey", "rgb"]),
     help="Of the images.  [default: the preset's, or as they are]",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Training steps.  [default: the preset's]")
+@click.option("--steps", type=click.IntRange(1, 10**9), help="Training steps.  [default: the preset's]")
 @click.option("--batch-size", type=click.IntRange(1, 65_536), help="Images a step.  [default: the preset's]")
 @click.option("--learning-rate", type=click.FloatRange(0, 1, min_open=True), help="[default: the preset's]")
 @click.option("--flip/--no-flip", default=None, help="Mirror images at random.  [default: the preset's]")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of everything random.")
 @click.option("--device", default="auto", help="cpu, cuda, …; auto: a GPU where there is one.")
-@click.option("--save-every", type=click.IntRange(min=1), default=1000, help="Steps between checkpoints.")
+@click.option("--save-every", type=click.IntRange(min=1), help="Steps between checkpoints.  [default: 1000]")
 @click.option(
     "--sample-every",
     type=click.IntRange(min=0),
-    default=1000,
-    help="Steps between pictures of samples; 0: none.",
+    help="Steps between pictures of samples; 0: none.  [default: 1000]",
 )
+@click.option("--force", is_flag=True, help="Replace an output that exists.")
 @click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read.")
 @click.pass_context
 def main(
@@ -96,12 +100,18 @@ def main(
     """
     from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES
     from ddpm_deploy.dependencies import require
-    from ddpm_deploy.files import require_output, show
+    from ddpm_deploy.files import quoted, require_output, show
 
     output = output or resume or Path("model.pt")
     if output.suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise SettingError(f"{show(output)}: the output's name must end in .pt")
     require_output(output)
+    if output.exists() and not resume and not options["force"]:
+        raise OutputError(
+            f"{show(output)} exists: to train on, say --resume {quoted(output)}; to begin anew, name another "
+            "--output, or pass --force"
+        )
+    _require_text(data)
     require("torch", "train")
     require("PIL.Image", "train")
     if resume:
@@ -116,8 +126,16 @@ def main(
     _train(trainer, output)
 
 
+def _require_text(data: str | None) -> None:
+    """A checkpoint names its data in JSON, which holds no broken text."""
+    try:
+        (data or "").encode()
+    except UnicodeEncodeError as error:
+        raise SettingError("the name of DATA is not UTF-8: reach it by a link with another name") from error
+
+
 def _train(trainer: "Trainer", output: Path) -> None:
-    from ddpm_deploy.files import show
+    from ddpm_deploy.files import quoted, show
     from ddpm_deploy.train.session import Session
 
     settings, shape = trainer.settings, trainer.spec.image_shape
@@ -130,18 +148,19 @@ def _train(trainer: "Trainer", output: Path) -> None:
         trainer.device,
         parameters / 1e6,
     )
-    with progress("training", length=settings.steps, done=trainer.steps_done) as advance:
+    with progress("training", length=settings.steps - trainer.steps_done) as advance:
         session = Session(trainer, output, advance)
         finished = session.run()
     if not finished:
         click.echo(
-            f"stopped at step {trainer.steps_done} of {settings.steps}; go on with: ddpm-train --resume {show(output)}"
+            f"stopped at step {trainer.steps_done} of {settings.steps}; "
+            f"go on with: ddpm-train --resume {quoted(output)}"
         )
         raise click.exceptions.Exit(130)
     click.echo(
         f"wrote {show(output)} (step {trainer.steps_done}); metrics and samples are in {show(session.folder)}"
     )
-    click.echo(f"next: ddpm-export {show(output)}")
+    click.echo(f"next: ddpm-export {quoted(output)}")
 
 
 def _refuse_settings(ctx: click.Context) -> None:
@@ -170,8 +189,7 @@ def _resumed(path: Path, data: str | None, options: dict[str, Any]) -> "Trainer"
         data=data or checkpoint.settings.data,
         steps=options["steps"] or checkpoint.settings.steps,
         skip_broken=options["skip_broken"] or checkpoint.settings.skip_broken,
-        save_every=options["save_every"],
-        sample_every=options["sample_every"],
+        **{name: options[name] for name in ("save_every", "sample_every") if options[name] is not None},
     )
     if settings.steps <= checkpoint.step:
         raise SettingError(f"{path} has its {checkpoint.step} steps already: say how far to go with --steps")
@@ -189,10 +207,12 @@ def _new(data: str, options: dict[str, Any]) -> "Trainer":
     device = torch_device(options["device"])
     preset = PRESETS[options["preset"] or ("digits" if data == DIGITS else "small")]
     source = find_images(data)
-    channels = {"grey": 1, "rgb": 3}.get(options["channels"]) or preset.channels or (1 if source.grey else 3)
+    channels = (
+        {"grey": 1, "rgb": 3}.get(options["channels"]) or preset.channels or (1 if source.grey() else 3)
+    )
     spec = preset.spec(Path(data).name, channels, options["image_size"] or preset.image_size)
     settings = preset.settings(
-        data=data if data == DIGITS else str(Path(data).absolute()),
+        data=data,
         **{name: options[name] for name in _SETTINGS if options[name] is not None},
     )
     return Trainer(spec, settings, _images(settings, source, spec), device)

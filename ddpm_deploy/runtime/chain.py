@@ -15,6 +15,7 @@ from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable
 
 T, A, B, LO, HI, C, D, E, F, G = (COLUMNS.index(name) for name in COLUMNS[:10])
 _ZERO: Final = np.zeros((), np.float32)
+_MAX_TABLES: Final = 32  # kept before those of finished chains are dropped
 IDLE: Final = 0  # the row pointer of a slot with nothing to do
 
 
@@ -66,7 +67,7 @@ class Chain:
 
     @property
     def x0(self) -> Array:
-        """x̂0 of every slot as of its last step, (slots, C, H, W). Memory that the next step reuses."""
+        """x̂0 of the slots that took the last step, (slots, C, H, W). Memory that the next step reuses."""
         return self._x0_previous.reshape(self.denoiser.x.shape)
 
     @property
@@ -78,7 +79,12 @@ class Chain:
     def start(
         self, slots: slice, table: StepTable, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]
     ) -> None:
-        """Start the chains of samples `indices` (k,) of `seeds` (k,) in k slots, each at its x_T."""
+        """Start the chains of samples `indices` (k,) of `seeds` (k,) in k slots, each at its x_T.
+
+        The slots must have nothing to do. An image is whole when its slot is not `active` any more, and
+        stays in `x` until the slot is started again.
+        """
+        assert not self.active[slots].any()
         first = self._first_row(table)
         self._pointer[slots] = first
         self._end[slots] = first + len(table)
@@ -91,6 +97,8 @@ class Chain:
     def _first_row(self, table: StepTable) -> int:
         known = self._tables.get(id(table))
         if known is None:
+            if len(self._tables) >= _MAX_TABLES and not self.active.any():
+                self._tables, self._rows = {}, self._rows[:1]
             known = table, len(self._rows)
             self._rows = np.concatenate([self._rows, table.float32_rows()])
             self._tables[id(table)] = known
@@ -108,7 +116,7 @@ class Chain:
         self.update(batch)
 
     def predict(self) -> int:
-        """The network at each active slot's x and t. Returns the batch: leading slots in use."""
+        """The network at each active slot's x and t. Returns the batch: leading slots in use, at least one."""
         batch = int(np.flatnonzero(self._pointer)[-1]) + 1
         current, timestep = self._current[:batch], self._timestep[:batch]
         # mode="clip" writes straight into `out`; the indices are ours and in range.
@@ -116,6 +124,9 @@ class Chain:
         timestep[:] = current[:, T]
         np.take(self._embedding, timestep, axis=0, out=self.denoiser.temb[:batch], mode="clip")
         self.denoiser.run(batch)
+        idle = self._pointer[:batch] == IDLE
+        if idle.any():  # 0 times an infinity would be NaN, and their images are to stay
+            self.denoiser.prediction[:batch][idle] = 0
         return batch
 
     def update(self, batch: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.dependencies import require_onnxruntime
-from ddpm_deploy.errors import ArtefactError, BackendError
+from ddpm_deploy.errors import ArtefactError, BackendError, first_line
 from ddpm_deploy.files import show
 from ddpm_deploy.runtime.denoiser import allocate, default_max_batch
 from ddpm_deploy.spec import ModelSpec
@@ -39,7 +39,7 @@ class OrtDenoiser:
         self._session = self._open(onnxruntime, path, threads)
         self._check_interface(path)
         self.x, self.temb, self.prediction = allocate(self.spec, self.max_batch)
-        self._binding = self._session.io_binding()
+        self._binding: Any = self._session.io_binding()
         self._bound = 0
 
     @staticmethod
@@ -53,32 +53,35 @@ class OrtDenoiser:
         try:
             return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ArtefactError(f"{show(path)}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+            raise ArtefactError(f"{show(path)}: ONNX Runtime cannot load it: {first_line(error)}") from error
 
     def _check_interface(self, path: Path) -> None:
         """The graph must have the inputs and the output of the contract, in the shapes of the spec."""
-        channels, height, width = self.spec.image_shape
-        image = ("tensor(float)", [channels, height, width])
-        wanted = {"x": image, "temb": ("tensor(float)", [self.spec.embedding.dim]), "prediction": image}
-        arguments = [*self._session.get_inputs(), *self._session.get_outputs()]
-        got = {argument.name: (argument.type, list(argument.shape[1:])) for argument in arguments}
-        if got != wanted:
+        image = list(self.spec.image_shape)
+        wanted = {"x": image, "temb": [self.spec.embedding.dim]}, {"prediction": image}
+        sides = self._session.get_inputs(), self._session.get_outputs()
+        got = tuple(
+            {a.name: a.shape[1:] for a in side if a.type == "tensor(float)" and a.shape} for side in sides
+        )
+        if got != wanted or any(len(side) != len(named) for side, named in zip(sides, wanted, strict=True)):
             raise ArtefactError(
-                f"{show(path)} does not fit its ModelSpec: it has {_interface(got)}, and {_interface(wanted)} is "
-                "needed: export it again with ddpm-export"
+                f"{show(path)} does not fit its ModelSpec: it has {_interface(got)} in float32, and "
+                f"{_interface(wanted)} is needed: export it again with ddpm-export"
             )
-        if any(isinstance(argument.shape[0], int) for argument in arguments):
+        if any(isinstance(argument.shape[0], int) for side in sides for argument in side):
             raise ArtefactError(f"{show(path)} has a fixed batch dimension: export it again with ddpm-export")
 
     def run(self, batch: int) -> None:
         """Predict for the leading `batch` rows."""
-        if batch != self._bound:
-            self._bind(batch)
+        if self._session is None:
+            raise BackendError("this model is closed: load it again")
         try:
+            if batch != self._bound:
+                self._bind(batch)
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise BackendError(
-                f"ONNX Runtime failed on a batch of {batch}: {_first_line(error)} (a smaller batch needs less memory)"
+                f"ONNX Runtime failed on a batch of {batch}: {first_line(error)} (a smaller batch needs less memory)"
             ) from error
 
     def _bind(self, batch: int) -> None:
@@ -93,15 +96,13 @@ class OrtDenoiser:
         self._bound = batch
 
     def close(self) -> None:
-        """Free the session."""
-        del self._binding, self._session
+        """Free the session. Closing again does nothing."""
+        self._session = self._binding = None
 
 
-def _interface(arguments: dict[str, tuple[str, list[Any]]]) -> str:
-    return ", ".join(
-        f"{name} (B, {', '.join(map(str, shape))}) {kind}" for name, (kind, shape) in arguments.items()
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _interface(sides: tuple[dict[str, list[Any]], ...]) -> str:
+    texts = [
+        ", ".join(f"{name} (B, {', '.join(map(str, shape))})" for name, shape in side.items())
+        for side in sides
+    ]
+    return " → ".join(text or "nothing" for text in texts)

@@ -15,8 +15,6 @@ from ddpm_deploy.runtime.denoiser import Array, Denoiser
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.tolerances import PARITY, Parity
 
-PEAK: Final = 2.0  # of images in [-1, 1]
-_PRECISIONS: Final = ("fp32",)  # finest first
 _SPOTS: Final = 8  # timesteps of a spot check
 
 Progress = Callable[[int], None]  # how many steps more are done
@@ -141,7 +139,8 @@ def compare(
 
     wanted = run(reference, visit)
     got = run(candidate, lambda step: None)
-    return Comparison(errors, psnr(got, wanted), tolerance(reference.spec, candidate.spec))
+    lo, hi = reference.spec.value_range
+    return Comparison(errors, psnr(got, wanted, hi - lo), tolerance(reference.spec, candidate.spec))
 
 
 def require_comparable(reference: ModelSpec, candidate: ModelSpec) -> None:
@@ -164,14 +163,17 @@ def require_comparable(reference: ModelSpec, candidate: ModelSpec) -> None:
 
 def tolerance(reference: ModelSpec, candidate: ModelSpec) -> Parity:
     """What the coarser of the two precisions is allowed."""
-    return PARITY[max(reference.precision, candidate.precision, key=_PRECISIONS.index)]
+    return PARITY[max(reference.precision, candidate.precision, key=list(PARITY).index)]
 
 
-def psnr(images: Array, wanted: Array) -> NDArray[np.float64]:
-    """Peak signal-to-noise ratio of each image, (N,), in dB at peak 2; infinite where equal."""
+def psnr(images: Array, wanted: Array, peak: float) -> NDArray[np.float64]:
+    """Peak signal-to-noise ratio of each image, (N,), in dB; infinite where equal.
+
+    peak: the width of the range of values, 2 for [-1, 1].
+    """
     difference = (images.astype(np.float64) - wanted).reshape(len(images), -1)
     with np.errstate(divide="ignore"):
-        result: NDArray[np.float64] = 10 * np.log10(PEAK**2 / (difference**2).mean(axis=1))
+        result: NDArray[np.float64] = 10 * np.log10(peak**2 / (difference**2).mean(axis=1))
     return result
 
 

@@ -3,24 +3,47 @@
 import secrets
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES
 from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, SettingError
-from ddpm_deploy.files import show
+from ddpm_deploy.files import quoted, show
 from ddpm_deploy.runtime.chain import Chain, NoiseSource
 from ddpm_deploy.runtime.denoiser import Array, Denoiser
 from ddpm_deploy.solvers import Solver, Spacing, StepTable
 from ddpm_deploy.spec import ModelSpec
 
+_MAX_TABLES: Final = 16
 Callback = Callable[[int, Array, Array], None]
 Noise = Callable[[int], Array]
 
-_LAST_INDEX = 2**64 - 1
+
+def load_denoiser(
+    path: Path,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    max_batch: int | None = None,
+    spec: ModelSpec | None = None,
+) -> Denoiser:
+    """The backend of an exported model, by the suffix of its name. Arguments as of `Sampler.load`."""
+    from ddpm_deploy.runtime.ort import OrtDenoiser
+
+    if device not in (None, "cpu"):
+        raise SettingError(f"device {device!r} is not supported by this version: leave it out, or say 'cpu'")
+    if threads is not None and threads < 1:
+        raise SettingError(f"threads must be 1 or more, not {threads}")
+    if max_batch is not None and max_batch < 1:
+        raise SettingError(f"max_batch must be 1 or more, not {max_batch}")
+    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+        raise ArtefactError(f"{show(path)} is a checkpoint: export it first, with ddpm-export {quoted(path)}")
+    return OrtDenoiser(path, threads=threads, max_batch=max_batch, spec=spec)
 
 
 class Sampler:
@@ -58,22 +81,7 @@ class Sampler:
 
         Raises ArtefactError, SpecError, DependencyError or SettingError.
         """
-        from ddpm_deploy.runtime.ort import OrtDenoiser
-
-        path = Path(path)
-        if device not in (None, "cpu"):
-            raise SettingError(
-                f"device {device!r} is not supported by this version: leave it out, or say 'cpu'"
-            )
-        if threads is not None and threads < 1:
-            raise SettingError(f"threads must be 1 or more, not {threads}")
-        if max_batch is not None and max_batch < 1:
-            raise SettingError(f"max_batch must be 1 or more, not {max_batch}")
-        if path.suffix.lower() in (".pt", ".pth"):
-            raise ArtefactError(
-                f"{show(path)} is a checkpoint: export it first, with ddpm-export {show(path)}"
-            )
-        return cls(OrtDenoiser(path, threads=threads, max_batch=max_batch, spec=spec))
+        return cls(load_denoiser(Path(path), device=device, threads=threads, max_batch=max_batch, spec=spec))
 
     @property
     def spec(self) -> ModelSpec:
@@ -86,6 +94,8 @@ class Sampler:
         """The rows that `sample` runs for these settings."""
         key = steps, solver, spacing
         if key not in self._tables:
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.clear()
             self._tables[key] = self.spec.step_table(steps, solver=solver, spacing=spacing)
         return self._tables[key]
 
@@ -124,7 +134,10 @@ class Sampler:
             noise=noise,
             callback=callback,
         )
-        images = np.empty((count, *self.spec.image_shape), np.float32)
+        try:
+            images = np.empty((count, *self.spec.image_shape), np.float32)
+        except (MemoryError, ValueError) as error:
+            raise SettingError(f"{count} images do not fit in memory: use iter_samples") from error
         done = 0
         for part in parts:
             images[done : done + len(part)] = part
@@ -147,13 +160,16 @@ class Sampler:
 
         Arguments are checked at once; the work happens as the result is read.
         """
+        for name, value in (("count", count), ("seed", seed), ("first_index", first_index), ("steps", steps)):
+            if value is not None and not isinstance(value, int | np.integer):
+                raise SettingError(f"{name} must be a whole number, not {value!r}")
         if count < 1:
             raise SettingError(f"count must be 1 or more, not {count}")
         seed = secrets.randbits(64) if seed is None else seed
         if not 0 <= seed < 2**64:
             raise SettingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
-        if not 0 <= first_index <= _LAST_INDEX - count:
-            raise SettingError(f"first_index must be from 0 to 2^64 - 1 - count, not {first_index}")
+        if not 0 <= first_index <= 2**64 - count:
+            raise SettingError(f"first_index must be from 0 to 2^64 - count, not {first_index}")
         table = self.table(steps, solver=solver, spacing=spacing)
         return self._run(count, table, seed, first_index, noise, callback)
 
@@ -166,9 +182,7 @@ class Sampler:
         noise: Noise | None,
         callback: Callback | None,
     ) -> Iterator[Array]:
-        if not self._busy.acquire(blocking=False):
-            raise OwnershipError("this Sampler is in use by another call: load one Sampler for each thread")
-        try:
+        with self._owned():
             for done in range(0, count, self.denoiser.max_batch):
                 batch = min(self.denoiser.max_batch, count - done)
                 chain = (
@@ -189,12 +203,20 @@ class Sampler:
                         "check the model with ddpm-verify"
                     )
                 yield images
+
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Hold the Sampler for one call."""
+        if not self._busy.acquire(blocking=False):
+            raise OwnershipError("this Sampler is in use by another call: load one Sampler for each thread")
+        try:
+            yield
         finally:
             self._chain.clear()
             self._busy.release()
 
     def close(self) -> None:
-        """Free the backend. The Sampler cannot be used afterwards."""
+        """Free the backend. The Sampler cannot be used afterwards; closing again does nothing."""
         self.denoiser.close()
 
     def __enter__(self) -> Self:

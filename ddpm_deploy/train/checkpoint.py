@@ -1,6 +1,7 @@
 """Checkpoints: a network, its average, and all it takes to train on. Read as data, never executed."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -9,8 +10,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ddpm_deploy.artefact import read_spec
-from ddpm_deploy.errors import ArtefactError
+from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec
+from ddpm_deploy.errors import ArtefactError, OutputError, first_line
 from ddpm_deploy.files import atomic, show
 from ddpm_deploy.spec import SPEC_KEY, ModelSpec
 from ddpm_deploy.train.settings import Settings
@@ -47,8 +48,13 @@ class Checkpoint:
             "raw": self.raw,
             "optimizer": self.optimizer,
         }
-        with atomic(path) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
+        with atomic(path) as temporary:
+            try:
+                with temporary.open("wb") as file:
+                    torch.save(content, file)
+            except RuntimeError as error:  # what torch makes of a write that failed
+                reason = next((e for e in _causes(error) if isinstance(e, OSError)), error)
+                raise OutputError(f"{show(path)} cannot be written: {first_line(reason)}") from error
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -58,10 +64,12 @@ class Checkpoint:
         """
         spec = read_spec(path)
         name = show(path)
+        if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
+            raise ArtefactError(f"{name} is not a checkpoint by its name: a .pt of ddpm-train is needed")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch's reader of a hostile file raises nearly anything
-            raise ArtefactError(f"{name} is not a whole, safe checkpoint: {_first_line(error)}") from error
+            raise ArtefactError(f"{name} is not a whole, safe checkpoint: {first_line(error)}") from error
         if not isinstance(content, dict) or not isinstance(content.get("format"), int):
             raise ArtefactError(f"{name} is not a checkpoint of ddpm-train")
         if content["format"] > FORMAT:
@@ -72,7 +80,7 @@ class Checkpoint:
         try:
             return cls._checked(content, spec)
         except Exception as error:
-            raise ArtefactError(f"{name} does not fit its own ModelSpec: {_first_line(error)}") from error
+            raise ArtefactError(f"{name} does not fit its own ModelSpec: {first_line(error)}") from error
 
     @classmethod
     def _checked(cls, content: dict[str, Any], spec: ModelSpec) -> "Checkpoint":
@@ -80,7 +88,8 @@ class Checkpoint:
         if not isinstance(content["step"], int) or content["step"] < 0:
             raise ValueError("its step is not a number")
         for kind in ("ema", "raw"):
-            build_network(spec, content[kind])
+            network = build_network(spec, content[kind])
+        torch.optim.Adam(network.parameters()).load_state_dict(content["optimizer"])
         return cls(spec, content["ema"], content["raw"], content["optimizer"], content["step"], settings)
 
 
@@ -103,9 +112,10 @@ def build_network(spec: ModelSpec, state: StateDict) -> UNet:
     with torch.device("meta"):  # allocates nothing, whatever size the spec claims
         network = new_network(spec)
     network.load_state_dict(state, assign=True)
-    wrong = [name for name, tensor in state.items() if tensor.dtype != torch.float32 or tensor.is_sparse]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is not a dense float32 tensor")
+    for name, tensor in state.items():
+        # A tensor that repeats a few numbers is small in the file, and may be of any size once it is used.
+        if tensor.dtype != torch.float32 or tensor.is_sparse or not tensor.is_contiguous():
+            raise ValueError(f"{name} is not a dense float32 tensor")
     return network
 
 
@@ -128,5 +138,8 @@ def digest(state: StateDict) -> str:
     return sha.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,36 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import DataError
+from ddpm_deploy.errors import DataError, first_line
 from ddpm_deploy.files import require_file, show
 
 Pixels = NDArray[np.uint8]
 Progress = Callable[[int], None]  # how many images more are done
 
 DIGITS: Final = "digits"
+# What Pillow decodes by itself. It goes by a file's content, and would start Ghostscript for PostScript
+# that calls itself .png.
+_RASTERS: Final = (
+    *(
+        "AVIF",
+        "BMP",
+        "DDS",
+        "DIB",
+        "GIF",
+        "ICNS",
+        "ICO",
+        "JPEG",
+        "JPEG2000",
+        "MPO",
+        "PCX",
+        "PNG",
+        "PPM",
+        "QOI",
+    ),
+    *("SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
+)
+Image.init()  # registers its decoders
+_FORMATS: Final = tuple(name for name in _RASTERS if name in Image.OPEN)
 _ARRAY_SUFFIXES: Final = (".npy", ".npz")
 _NAMED: Final = 3  # broken files named in an error
 
@@ -30,23 +54,25 @@ _NAMED: Final = 3  # broken files named in an error
 class Source:
     """Images that have been found but not read yet.
 
-    load(i): the i-th. name(i): of it, for errors. grey: whether all of them are.
+    load(i): the i-th. name(i): of it, for errors. grey(): whether all of them are.
     """
 
     count: int
     load: Callable[[int], Image.Image]
     name: Callable[[int], str]
-    grey: bool
+    grey: Callable[[], bool]
 
 
 def find_images(data: str) -> Source:
-    """What `data` names: the word "digits", an .npy or .npz of uint8 images, or a folder of images.
+    """What `data` names: an .npy or .npz of uint8 images, a folder of images, or the word "digits".
+
+    A folder of that name is "./digits".
 
     An array is (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W). A folder is searched with its
     subfolders. Raises DataError.
     """
     path = Path(data)
-    if data == DIGITS and not path.exists():
+    if data == DIGITS:
         return _array_source(_digits(), DIGITS)
     if path.is_dir():
         return _folder_source(path)
@@ -84,13 +110,15 @@ def read_images(
         except Exception as error:  # Pillow's decoders of a broken file raise nearly anything
             broken.append((i, error))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        # Of images over 89 megapixels; those over twice that are refused.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for _ in pool.map(read, range(source.count)):
             if progress:
                 progress(1)
     broken.sort(key=lambda item: item[0])
     if broken and (not skip_broken or len(broken) == source.count):
-        named = "; ".join(f"{source.name(i)} ({str(error).splitlines()[0]})" for i, error in broken[:_NAMED])
+        named = "; ".join(f"{source.name(i)} ({first_line(error)})" for i, error in broken[:_NAMED])
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         raise DataError(
             f"{len(broken)} of {source.count} images cannot be read: {named}{more}: mend them, or pass --skip-broken"
@@ -139,20 +167,20 @@ def _read_array(path: Path) -> NDArray[np.generic]:
     try:
         if path.suffix.lower() == ".npy":
             # Mapped: a header that lies about the size costs no memory.
-            array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
+            array: NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
             return array
         _require_honest_sizes(path)
         with np.load(path, allow_pickle=False) as archive:
             names = archive.files
             name = next((n for n in ("images", "arr_0") if n in names), names[0] if len(names) == 1 else None)
+            if not names:
+                raise ValueError("it holds no array")
             if name is None:
                 raise ValueError(f"it holds the arrays {', '.join(names)}, and none is named images or arr_0")
             member: NDArray[np.generic] = archive[name]
             return member
     except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
-        raise DataError(
-            f"{show(path)} is not a readable array of images: {str(error).splitlines()[0]}"
-        ) from error
+        raise DataError(f"{show(path)} is not a readable array of images: {first_line(error)}") from error
 
 
 def _require_honest_sizes(path: Path) -> None:
@@ -191,28 +219,26 @@ def _array_source(array: NDArray[np.generic], name: str) -> Source:
         pixels = np.asarray(array[i])
         return Image.fromarray(pixels[..., 0] if grey else np.ascontiguousarray(pixels))
 
-    return Source(len(array), load, lambda i: f"image {i} of {name}", grey)
+    return Source(len(array), load, lambda i: f"image {i} of {name}", lambda: grey)
 
 
 def _folder_source(folder: Path) -> Source:
-    suffixes = Image.registered_extensions()
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
+    paths = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in suffixes and p.is_file())
     if not paths:
-        raise DataError(
-            f"{show(folder)} holds no images: files that Pillow reads, such as .png or .jpg, are needed"
-        )
-    return Source(len(paths), partial(_open, paths), lambda i: show(paths[i]), _all_grey(paths))
+        raise DataError(f"{show(folder)} holds no images: files such as .png, .jpg or .webp are needed")
+    return Source(len(paths), lambda i: _open(paths[i]), lambda i: show(paths[i]), partial(_all_grey, paths))
 
 
-def _open(paths: Sequence[Path], i: int) -> Image.Image:
-    return Image.open(paths[i])
+def _open(path: Path) -> Image.Image:
+    return Image.open(path, formats=_FORMATS)
 
 
 def _all_grey(paths: Sequence[Path]) -> bool:
     """Whether every image that opens is grey, by its header."""
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with _open(path) as image:
                 if image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;16"):
                     return False
         except Exception:  # it is broken, which is told when it is read

@@ -1,10 +1,13 @@
 """PyTorch as a Denoiser: the parity reference."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from ddpm_deploy.errors import BackendError, SettingError
+from ddpm_deploy.errors import BackendError, SettingError, first_line
 from ddpm_deploy.runtime.denoiser import allocate, default_max_batch
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import load_network
@@ -28,39 +31,58 @@ class TorchDenoiser:
         max_batch: int | None = None,
     ) -> None:
         self.spec = spec
-        self.device = device
         self.max_batch = max_batch or default_max_batch(spec)
         if threads:
             torch.set_num_threads(threads)
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        self._network = network.to(torch_device(device)).eval()
+        self._device = torch_device(device)
+        self.device = str(self._device)
+        self._network: UNet | None = network.to(self._device).eval()
         self.x, self.temb, self.prediction = allocate(spec, self.max_batch)
         # The same memory as the arrays.
         self._x, self._temb, self._prediction = map(torch.from_numpy, (self.x, self.temb, self.prediction))
 
     @classmethod
     def load(
-        cls, path: Path, *, device: str = "cpu", threads: int | None = None, max_batch: int | None = None
+        cls,
+        path: Path,
+        *,
+        weights: Literal["ema", "raw"] = "ema",
+        device: str = "cpu",
+        threads: int | None = None,
+        max_batch: int | None = None,
     ) -> "TorchDenoiser":
-        """The averaged network of a checkpoint."""
-        network, spec = load_network(path)
+        """A network of a checkpoint, by default the averaged one."""
+        network, spec = load_network(path, weights)
         return cls(network, spec, device=device, threads=threads, max_batch=max_batch)
 
     @torch.inference_mode()
     def run(self, batch: int) -> None:
         """Predict for the leading `batch` rows."""
+        if self._network is None:
+            raise BackendError("this model is closed: load it again")
         try:
-            x, temb = self._x[:batch].to(self.device), self._temb[:batch].to(self.device)
-            self._prediction[:batch] = self._network(x, temb)
+            with _full_float32():
+                x, temb = self._x[:batch].to(self._device), self._temb[:batch].to(self._device)
+                self._prediction[:batch] = self._network(x, temb)
         except RuntimeError as error:
-            raise BackendError(
-                f"PyTorch failed on a batch of {batch}: {str(error).splitlines()[0]}"
-            ) from error
+            raise BackendError(f"PyTorch failed on a batch of {batch}: {first_line(error)}") from error
 
     def close(self) -> None:
-        """Free the network."""
-        del self._network
+        """Free the network. Closing again does nothing."""
+        self._network = None
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Switch TF32 off for a while: training in the same process may want it."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def torch_device(name: str) -> torch.device:
@@ -71,5 +93,5 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise SettingError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device

@@ -25,7 +25,7 @@ from ddpm_deploy.train.trainer import Trainer, learning_rate
 
 logger = logging.getLogger(__name__)
 
-LOG_EVERY: Final = 50  # steps between rows of the metrics
+LOG_EVERY: Final = 25  # steps between rows of the metrics
 _COLUMNS: Final = ("step", "loss", "learning_rate", "images_per_second")
 _PICTURE_IMAGES: Final = 16
 _PICTURE_STEPS: Final = 100
@@ -52,37 +52,35 @@ class Session:
         self._make_folder()
         metrics = _Metrics(self.folder / "metrics.csv", trainer.steps_done)
         with _stop_on_signals(self._stop):
-            loss, started = torch.zeros((), device=trainer.device), time.perf_counter()
-            since = 0  # steps that `loss` and `started` speak of
+            losses: list[torch.Tensor] = []  # since `started`
+            started = time.perf_counter()
             while trainer.steps_done < settings.steps and not self._stopped:
-                loss += trainer.advance()
-                since += 1
-                note = None
-                if trainer.steps_done % LOG_EVERY == 0 or trainer.steps_done == settings.steps:
-                    mean = self._require_finite(loss.item() / since)
-                    speed = since * settings.batch_size / (time.perf_counter() - started)
-                    metrics.add(
-                        trainer.steps_done, mean, learning_rate(settings, trainer.steps_done - 1), speed
-                    )
-                    note = f"loss {mean:.4f} · {speed:.0f} images/s"
-                    logger.debug("step %d: %s", trainer.steps_done, note)
+                losses.append(trainer.advance())
+                step, note = trainer.steps_done, None
+                saves, draws = self._is_due(settings.save_every), self._is_due(settings.sample_every)
+                if self._is_due(LOG_EVERY) or saves or draws:
+                    loss = self._require_finite(losses)
+                    speed = len(losses) * settings.batch_size / (time.perf_counter() - started)
+                    metrics.add(step, loss, learning_rate(settings, step - 1), speed)
+                    note = f"step {step} · loss {loss:.4f} · {speed:.0f} images/s"
                 self._report(1, note)
-                self._keep()
+                if saves and step < settings.steps:
+                    trainer.checkpoint().save(self.output)
+                if draws:
+                    self._draw(self.folder / f"samples-{step:06d}.png")
                 if note:
-                    loss, started, since = torch.zeros_like(loss), time.perf_counter(), 0
-            self.trainer.checkpoint().save(self.output)
+                    losses, started = [], time.perf_counter()
+            self._require_finite(losses)
+            trainer.checkpoint().save(self.output)
         return trainer.steps_done >= settings.steps
 
     def _stop(self) -> None:
         self._stopped = True
 
-    def _keep(self) -> None:
-        """Save and draw samples, where this step is one for it."""
-        settings, step = self.trainer.settings, self.trainer.steps_done
-        if step % settings.save_every == 0 and step < settings.steps:
-            self.trainer.checkpoint().save(self.output)
-        if settings.sample_every and (step % settings.sample_every == 0 or step == settings.steps):
-            self._draw(self.folder / f"samples-{step:06d}.png")
+    def _is_due(self, every: int) -> bool:
+        """Whether what is done every so many steps (0: never) is to be done now; always at the last."""
+        step = self.trainer.steps_done
+        return bool(every) and (step % every == 0 or step == self.trainer.settings.steps)
 
     def _draw(self, path: Path) -> None:
         trainer = self.trainer
@@ -90,7 +88,10 @@ class Session:
         steps = min(_PICTURE_STEPS, trainer.spec.timesteps)
         images = Sampler(denoiser).sample(_PICTURE_IMAGES, steps=steps, seed=0)
         text = {"step": trainer.steps_done, "seed": 0, "solver": "ddpm", "steps": steps}
-        save_png(grid(to_uint8(images, trainer.spec.value_range)), path, text)
+        try:
+            save_png(grid(to_uint8(images, trainer.spec.value_range)), path, text)
+        except OutputError as error:  # a picture is not worth the training
+            logger.warning("%s; training goes on", error)
 
     def _make_folder(self) -> None:
         try:
@@ -98,10 +99,14 @@ class Session:
         except OSError as error:
             raise OutputError(f"the folder {show(self.folder)} cannot be made: {error.strerror}") from error
 
-    def _require_finite(self, loss: float) -> float:
+    def _require_finite(self, losses: list[torch.Tensor]) -> float:
+        """The mean of the losses. Raises BackendError where it is not finite, before anything is saved."""
+        if not losses:
+            return 0.0
+        loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
             raise BackendError(
-                f"the loss is not finite at step {self.trainer.steps_done}: lower --learning-rate; "
+                f"the loss is not finite by step {self.trainer.steps_done}: lower --learning-rate; "
                 f"{show(self.output)}, if it was written, is from before"
             )
         return loss
@@ -123,21 +128,31 @@ class _Metrics:
 
     def add(self, step: int, loss: float, rate: float, speed: float) -> None:
         """One row."""
-        with self._path.open("a", newline="") as file:
-            csv.writer(file).writerow([step, f"{loss:.6f}", f"{rate:.3e}", f"{speed:.1f}"])
+        try:
+            with self._path.open("a", newline="") as file:
+                csv.writer(file).writerow([step, f"{loss:.6f}", f"{rate:.3e}", f"{speed:.1f}"])
+        except OSError as error:  # a row is not worth the training
+            logger.warning("%s cannot be written (%s); training goes on", show(self._path), error.strerror)
 
 
 @contextmanager
 def _stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on Ctrl-C or SIGTERM, so that the step at hand ends and a checkpoint is saved."""
+    """Call `stop` on Ctrl-C or SIGTERM, so that the step at hand ends and a checkpoint is saved.
+
+    A second signal is obeyed at once.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        logger.info("stopping after this step; the checkpoint is saved")
+        restore()
+        logger.info("stopping after this step; the checkpoint is saved (again: stop at once)")
         stop()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

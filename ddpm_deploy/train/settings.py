@@ -9,14 +9,16 @@ from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.spec import ModelSpec, Provenance, UNetConfig
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Rate = Annotated[float, msgspec.Meta(gt=0.0)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1e6)]
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of a training run; a checkpoint carries them, so that resuming needs none of them again.
 
-    data: what was trained on, as it was named. skip_broken: whether unreadable images were left out.
+    data: what was trained on, as it was named on the command line. data_digest: SHA-256 of the images as
+    they were read; empty if not known. skip_broken: whether unreadable
+    images were left out.
     steps: where training ends. learning_rate: its peak, reached after `warmup_steps`; from there it
     stays ("none") or falls to zero along a half cosine at the last step ("cosine").
     grad_clip: largest norm of the gradient. ema_decay: of the average. flip: mirror images at random.
@@ -24,9 +26,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     data: str
+    data_digest: str = ""
     skip_broken: bool = False
     steps: Positive
-    batch_size: Positive
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
     learning_rate: Rate
     warmup_steps: Annotated[int, msgspec.Meta(ge=0)]
     decay: Literal["none", "cosine"]
@@ -74,12 +77,20 @@ class Preset:
         )
 
     def settings(self, data: str, **overrides: Any) -> Settings:
-        """The settings of a new training, some of them in place of the preset's."""
+        """The settings of a new training, some of them in place of the preset's.
+
+        Raises SettingError where one is out of range.
+        """
         mine: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("steps", "batch_size", "learning_rate", "warmup_steps", "decay", "ema_decay", "flip")
         }
-        return Settings(data=data, **(mine | overrides))
+        steps = overrides.get("steps", self.steps)
+        mine["warmup_steps"] = min(self.warmup_steps, steps // 10)  # a short training is not all warm-up
+        try:
+            return msgspec.convert({"data": data} | mine | overrides, Settings)
+        except msgspec.ValidationError as error:
+            raise SettingError(f"a setting is out of range: {error}") from error
 
 
 PRESETS: Final = {

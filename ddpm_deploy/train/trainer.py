@@ -1,5 +1,7 @@
 """Training: one step at a time, each a function of its number, so that a resumed run is the same run."""
 
+import hashlib
+import logging
 import math
 from typing import Any
 
@@ -16,7 +18,9 @@ from ddpm_deploy.train.diffusion import Diffusion
 from ddpm_deploy.train.settings import Settings
 from ddpm_deploy.version import __version__
 
-_ORDER, _STEP = 0, 1  # the two uses of the seed
+logger = logging.getLogger(__name__)
+
+_ORDER, _STEP, _START = 0, 1, 2  # the uses of the seed
 
 
 class Trainer:
@@ -33,10 +37,10 @@ class Trainer:
         self, spec: ModelSpec, settings: Settings, images: NDArray[np.uint8], device: torch.device
     ) -> None:
         self.spec = spec
-        self.settings = settings
+        self.settings = msgspec.structs.replace(settings, data_digest=hashlib.sha256(images.data).hexdigest())
         self.steps_done = 0
         self.device = device
-        torch.manual_seed(_seed(settings.seed, _STEP))
+        torch.manual_seed(_seed(settings.seed, _START))
         self.network = new_network(spec).to(device).train()
         self.average = ema.averaged(self.network)
         self.diffusion = Diffusion(spec).to(device)
@@ -49,6 +53,8 @@ class Trainer:
     def resume(cls, checkpoint: Checkpoint, images: NDArray[np.uint8], device: torch.device) -> "Trainer":
         """Take training up where a checkpoint left it."""
         trainer = cls(checkpoint.spec, checkpoint.settings, images, device)
+        if trainer.settings.data_digest != checkpoint.settings.data_digest:
+            logger.warning("the images are not those that this model was trained on so far")
         trainer.network.load_state_dict(checkpoint.raw)
         trainer.average.load_state_dict(checkpoint.ema)
         trainer.optimizer.load_state_dict(checkpoint.optimizer)

@@ -1,0 +1,89 @@
+"""How long work will take, and how far it has come."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from ddpm_deploy.cli.common import logger
+
+if TYPE_CHECKING:
+    from ddpm_deploy.runtime.denoiser import Denoiser
+
+_LOG_SECONDS: Final = 15.0
+
+
+class _Log:
+    """Progress where there is no terminal: a line in the log now and then."""
+
+    def __init__(self, label: str, length: int) -> None:
+        self._label, self._length, self._done = label, length, 0
+        self._next = time.monotonic() + _LOG_SECONDS
+
+    def update(self, steps: int, note: str | None) -> None:
+        """Move on, and log it if it is time to."""
+        self._done += steps
+        if time.monotonic() > self._next:
+            self._next = time.monotonic() + _LOG_SECONDS
+            logger.info("%s: %d of %d%s", self._label, self._done, self._length, f" · {note}" if note else "")
+
+
+@contextmanager
+def progress(label: str, length: int) -> Iterator[Callable[[int, str | None], None]]:
+    """Give the function that tells how long work goes on: `advance(steps, note)`.
+
+    A bar on a terminal, with the time left; elsewhere lines in the log; nothing under --quiet.
+    """
+    if sys.stderr is None or not sys.stderr.isatty() or logger.level > logging.INFO:
+        yield _Log(label, length).update
+        return
+    with click.progressbar(
+        length=length, label=label, file=sys.stderr, show_pos=True, item_show_func=lambda note: note
+    ) as bar:
+        latest = ""
+
+        def advance(steps: int, note: str | None) -> None:
+            nonlocal latest
+            latest = (
+                note or latest
+            )  # click shows what came with the last step, and not every step brings a note
+            bar.update(steps, latest)
+
+        yield advance
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 0.8 s, 71 s, 12 min, 3.4 h."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 180:
+        return f"{seconds:.0f} s"
+    if seconds < 3 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def time_step(denoiser: "Denoiser", batch: int) -> float:
+    """Seconds that the network takes for a batch: the second of two runs, as the first warms it up."""
+    denoiser.run(batch)
+    start = time.perf_counter()
+    denoiser.run(batch)
+    return time.perf_counter() - start
+
+
+def peak_memory() -> str:
+    """The most memory that this process has held, for people; nothing where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return f" · {peaks[0] / 1000:.0f} MB" if peaks else ""
+
+
+def plural(count: int, noun: str) -> str:
+    """A number of things: 1 step, 2 steps."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
