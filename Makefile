@@ -5,6 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
+# A training that was interrupted is not a model.
+.DELETE_ON_ERROR:
+
 .PHONY: help demo test check bench clean
 
 help:
@@ -46,7 +49,7 @@ check: .venv/installed
 test: check
 	$(BIN)/python -m pytest
 
-bench: .venv/installed
+bench: demo
 	$(BIN)/python -m benches
 
 clean:

@@ -7,7 +7,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from benches import chain, process
+from benches import chain, memory, parity, process
 from benches.models import export_preset
 from benches.table import Row
 
@@ -32,6 +32,8 @@ def main() -> None:
         models = {preset: export_preset(preset, Path(name)) for preset in ("digits", "cifar10")}
         for group in (
             process.measure(models),
+            memory.measure(export_preset("small", Path(name), image_size=64)),
+            parity.measure(),
             chain.measure(models["digits"], batch=16, limit=0.04, peers=False),
             chain.measure(models["cifar10"], batch=1, limit=0.01, peers=True),
         ):

@@ -24,10 +24,10 @@ class Model:
     onnx: Path
 
 
-def export_preset(name: str, folder: Path) -> Model:
-    """Make it. No weight is zero, so that nothing can be skipped."""
+def export_preset(name: str, folder: Path, image_size: int | None = None) -> Model:
+    """Make it, at the preset's image size if no other is given. No weight is zero, so that nothing can be skipped."""
     preset = PRESETS[name]
-    spec = preset.spec(name, preset.channels or 3, preset.image_size)
+    spec = preset.spec(name, preset.channels or 3, image_size or preset.image_size)
     torch.manual_seed(0)
     network = new_network(spec)
     for parameter in network.parameters():

@@ -1,0 +1,35 @@
+"""What a step allocates, and whether memory grows."""
+
+import tracemalloc
+from collections.abc import Iterator
+
+import numpy as np
+
+from benches.models import Model
+from benches.table import Row
+from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.runtime.ort import OrtDenoiser
+
+
+def measure(model: Model) -> Iterator[Row]:
+    """Rows for one network at batch 1, over 20 steps after the first."""
+    chain = Chain(OrtDenoiser(model.onnx, max_batch=1))
+    chain.start(slice(0, 1), model.spec.step_table(), np.zeros(1, np.uint64), np.zeros(1, np.uint64))
+    chain.step()
+    tracemalloc.start()
+    start = tracemalloc.get_traced_memory()[0]
+    largest = 0
+    for _ in range(20):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        chain.step()
+        largest = max(largest, tracemalloc.get_traced_memory()[1] - before)
+    growth = tracemalloc.get_traced_memory()[0] - start
+    tracemalloc.stop()
+    image = chain.x[0].nbytes
+    shape = "×".join(map(str, model.spec.image_shape))
+    share = f"{largest / 1000:.1f} KB ({largest / image:.0%} of an image)"
+    yield Row(f"{shape}: most that a step allocates (tracemalloc)", share, "< an image", largest < image)
+    yield Row(
+        f"{shape}: growth of memory over 20 steps", f"{growth / 1000:.1f} KB", "< 1 MB", growth < 1_000_000
+    )
