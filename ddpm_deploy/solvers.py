@@ -120,3 +120,8 @@ def ddpm(
         d=np.sqrt(here / there) * (1 - there) / (1 - here),
         e=sigma,
     )
+
+
+# What a name on a command line or in `Sampler.sample` stands for.
+SOLVERS: Final = {"ddpm": ddpm}
+SPACINGS: Final = {"leading": leading_timesteps}

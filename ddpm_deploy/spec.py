@@ -13,7 +13,7 @@ from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import SettingError, SpecError, first_line
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
-from ddpm_deploy.solvers import Prediction, Solver, Spacing, StepTable, Variance, ddpm, leading_timesteps
+from ddpm_deploy.solvers import SOLVERS, SPACINGS, Prediction, Solver, Spacing, StepTable, Variance
 
 SPEC_VERSION: Final = 1
 SPEC_KEY: Final = "ddpm_deploy.spec"  # its name in an ONNX file's metadata
@@ -169,12 +169,11 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
         Raises SettingError where a setting is out of range or not known.
         """
-        if solver != "ddpm":
-            raise SettingError(f"solver {solver!r} is not known: choose 'ddpm'")
-        if spacing != "leading":
-            raise SettingError(f"spacing {spacing!r} is not known: choose 'leading'")
-        timesteps = leading_timesteps(self.timesteps, self.timesteps if steps is None else steps)
-        return ddpm(
+        for name, value, known in (("solver", solver, SOLVERS), ("spacing", spacing, SPACINGS)):
+            if value not in known:
+                raise SettingError(f"{name} {value!r} is not known: choose from {', '.join(known)}")
+        timesteps = SPACINGS[spacing](self.timesteps, self.timesteps if steps is None else steps)
+        return SOLVERS[solver](
             self.make_schedule(),
             timesteps,
             prediction=self.prediction,

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from ddpm_deploy.cli import main as ddpm_deploy
+from ddpm_deploy.cli.run import _SOLVERS, _SPACINGS
 from ddpm_deploy.cli.train import _PRESETS
 from ddpm_deploy.version import __version__
 
@@ -51,8 +52,12 @@ def test_help_and_version(command: str) -> None:
     assert __version__ in call(*filter(None, [command, "--version"])).stdout
 
 
-def test_presets_named_on_the_command_line_are_all_there_are() -> None:
+def test_names_on_the_command_line_are_all_there_are() -> None:
+    from ddpm_deploy.solvers import SOLVERS, SPACINGS
     from ddpm_deploy.train.settings import PRESETS
+
+    assert list(SOLVERS) == list(_SOLVERS)
+    assert list(SPACINGS) == list(_SPACINGS)
 
     assert list(PRESETS) == list(_PRESETS)
 

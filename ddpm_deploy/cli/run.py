@@ -3,7 +3,7 @@
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import click
 
@@ -12,6 +12,10 @@ from ddpm_deploy.cli.progress import duration, peak_memory, plural, progress, ti
 
 if TYPE_CHECKING:
     from ddpm_deploy.solvers import Solver, Spacing
+
+# Of solvers.SOLVERS and SPACINGS, named here without NumPy, so that --help is quick.
+_SOLVERS: Final = ("ddpm",)
+_SPACINGS: Final = ("leading",)
 
 
 @command(
@@ -51,10 +55,10 @@ if TYPE_CHECKING:
     show_default="64, fewer for images over 16×16",
     help="Images in flight at once.",
 )
-@click.option("--solver", type=click.Choice(["ddpm"]), default="ddpm", help="ddpm: ancestral sampling.")
+@click.option("--solver", type=click.Choice(_SOLVERS), default="ddpm", help="ddpm: ancestral sampling.")
 @click.option(
     "--spacing",
-    type=click.Choice(["leading"]),
+    type=click.Choice(_SPACINGS),
     default="leading",
     help="Of the timesteps, where --steps are fewer than all.",
 )

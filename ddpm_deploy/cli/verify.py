@@ -53,49 +53,50 @@ def main(
     on the same noise. Exits 0 where both are within tolerance, 1 where not.
     """
     from ddpm_deploy.cli import report as reporting
-    from ddpm_deploy.errors import SettingError
-    from ddpm_deploy.files import require_output, show
-    from ddpm_deploy.runtime.parity import compare, require_comparable
+    from ddpm_deploy.files import show
+    from ddpm_deploy.runtime.parity import compare
 
-    outputs = [path for path in (report, plot) if path]
-    for path in outputs:
-        require_output(path)
-    if len({path.resolve() for path in (reference, candidate, *outputs)}) < len({reference, candidate}) + len(
-        outputs
-    ):
-        raise SettingError("--report and --plot must be files of their own, and neither of the models")
+    _check_outputs([path for path in (report, plot) if path], [reference, candidate])
     if plot:
         reporting.require_plotting(plot)
-    models = [
+    first, second = (
         open_denoiser(path, weights=weights, threads=threads, max_batch=count)
         for path in (reference, candidate)
-    ]
-    require_comparable(models[0].spec, models[1].spec)
-    if models[0].spec.provenance.digest != models[1].spec.provenance.digest:
+    )
+    if first.spec.provenance.digest != second.spec.provenance.digest:
         logger.warning("the two files say that their weights are not the same (provenance.digest)")
-    timesteps = models[0].spec.timesteps
+    timesteps = first.spec.timesteps
     length = min(steps or timesteps, timesteps)
     forced = length if every else min(length, _FORCED)
-    reference_time, candidate_time = (time_step(model, count) for model in models)
-    forecast = length * reference_time + (length + forced) * candidate_time
-    logger.info(
-        "%s · 2 chains of %s · about %s", plural(count, "image"), plural(length, "step"), duration(forecast)
-    )
+    forecast = length * time_step(first, count) + (length + forced) * time_step(second, count)
+    images, chains = plural(count, "image"), plural(length, "step")
+    logger.info("%s · 2 chains of %s · about %s", images, chains, duration(forecast))
     with progress("comparing", length=2 * length) as advance:
         result = compare(
-            models[0],
-            models[1],
+            first,
+            second,
             count=count,
             steps=steps,
             seed=seed,
             forced=forced,
             progress=lambda steps: advance(steps, None),
         )
-    for model in models:
-        model.close()
     click.echo(reporting.as_table(result, show(reference), show(candidate), timesteps))
     if report:
-        reporting.write_json(result, models[0].spec, models[1].spec, report)
+        reporting.write_json(result, first.spec, second.spec, report)
     if plot:
         reporting.write_plot(result, show(candidate), plot)
     ctx.exit(0 if result.within else 1)
+
+
+def _check_outputs(outputs: list[Path], models: list[Path]) -> None:
+    """Refuse outputs that cannot be written, or that would replace one another or a model."""
+    from ddpm_deploy.errors import SettingError
+    from ddpm_deploy.files import require_output
+
+    taken = {path.resolve() for path in models}
+    for path in outputs:
+        require_output(path)
+        if path.resolve() in taken:
+            raise SettingError("--report and --plot must be files of their own, and neither of the models")
+        taken.add(path.resolve())
