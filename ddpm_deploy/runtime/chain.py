@@ -85,14 +85,14 @@ class Chain:
         stays in `x` until the slot is started again.
         """
         assert not self.active[slots].any()
-        first = self._first_row(table)
-        self._pointer[slots] = first
-        self._end[slots] = first + len(table)
-        self._x0_previous[slots] = 0
+        self._ahead = self._ahead[:0]  # the noise made ahead was of other slots
         self.noise.assign(slots, seeds, indices)
         x_T = self.noise.fill(np.zeros((1, slots.stop), np.int64))[0]  # noqa: N806  (the paper's name)
         self._flat(self.denoiser.x)[slots] = x_T[slots]
-        self._ahead = self._ahead[:0]  # the noise made ahead was of other slots
+        self._x0_previous[slots] = 0
+        first = self._first_row(table)
+        self._pointer[slots] = first
+        self._end[slots] = first + len(table)
 
     def _first_row(self, table: StepTable) -> int:
         known = self._tables.get(id(table))
