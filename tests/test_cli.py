@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ddpm_deploy.cli import main as ddpm_deploy
 from ddpm_deploy.cli.run import _SOLVERS, _SPACINGS
@@ -135,6 +136,55 @@ def test_a_seed_that_was_not_given_is_printed(tmp_path: Path, onnx_path: Path) -
     seed = first.stdout.split("seed ")[1].split(",")[0]
     call("run", onnx_path, "--steps", 3, "--count", 1, "--seed", seed, "-o", tmp_path / "b.npz")
     np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])
+
+
+@pytest.mark.parametrize("output", ["grid.png", "folder"])
+def test_a_picture_is_made_again(tmp_path: Path, onnx_path: Path, output: str) -> None:
+    arguments = ("--steps", 9, "--count", 3, "--seed", 5, "--first-index", 2**40)
+    assert call("run", onnx_path, *arguments, "-o", tmp_path / output).exit_code == 0
+    picture = tmp_path / output if output == "grid.png" else tmp_path / output / f"{2**40 + 1}.png"
+    again = call("run", onnx_path, "--replay", picture)
+    assert again.exit_code == 0, again.output
+    assert "9 steps, seed 5: the same again" in again.stdout
+
+    with Image.open(picture) as image:
+        info = PngInfo()
+        info.add_text("ddpm_deploy", image.text["ddpm_deploy"])  # type: ignore[attr-defined]
+        edited = np.array(image)
+        edited[edited.shape[0] // 2, 3] ^= 128
+        Image.fromarray(edited).save(tmp_path / "edited.png", pnginfo=info)
+    other = call("run", onnx_path, "--replay", tmp_path / "edited.png")
+    assert other.exit_code == 1
+    assert "1 pixels differ, by up to 128 of 255" in other.stdout
+
+
+def test_pictures_that_cannot_be_made_again(tmp_path: Path, onnx_path: Path) -> None:
+    def picture(name: str, text: str | None) -> Path:
+        info = PngInfo()
+        if text is not None:
+            info.add_text("ddpm_deploy", text)
+        Image.new("L", (8, 8)).save(tmp_path / name, pnginfo=info)
+        return tmp_path / name
+
+    origin = {
+        "model": "0" * 64,
+        "seed": 1,
+        "solver": "ddpm",
+        "spacing": "leading",
+        "steps": 3,
+        "ddpm_deploy": "0",
+    }
+    (tmp_path / "text.png").write_text("no picture")
+    cases = {
+        tmp_path / "missing.png": "does not exist",
+        tmp_path / "text.png": "not a whole PNG",
+        picture("plain.png", None): "does not say where it came from",
+        picture("list.png", "[]"): "does not say where it came from",
+        picture("many.png", json.dumps(origin | {"count": 10**9})): "does not say where it came from",
+        picture("other.png", json.dumps(origin)): "was drawn by the model 000000000000…",
+    }
+    for path, problem in cases.items():
+        refused(call("run", onnx_path, "--replay", path), 1, problem)
 
 
 def test_quiet_and_verbose(tmp_path: Path, onnx_path: Path) -> None:

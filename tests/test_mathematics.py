@@ -301,3 +301,17 @@ def test_sampler_replays_a_diffusers_chain(diffusers: Any) -> None:
         x = peer.step(out, t, x, generator=generator).prev_sample
     mine = Sampler(denoiser).sample(2, noise=lambda draw: draws[draw].numpy())
     assert np.abs(mine - x.numpy()).max() <= TOLERANCES["diffusers_replay"].limit
+
+
+def test_more_noise_than_timesteps_is_an_error() -> None:
+    import torch
+
+    from ddpm_deploy.train.noise import AddressedRandn
+
+    with AddressedRandn([1, 0], seed=0):
+        first = torch.randn(2, 1, 4, 4)
+        second = torch.randn_like(first)
+        torch.randn(2, 1, 4, 4)
+        with pytest.raises(SettingError, match="more noise than it has timesteps"):
+            torch.randn(1)
+    assert not torch.equal(first, second)

@@ -51,6 +51,7 @@ MODULES = [
     "train/denoiser",
     "train/diffusion",
     "train/ema",
+    "train/noise",
     "train/session",
     "train/settings",
     "train/trainer",

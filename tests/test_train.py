@@ -2,13 +2,16 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import ArtefactError, BackendError, DataError, OutputError, SettingError
+from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.spec import UNetConfig
 from ddpm_deploy.tolerances import TOLERANCES
 from tests.models import TINY_UNET, tiny_spec
@@ -18,7 +21,9 @@ torch = pytest.importorskip("torch")
 from ddpm_deploy.train import ema  # noqa: E402
 from ddpm_deploy.train.checkpoint import Checkpoint, digest, new_network  # noqa: E402
 from ddpm_deploy.train.data import find_images, fit, read_images  # noqa: E402
+from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
 from ddpm_deploy.train.diffusion import Diffusion  # noqa: E402
+from ddpm_deploy.train.noise import AddressedRandn  # noqa: E402
 from ddpm_deploy.train.settings import PRESETS, Settings  # noqa: E402
 from ddpm_deploy.train.trainer import Trainer, learning_rate  # noqa: E402
 from ddpm_deploy.train.unet import UNet  # noqa: E402
@@ -61,14 +66,17 @@ def randomised(network: UNet) -> UNet:
     return network
 
 
-def test_network_is_that_of_diffusers() -> None:
-    """The same weights in diffusers' UNet2DModel give the same prediction: attention, skips and all."""
+TWIN_CONFIG = UNetConfig(
+    channels=32, channel_mults=(1, 2), blocks=1, attention_levels=(1,), groups=8, dropout=0.0
+)
+
+
+@pytest.fixture(scope="session")
+def twins() -> tuple[UNet, Any]:
+    """Our network, and diffusers' UNet2DModel with the same weights."""
     from diffusers import UNet2DModel
 
-    config = UNetConfig(
-        channels=32, channel_mults=(1, 2), blocks=1, attention_levels=(1,), groups=8, dropout=0.0
-    )
-    mine = randomised(UNet(config, 3, 32, 3)).eval()
+    mine = randomised(UNet(TWIN_CONFIG, 3, 32, 3)).eval()
     peer = UNet2DModel(
         sample_size=16,
         in_channels=3,
@@ -85,14 +93,37 @@ def test_network_is_that_of_diffusers() -> None:
         flip_sin_to_cos=False,
     ).eval()
     peer.load_state_dict(as_diffusers(mine))
-    x = torch.randn(2, 3, 16, 16)
-    from ddpm_deploy.embedding import SinusoidalEmbedding
+    return mine, peer
 
+
+def test_network_is_that_of_diffusers(twins: tuple[UNet, Any]) -> None:
+    """The same weights give the same prediction: attention, skips and all."""
+    mine, peer = twins
+    x = torch.randn(2, 3, 16, 16)
     temb = torch.from_numpy(SinusoidalEmbedding(dim=32).table(1000)[[3, 700]])
     with torch.no_grad():
         wanted = peer(x, torch.tensor([3, 700])).sample
         error = ((mine(x, temb) - wanted).abs().max() / wanted.abs().max()).item()
     assert error <= TOLERANCES["diffusers_network"].limit
+
+
+def test_a_peers_own_pipeline_runs_on_our_noise(twins: tuple[UNet, Any]) -> None:
+    """diffusers' pipeline, called as its users do, and our chain, by seed alone: the same images."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    mine, peer = twins
+    scheduler = DDPMScheduler(variance_type="fixed_large")
+    pipeline = DDPMPipeline(unet=peer, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    scheduler.set_timesteps(100)
+    with AddressedRandn(scheduler.timesteps, seed=11, first_index=5):
+        theirs = pipeline(batch_size=2, num_inference_steps=100, output_type="np").images
+    spec = msgspec.structs.replace(
+        tiny_spec((3, 16, 16), network=TWIN_CONFIG), embedding=SinusoidalEmbedding(dim=32)
+    )
+    ours = Sampler(TorchDenoiser(mine, spec)).sample(2, steps=100, seed=11, first_index=5)
+    error = np.abs(ours.transpose(0, 2, 3, 1) / 2 + 0.5 - theirs).max()
+    assert error <= TOLERANCES["diffusers_pipeline"].limit
 
 
 def as_diffusers(network: UNet) -> dict[str, "torch.Tensor"]:

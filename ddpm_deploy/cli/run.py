@@ -9,8 +9,10 @@ import click
 
 from ddpm_deploy.cli.common import FilePath, command, logger, open_denoiser, weights_option
 from ddpm_deploy.cli.progress import duration, peak_memory, plural, progress, time_step
+from ddpm_deploy.version import __version__
 
 if TYPE_CHECKING:
+    from ddpm_deploy.runtime.sampler import Sampler
     from ddpm_deploy.solvers import Solver, Spacing
 
 # Of solvers.SOLVERS and SPACINGS, named here without NumPy, so that --help is quick.
@@ -25,6 +27,7 @@ _SPACINGS: Final = ("leading",)
   ddpm-run model.onnx --steps 50 --seed 7      a strided chain of 50 steps, and a seed to repeat it
   ddpm-run model.onnx --count 5000 -o s.npz    uint8 (5000, H, W, C), as evaluators read it
   ddpm-run model.onnx --count 100 -o images/   a folder, one PNG an image
+  ddpm-run model.onnx --replay samples.png     make a picture again, and compare
   ddpm-run model.pt                            the checkpoint itself, in PyTorch: the reference
 """,
 )
@@ -66,6 +69,9 @@ _SPACINGS: Final = ("leading",)
 @click.option("--device", help="cpu; for a checkpoint, any torch device.  [default: cpu]")
 @click.option("--threads", type=click.IntRange(1, 1024), show_default="one a core", help="Of the CPU.")
 @click.option(
+    "--replay", type=FilePath, help="Make this PNG again, from what it says of itself, and compare."
+)
+@click.option(
     "--float", "as_float", is_flag=True, help="In an .npz: `samples`, float32 (N, C, H, W), unrounded."
 )
 def main(
@@ -81,6 +87,7 @@ def main(
     weights: Literal["ema", "raw"],
     device: str | None,
     threads: int | None,
+    replay: Path | None,
     as_float: bool,
 ) -> None:
     """Draw images from MODEL, an exported .onnx file (or a .pt checkpoint, run in PyTorch)."""
@@ -93,6 +100,9 @@ def main(
         model, weights=weights, device=device, threads=threads, max_batch=batch and min(batch, count)
     )
     with Sampler(denoiser) as sampler:
+        if replay:
+            _replay(sampler, replay)
+            return
         spec = sampler.spec
         table = sampler.table(steps, solver=solver, spacing=spacing)
         origin = {
@@ -101,6 +111,7 @@ def main(
             "solver": solver,
             "steps": len(table),
             "spacing": spacing,
+            "ddpm_deploy": __version__,
         }
         destination = Destination(output, count, first_index, spec, origin, as_float)
         destination.check()
@@ -123,3 +134,40 @@ def main(
                 write(samples)
         took = time.perf_counter() - start
     click.echo(f"{show(output)}: {images}, {chain}, seed {seed}, in {duration(took)}")
+
+
+def _replay(sampler: "Sampler", picture: Path) -> None:
+    """Make a picture again and compare; exits 1 where any pixel is off by more than one level."""
+    from ddpm_deploy.errors import DataError
+    from ddpm_deploy.files import show
+    from ddpm_deploy.runtime.images import grid, read_origin, to_uint8
+
+    origin, pixels = read_origin(picture)
+    digest = sampler.spec.provenance.digest
+    if origin.model != digest:
+        raise DataError(
+            f"{show(picture)} was drawn by the model {show(origin.model[:12])}…, and this is {digest[:12]}…"
+        )
+    images = sampler.sample(
+        origin.count,
+        steps=origin.steps,
+        solver=origin.solver,
+        spacing=origin.spacing,
+        seed=origin.seed,
+        first_index=origin.first_index if origin.index is None else origin.index,
+    )
+    again = to_uint8(images, sampler.spec.value_range)
+    made = grid(again) if origin.index is None else again[0]
+    if made.shape != pixels.shape:
+        raise DataError(
+            f"{show(picture)} was edited: its shape is {pixels.shape}, and {made.shape} was made again"
+        )
+    difference = abs(made.astype(int) - pixels)
+    differing = int((difference > 0).any(axis=2).sum())
+    verdict = (
+        f"{differing} pixels differ, by up to {difference.max()} of 255" if differing else "the same again"
+    )
+    images_, chain = plural(origin.count, "image"), plural(origin.steps, "step")
+    click.echo(f"{show(picture)}: {images_}, {chain}, seed {origin.seed}: {verdict}")
+    if difference.max() > 1:
+        raise click.exceptions.Exit(1)

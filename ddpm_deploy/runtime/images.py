@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import OutputError
-from ddpm_deploy.files import atomic, require_output, show
+from ddpm_deploy.errors import DataError, OutputError, first_line
+from ddpm_deploy.files import atomic, require_file, require_output, show
 from ddpm_deploy.runtime.denoiser import Array
+from ddpm_deploy.solvers import Solver, Spacing
 from ddpm_deploy.spec import ModelSpec
 
 PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
@@ -65,6 +67,43 @@ def save_png(pixels: NDArray[np.uint8], path: Path, text: Mapping[str, Any]) -> 
         image_module.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
             temporary, pnginfo=info
         )
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a PNG of `Destination` says that it came from.
+
+    model: digest of the weights. steps: of the chain. A picture of one sample has its `index`; a grid has
+    `count` samples from `first_index` on.
+    """
+
+    model: str
+    seed: Annotated[int, msgspec.Meta(ge=0)]
+    solver: Solver
+    spacing: Spacing
+    steps: Annotated[int, msgspec.Meta(ge=1)]
+    ddpm_deploy: str
+    index: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    first_index: Annotated[int, msgspec.Meta(ge=0)] = 0
+    count: Annotated[int, msgspec.Meta(ge=1, le=_LARGEST_GRID)] = 1
+
+
+def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
+    """What a PNG says of where it came from, and its pixels (H, W, C).
+
+    Raises DataError where it is no PNG of ours, or is broken.
+    """
+    require_file(path, DataError)
+    image_module = require("PIL.Image", "cpu")
+    try:
+        with image_module.open(path, formats=("PNG",)) as image:
+            text = image.text.get(PNG_KEY)
+            pixels = np.atleast_3d(np.asarray(image))
+    except Exception as error:  # Pillow's decoder of a broken file raises nearly anything
+        raise DataError(f"{show(path)} is not a whole PNG: {first_line(error)}") from error
+    try:
+        return msgspec.json.decode(text or "", type=Origin), pixels
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{show(path)} does not say where it came from: ddpm-run did not make it") from error
 
 
 @dataclass(frozen=True)
