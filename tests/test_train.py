@@ -19,7 +19,7 @@ from tests.models import TINY_UNET, tiny_spec
 torch = pytest.importorskip("torch")
 
 from ddpm_deploy.train import ema  # noqa: E402
-from ddpm_deploy.train.checkpoint import Checkpoint, digest, new_network  # noqa: E402
+from ddpm_deploy.train.checkpoint import Checkpoint, digest, load_network, new_network  # noqa: E402
 from ddpm_deploy.train.data import find_images, fit, read_images  # noqa: E402
 from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
 from ddpm_deploy.train.diffusion import Diffusion  # noqa: E402
@@ -325,6 +325,14 @@ def test_weights_of_another_type_are_refused(tmp_path: Path, checkpoint_path: Pa
     state["conv_in.weight"] = state["conv_in.weight"].double()
     with pytest.raises(ArtefactError, match=r"conv_in\.weight is not a dense float32"):
         Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", ema=state))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, checkpoint_path: Path, value: float) -> None:
+    state = torch.load(checkpoint_path, weights_only=True)["ema"]
+    state["conv_in.bias"][3] = value
+    with pytest.raises(ArtefactError, match=r"not finite in conv_in\.bias"):
+        load_network(altered(checkpoint_path, tmp_path / "x.pt", ema=state))
 
 
 def test_weights_that_repeat_a_number_are_refused(tmp_path: Path, checkpoint_path: Path) -> None:

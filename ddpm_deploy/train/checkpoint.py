@@ -120,13 +120,20 @@ def build_network(spec: ModelSpec, state: StateDict) -> UNet:
 
 
 def load_network(path: Path, weights: Literal["ema", "raw"] = "ema") -> tuple[UNet, ModelSpec]:
-    """One of the two networks in a checkpoint, and the spec of those very weights."""
+    """One of the two networks in a checkpoint, and the spec of those very weights.
+
+    Raises ArtefactError as `Checkpoint.load`, and where the weights are not all finite.
+    """
     checkpoint = Checkpoint.load(path)
     spec = checkpoint.spec
-    if weights == "ema":
-        return build_network(spec, checkpoint.ema), spec
-    provenance = msgspec.structs.replace(spec.provenance, digest=digest(checkpoint.raw), weights="raw")
-    return build_network(spec, checkpoint.raw), msgspec.structs.replace(spec, provenance=provenance)
+    state = checkpoint.ema if weights == "ema" else checkpoint.raw
+    broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
+    if broken:
+        raise ArtefactError(f"{show(path)} has numbers that are not finite in {broken}: train again")
+    if weights == "raw":
+        provenance = msgspec.structs.replace(spec.provenance, digest=digest(state), weights="raw")
+        spec = msgspec.structs.replace(spec, provenance=provenance)
+    return build_network(spec, state), spec
 
 
 def digest(state: StateDict) -> str:
