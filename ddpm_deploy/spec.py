@@ -23,6 +23,7 @@ MAX_SPEC_BYTES: Final = 3999
 _MAX_IMAGE_SIZE: Final = 2**26  # numbers: a quarter of a gigabyte
 _MAX_EMBEDDING_SIZE: Final = 2**26
 
+Precision = Literal["fp32", "fp16", "bf16"]
 Size = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
 Text = Annotated[str, msgspec.Meta(max_length=200)]
 
@@ -96,6 +97,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     image_shape: (C, H, W). value_range: of the images the model was trained on.
     timesteps: T. prediction: what the network gives. variance: of the reverse steps, by default.
+    precision: of the network's insides; what goes in and out is always float32.
     """
 
     spec_version: int = SPEC_VERSION
@@ -111,7 +113,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     variance: Variance = "fixed_large"
     embedding: SinusoidalEmbedding
     network: UNetConfig | None = None
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision = "fp32"
     provenance: Provenance
 
     def __post_init__(self) -> None:

@@ -1,9 +1,11 @@
 """The command lines, in process and as processes: what they print, write and refuse."""
 
 import csv
+import dataclasses
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +106,8 @@ def test_train_export_verify_run(tmp_path: Path) -> None:
     assert "within tolerance" in verified.stdout
     content = json.loads(report.read_text())
     assert content["within_tolerance"]
-    assert len(content["steps"]) == 30
+    assert content["steps"] == 30
+    assert len(content["candidates"][0]["predictions"]) == 30
     with Image.open(plot) as image:
         assert image.size[0] > 500
 
@@ -128,7 +131,52 @@ def test_verify_exits_1_past_tolerance(tmp_path: Path, checkpoint_path: Path, on
     result = call("verify", checkpoint_path, tmp_path / "off.onnx", "--steps", 20)
     assert result.exit_code == 1
     assert "PAST TOLERANCE" in result.stdout
-    assert "first t past tolerance: 950" in result.stdout
+    assert next(line for line in result.stdout.splitlines() if "first t past" in line).split()[-1] == "950"
+
+
+def test_the_ladder(tmp_path: Path, checkpoint_path: Path) -> None:
+    """Half precision by its default name, all of it in one table, and the advice at the end."""
+    from ddpm_deploy.train.checkpoint import Checkpoint
+
+    model, full, half = (tmp_path / name for name in ("m.pt", "m.onnx", "m.fp16.onnx"))
+    whole = Checkpoint.load(checkpoint_path)
+    spec = msgspec.structs.replace(whole.spec, timesteps=60)
+    dataclasses.replace(whole, spec=spec).save(model)
+    report = tmp_path / "r.json"
+    assert call("export", model).exit_code == 0
+    exported = call("export", model, "--fp16", "--report", report)
+    assert exported.exit_code == 0, exported.output
+    assert "31 of 33 convolutions work in fp16; in float32 stay\n  conv_in: reads x\n" in exported.stdout
+    assert "slower than the fp32 one" in exported.stdout
+    content = json.loads(report.read_text())
+    assert content["islands"].keys() == {"conv_in", "conv_out"}
+    assert len(content["oracle"]) == 60
+    result = call("verify", model, full, half, "--steps", 30, "--report", report)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert str(half) in lines[1]
+    assert any(line.split()[-4:] == ["110", "dB", "60", "dB"] for line in lines)
+    assert any(line.startswith("choose ") for line in lines)
+    assert [c["name"] for c in json.loads(report.read_text())["candidates"]] == [str(full), str(half)]
+    assert call("run", half, "--steps", 3, "--count", 2, "-o", tmp_path / "x.png").exit_code == 0
+
+
+def test_a_model_against_its_proof(tmp_path: Path, onnx_path: Path) -> None:
+    model, proof = tmp_path / "m.onnx", tmp_path / "m.proof.npz"
+    shutil.copy(onnx_path, model)
+    refused(call("verify", model), 1, "has no proof beside it")
+    shutil.copy(onnx_path.with_suffix(".proof.npz"), proof)
+    assert call("verify", model).exit_code == 0
+    refused(call("verify", model, "--steps", 3), 2, "a proof has its own")
+    refused(call("verify", model, onnx_path, "--proof", proof), 2, "--proof is for a single model")
+    with np.load(proof) as archive:
+        content = dict(archive)
+    spec = json.loads(content["spec"].tobytes())
+    spec["provenance"]["digest"] = "0" * 64
+    np.savez(proof, **content | {"spec": np.frombuffer(json.dumps(spec).encode(), np.uint8)})
+    refused(call("verify", model), 1, "is the proof of another model")
+    proof.write_bytes(b"PK")
+    refused(call("verify", model), 1, "is not a whole proof")
 
 
 def test_a_seed_that_was_not_given_is_printed(tmp_path: Path, onnx_path: Path) -> None:
@@ -367,9 +415,8 @@ def test_bad_arguments_of_train(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--fp16"], "--fp16 is not supported by this version"),
-        (["--engine"], "--engine is not supported by this version"),
-        (["-o", "engine.plan"], "--engine is not supported by this version"),
+        (["--engine"], "engines are not supported by this version"),
+        (["-o", "engine.plan"], "engines are not supported by this version"),
         (["-o", "model.pb"], "must end in .onnx"),
         (["-o", "missing/x.onnx"], "does not exist"),
     ],
@@ -414,7 +461,7 @@ def test_raw_weights_are_verified_as_such(tmp_path: Path, checkpoint_path: Path)
     assert call("verify", checkpoint_path, raw, "--weights", "raw", "--steps", 10).exit_code == 0
     averaged = call("verify", checkpoint_path, raw, "--steps", 10)
     assert averaged.exit_code == 1
-    assert "weights are not the same" in averaged.stderr
+    assert "its weights are others than the reference's" in averaged.stderr
 
 
 def test_names_with_spaces_can_be_pasted(tmp_path: Path, checkpoint_path: Path) -> None:

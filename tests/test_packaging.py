@@ -16,6 +16,7 @@ import ddpm_deploy
 ROOT = Path(__file__).parent.parent
 MODULES = [
     "__init__",
+    "arrays",
     "artefact",
     "cli/__init__",
     "cli/common",
@@ -31,6 +32,7 @@ MODULES = [
     "errors",
     "export/__init__",
     "export/graph",
+    "export/precision",
     "files",
     "noise",
     "reference",
@@ -40,6 +42,7 @@ MODULES = [
     "runtime/images",
     "runtime/ort",
     "runtime/parity",
+    "runtime/proof",
     "runtime/sampler",
     "schedule",
     "solvers",
@@ -218,6 +221,9 @@ def test_the_runtime_runs_a_whole_chain_without_torch(
     assert run(scripts / "ddpm-deploy", "inspect", onnx_path).returncode == 0
     assert run(scripts / "ddpm-deploy", "inspect", onnx_path.with_suffix(".pt")).returncode == 0
     assert run(scripts / "ddpm-verify", onnx_path, onnx_path, "--steps", 5, "--count", 1).returncode == 0
+    proven = run(scripts / "ddpm-verify", onnx_path)
+    assert proven.returncode == 0, proven.stderr
+    assert "at the x_t of its proof (16 timesteps" in proven.stdout
 
     for command, package, extra in (
         (["ddpm-run", onnx_path.with_suffix(".pt")], "torch", "train"),

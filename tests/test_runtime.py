@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,7 +22,8 @@ from ddpm_deploy.errors import (
 )
 from ddpm_deploy.runtime.images import Destination, grid
 from ddpm_deploy.runtime.ort import OrtDenoiser
-from ddpm_deploy.runtime.parity import compare, psnr, spot_check, summarise
+from ddpm_deploy.runtime.parity import judge, psnr, record, spot_check, summarise, teacher_forced
+from ddpm_deploy.runtime.proof import as_proof, load_proof, save_proof
 from ddpm_deploy.tolerances import PARITY
 from tests.models import ArrayDenoiser, tiny_spec
 
@@ -252,7 +254,7 @@ class Off(ArrayDenoiser):
 
 
 def test_equal_models_are_equal() -> None:
-    result = compare(Off(0), Off(0), count=2, steps=100)
+    result = judge(record(Off(0), count=2, steps=100), Off(0))
     assert result.within
     assert result.first_past is None
     assert np.isinf(result.psnr).all()
@@ -262,23 +264,31 @@ def test_equal_models_are_equal() -> None:
 
 def test_errors_are_measured_and_located() -> None:
     """An error of one part in a thousand below t = 300 is found there, at that size, and nowhere else."""
-    result = compare(Off(0), Off(1e-3, below=300), count=2, forced=1000)
+    result = judge(record(Off(0), count=2, keep=1000), Off(1e-3, below=300))
     assert not result.within
     assert result.first_past == 299
     assert len(result.steps) == 1000
     for step in result.steps:
         assert step.relative_rms == pytest.approx(1e-3 if step.timestep < 300 else 0, rel=1e-3)
-    rows = summarise(result.steps, 1000)
-    assert [row["from"] for row in rows] == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
-    assert [row["relative_rms"] > 1e-6 for row in rows] == [False] * 7 + [True] * 3
+    rows = summarise(result)
+    assert [row.top for row in rows] == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99, 9]
+    assert [row.within for row in rows] == [True] * 7 + [False] * 4
     assert np.isfinite(result.psnr).all()
 
 
 def test_nan_is_past_tolerance() -> None:
-    result = compare(Off(0), Off(float("nan"), below=500), count=1, steps=10)
+    result = judge(record(Off(0), count=1, steps=10), Off(float("nan"), below=500))
     assert not result.within
     assert result.first_past == 400
-    assert spot_check(Off(0), Off(float("nan"), below=500), (1, 2)).relative_rms == float("inf")
+    assert not spot_check(Off(0), Off(float("nan"), below=500), (1, 2)).within
+
+
+def test_questions_asked_together_have_the_answers_of_those_asked_alone() -> None:
+    """A candidate with room for more is asked about several timesteps in one batch."""
+    trajectory = record(Off(0), count=2, steps=30)
+    alone, together = Off(1e-3, below=400), Off(1e-3, below=400)
+    alone.max_batch = 2
+    assert teacher_forced(trajectory, alone) == teacher_forced(trajectory, together)
 
 
 def test_psnr_is_that_of_its_definition() -> None:
@@ -291,17 +301,66 @@ def test_psnr_is_that_of_its_definition() -> None:
 def test_models_of_different_kinds_cannot_be_compared() -> None:
     other = ArrayDenoiser(tiny_spec(timesteps=500), 4)
     with pytest.raises(SettingError, match="differ in timesteps"):
-        compare(Off(0), other, count=1)
+        judge(record(Off(0), count=1, steps=2), other)
     with pytest.raises(SettingError, match="count must be from 1 to 4"):
-        compare(Off(0), Off(0), count=5)
+        record(Off(0), count=5)
 
 
 def test_exported_network_agrees_with_pytorch(checkpoint_path: Path, onnx_path: Path) -> None:
     from ddpm_deploy.train.denoiser import TorchDenoiser
 
-    result = compare(TorchDenoiser.load(checkpoint_path), OrtDenoiser(onnx_path), count=2)
+    result = judge(record(TorchDenoiser.load(checkpoint_path), count=2), OrtDenoiser(onnx_path))
     assert result.within
     assert result.tolerance == PARITY["fp32"]
+
+
+# --- the proof that travels -----------------------------------------------------------------------------
+
+
+def test_a_proof_says_what_was_recorded(tmp_path: Path) -> None:
+    trajectory = record(Off(0), count=2, steps=50, seed=2**63, keep=50)
+    proof = as_proof(trajectory)
+    assert proof.timesteps[[0, -1]].tolist() == [980, 0]
+    assert len(proof.timesteps) == 16
+    save_proof(proof, tmp_path / "x.proof.npz")
+    again = load_proof(tmp_path / "x.proof.npz")
+    assert (again.spec, again.seed, again.steps) == (trajectory.spec, 2**63, 50)
+    for name in ("timesteps", "x", "prediction", "images"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(proof, name))
+    assert judge(again, Off(0)).within
+    assert judge(again, Off(1e-3, below=300)).first_past == 260
+
+
+def test_a_proof_for_images_as_cifars_is_under_a_megabyte(tmp_path: Path) -> None:
+    trajectory = record(ArrayDenoiser(tiny_spec((3, 32, 32)), 1), count=1, steps=25)
+    save_proof(as_proof(trajectory), tmp_path / "x.proof.npz")
+    assert (tmp_path / "x.proof.npz").stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": np.zeros((16, 2, 1, 8, 8))},
+        {"x": np.zeros((16, 3, 1, 8, 8), np.float32)},
+        {"prediction": np.full((16, 2, 1, 8, 8), np.nan, np.float32)},
+        {"images": np.zeros((0, 1, 8, 8), np.float32)},
+        {"timesteps": np.arange(16)},
+        {"steps": 10**9},
+        {"steps": 0},
+        {"seed": -1},
+        {"format": "one"},
+        {"format": 2},
+        {"spec": np.frombuffer(b"{}", np.uint8)},
+        {"spec": None},
+    ],
+)
+def test_proofs_that_do_not_fit_themselves(tmp_path: Path, change: dict[str, Any]) -> None:
+    save_proof(as_proof(record(Off(0), count=2, steps=50)), tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as archive:
+        content = dict(archive) | change
+    np.savez(tmp_path / "y.npz", **{name: value for name, value in content.items() if value is not None})
+    with pytest.raises(ArtefactError, match=r"y\.npz"):
+        load_proof(tmp_path / "y.npz")
 
 
 # --- images -------------------------------------------------------------------------------------------

@@ -57,6 +57,13 @@ def progress(label: str, length: int) -> Iterator[Callable[[int, str | None], No
         yield advance
 
 
+@contextmanager
+def stage(label: str, length: int) -> Iterator[Callable[[int], None]]:
+    """`progress` without notes."""
+    with progress(label, length) as advance:
+        yield lambda steps: advance(steps, None)
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: 0.8 s, 71 s, 12 min, 3.4 h."""
     if seconds < 10:

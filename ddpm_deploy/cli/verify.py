@@ -1,32 +1,46 @@
-"""ddpm-verify: does the candidate compute what the reference computes?"""
+"""ddpm-verify: do the candidates compute what the reference computes?"""
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import click
 
 from ddpm_deploy.cli.common import FilePath, command, logger, open_denoiser, weights_option
-from ddpm_deploy.cli.progress import duration, plural, progress, time_step
+from ddpm_deploy.cli.progress import duration, plural, stage, time_step
 
-_FORCED = 50  # timesteps at which predictions are compared
+if TYPE_CHECKING:
+    from ddpm_deploy.runtime.denoiser import Denoiser
+    from ddpm_deploy.runtime.parity import Trajectory
+
+_FORCED: Final = 50  # timesteps at which predictions are compared
+_ROUNDS: Final = 5  # of the timing
 
 
 @command(
-    "Two models compared, in numbers.",
+    "Models compared, in numbers.",
     """
   ddpm-verify model.pt model.onnx                     the exported network against PyTorch
   ddpm-verify model.pt model.onnx --all               at every timestep
+  ddpm-verify model.pt model.onnx model.fp16.onnx     the ladder: which of them to choose
+  ddpm-verify model.onnx                              against its proof, without the checkpoint
   ddpm-verify a.onnx b.onnx --report r.json --plot r.png
 """,
 )
-@click.argument("reference", type=FilePath)
-@click.argument("candidate", type=FilePath)
-@click.option("--count", type=click.IntRange(1, 64), default=4, help="Images.")
+@click.argument("models", type=FilePath, nargs=-1, required=True)
+@click.option("--count", type=click.IntRange(1, 64), show_default="4, or the proof's", help="Images.")
 @click.option(
-    "--steps", type=click.IntRange(min=1), show_default="all of the model's", help="Steps of the chains."
+    "--steps",
+    type=click.IntRange(min=1),
+    show_default="all of the model's, or the proof's",
+    help="Steps of the chains.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Of the noise.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), show_default="0, or the proof's", help="Of the noise."
+)
 @click.option("--all", "every", is_flag=True, help="Compare predictions at every timestep, not at 50.")
+@click.option("--proof", type=FilePath, show_default="MODEL.proof.npz", help="Of a single model.")
 @click.option("--report", type=FilePath, help="Write every figure here, as JSON.")
 @click.option(
     "--plot", type=FilePath, help="Draw the error against t here, with the tolerance (.png, .svg, .pdf)."
@@ -36,57 +50,111 @@ _FORCED = 50  # timesteps at which predictions are compared
 @click.pass_context
 def main(
     ctx: click.Context,
-    reference: Path,
-    candidate: Path,
-    count: int,
+    models: tuple[Path, ...],
+    count: int | None,
     steps: int | None,
-    seed: int,
+    seed: int | None,
     every: bool,
+    proof: Path | None,
     report: Path | None,
     plot: Path | None,
     weights: Literal["ema", "raw"],
     threads: int | None,
 ) -> None:
-    """Compare CANDIDATE with REFERENCE, each a .pt or an .onnx of the same model.
+    """Compare the second model, and any further ones, with the first; each is a .pt or an .onnx.
 
-    Teacher-forced: the candidate's prediction at the reference's own x_t. Free-running: both chains whole,
-    on the same noise. Exits 0 where both are within tolerance, 1 where not.
+    A single model is held against the proof that ddpm-export wrote beside it.
+
+    Teacher-forced: a model's prediction at the reference's own x_t. Free-running: whole chains on the same
+    noise. Exits 0 where all are within tolerance, 1 where not.
     """
     from ddpm_deploy.cli import report as reporting
     from ddpm_deploy.files import show
-    from ddpm_deploy.runtime.parity import compare
+    from ddpm_deploy.runtime.parity import judge
 
-    _check_outputs([path for path in (report, plot) if path], [reference, candidate])
+    _check_outputs([path for path in (report, plot) if path], list(models))
     if plot:
         reporting.require_plotting(plot)
-    first, second = (
-        open_denoiser(path, weights=weights, threads=threads, max_batch=count)
-        for path in (reference, candidate)
-    )
-    if first.spec.provenance.digest != second.spec.provenance.digest:
-        logger.warning("the two files say that their weights are not the same (provenance.digest)")
-    timesteps = first.spec.timesteps
-    length = min(steps or timesteps, timesteps)
-    forced = length if every else min(length, _FORCED)
-    forecast = length * time_step(first, count) + (length + forced) * time_step(second, count)
-    images, chains = plural(count, "image"), plural(length, "step")
-    logger.info("%s · 2 chains of %s · about %s", images, chains, duration(forecast))
-    with progress("comparing", length=2 * length) as advance:
-        result = compare(
-            first,
-            second,
-            count=count,
-            steps=steps,
-            seed=seed,
-            forced=forced,
-            progress=lambda steps: advance(steps, None),
-        )
-    click.echo(reporting.as_table(result, show(reference), show(candidate), timesteps))
+    if len(models) == 1:
+        if every or any(value is not None for value in (count, steps, seed)):
+            raise click.UsageError("a proof has its own count, steps, seed and timesteps: leave them out")
+        trajectory = _proven(models[0], proof)
+        reference, candidates = show(proof or "its proof"), list(models)
+    else:
+        if proof:
+            raise click.UsageError("--proof is for a single model")
+        reference, candidates = show(models[0]), list(models[1:])
+        first = open_denoiser(models[0], weights=weights, threads=threads, max_batch=count or 4)
+        trajectory = _recorded(first, count or 4, steps, seed or 0, every, len(candidates))
+        first.close()
+    denoisers = [
+        open_denoiser(path, weights=weights, threads=threads, max_batch=trajectory.count)
+        for path in candidates
+    ]
+    comparisons = []
+    for path, denoiser in zip(candidates, denoisers, strict=True):
+        if denoiser.spec.provenance.digest != trajectory.spec.provenance.digest:
+            logger.warning("%s says that its weights are others than the reference's", show(path))
+        with stage(show(path), len(trajectory.timesteps) + trajectory.steps) as advance:
+            comparisons.append(judge(trajectory, denoiser, advance))
+    times = _milliseconds(denoisers, trajectory.count)
+    rungs = [
+        reporting.Rung(show(path), denoiser.spec, comparison, time, path.stat().st_size / 1e6)
+        for path, denoiser, comparison, time in zip(candidates, denoisers, comparisons, times, strict=True)
+    ]
+    click.echo(reporting.as_table(rungs, trajectory, reference))
     if report:
-        reporting.write_json(result, first.spec, second.spec, report)
+        reporting.write_json(rungs, trajectory, report)
     if plot:
-        reporting.write_plot(result, show(candidate), plot)
-    ctx.exit(0 if result.within else 1)
+        reporting.write_plot(rungs, plot)
+    ctx.exit(0 if all(comparison.within for comparison in comparisons) else 1)
+
+
+def _recorded(
+    reference: "Denoiser", count: int, steps: int | None, seed: int, every: bool, candidates: int
+) -> "Trajectory":
+    """The reference's chains, with a word before on how long it will all take."""
+    from ddpm_deploy.runtime.parity import record
+
+    timesteps = reference.spec.timesteps
+    length = min(steps or timesteps, timesteps)
+    keep = length if every else min(length, _FORCED)
+    forecast = (length + candidates * (length + keep)) * time_step(reference, count)
+    chains = plural(length, "step")
+    logger.info(
+        "%s · %d chains of %s · about %s", plural(count, "image"), candidates + 1, chains, duration(forecast)
+    )
+    with stage("reference", length) as advance:
+        return record(reference, count=count, steps=steps, seed=seed, keep=keep, progress=advance)
+
+
+def _proven(model: Path, proof: Path | None) -> "Trajectory":
+    """The chains recorded in a model's proof."""
+    from ddpm_deploy.artefact import read_spec
+    from ddpm_deploy.errors import ArtefactError
+    from ddpm_deploy.files import show
+    from ddpm_deploy.runtime.proof import load_proof, proof_path
+
+    spec = read_spec(model)
+    path = proof or proof_path(model)
+    if not proof and not path.exists():
+        raise ArtefactError(
+            f"{show(model)} has no proof beside it ({show(path)} does not exist): name a reference, as in "
+            "ddpm-verify model.pt model.onnx, or a --proof"
+        )
+    trajectory = load_proof(path)
+    if trajectory.spec.provenance.digest != spec.provenance.digest:
+        raise ArtefactError(
+            f"{show(path)} is the proof of another model (its weights are "
+            f"{trajectory.spec.provenance.digest[:12]}…, and {show(model)} has {spec.provenance.digest[:12]}…)"
+        )
+    return trajectory
+
+
+def _milliseconds(denoisers: "Sequence[Denoiser]", batch: int) -> list[float]:
+    """The median time of each for a batch, run in turn, so that a busy moment strikes all of them."""
+    rounds = [[time_step(denoiser, batch) for denoiser in denoisers] for _ in range(_ROUNDS)]
+    return [statistics.median(times) * 1e3 for times in zip(*rounds, strict=True)]
 
 
 def _check_outputs(outputs: list[Path], models: list[Path]) -> None:

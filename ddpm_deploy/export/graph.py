@@ -1,48 +1,110 @@
 """A network in torch → an ONNX file with its ModelSpec, that has been checked before it gets its name."""
 
 import logging
+import math
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import torch
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ArtefactError, ParityError
+from ddpm_deploy.export.precision import Calibration, calibrate, reduce, widened
 from ddpm_deploy.files import atomic, require_output, show
 from ddpm_deploy.runtime.ort import OrtDenoiser
-from ddpm_deploy.runtime.parity import SpotCheck, spot_check
-from ddpm_deploy.spec import SPEC_KEY, ModelSpec
-from ddpm_deploy.tolerances import PARITY
+from ddpm_deploy.runtime.parity import Comparison, Stages, Trajectory, judge, record, silent, spot_check
+from ddpm_deploy.runtime.proof import as_proof, proof_path, save_proof
+from ddpm_deploy.spec import SPEC_KEY, ModelSpec, Precision
 from ddpm_deploy.train.denoiser import TorchDenoiser
 from ddpm_deploy.train.unet import UNet
 
-OPSET: Final = 21
-_CHECKED_BATCHES: Final = (1, 2, 5)
+# bfloat16 convolutions are ONNX from opset 22 on; engines are best built from 21.
+OPSETS: Final[dict[Precision, int]] = {"fp32": 21, "fp16": 21, "bf16": 22}
+_CHECKED_BATCHES: Final = (1, 3)
 _LARGEST_FILE: Final = 2**31 - 1  # what one protobuf holds
 
+# How long a chain the reference runs is decided by its size, not by a clock, so that the same network gives
+# the same file and the same proof everywhere.
+_WORK: Final = 4e11  # parameters × pixels × images × steps: some ten seconds on two cores
+_MOST_IMAGES: Final = 4
+_FEWEST_STEPS: Final = 20
+_PROOF_STEPS: Final = 100  # of the chains, where they are not for calibration
 
-def export_onnx(network: UNet, spec: ModelSpec, path: Path) -> SpotCheck:
+
+@dataclass(frozen=True)
+class Export:
+    """How a file was checked.
+
+    comparison: with the recorded chains of the reference. calibration: of a reduced precision.
+    """
+
+    comparison: Comparison
+    calibration: Calibration | None
+
+
+def export_onnx(
+    network: UNet,
+    spec: ModelSpec,
+    path: Path,
+    *,
+    precision: Precision = "fp32",
+    every: bool = False,
+    stages: Stages = silent,
+) -> Export:
     """Write `network` as an ONNX file: x (B, C, H, W), temb (B, D) → prediction, float32, B dynamic.
 
-    The file gets its name once it has passed the ONNX checker and agrees with the network in ONNX
-    Runtime. Returns how nearly it does. Raises ParityError where it does not, ArtefactError where the
-    network is too large for one file, OutputError where the file cannot be written.
+    precision: of the network's insides; below fp32, `precision.calibrate` decides what stays in float32.
+    every: calibrate at every timestep, where a large network would be at some of them. stages: shows how
+        far it is.
+
+    The file gets its name, and its proof beside it, once it has passed the ONNX checker and agrees with
+    the network in ONNX Runtime. Raises ParityError where it does not, ArtefactError where the network is
+    too large for one file, OutputError where a file cannot be written.
     """
     onnx = require("onnx", "export")
     require("onnxscript", "export")
     require_output(path)
+    require_output(proof_path(path))
     if sum(p.nbytes for p in network.parameters()) > _LARGEST_FILE:
         raise ArtefactError("the network has over 2 GiB of weights, more than one ONNX file holds")
-    model = trace(network.eval(), spec)
+    trajectory = _record(network.eval(), spec, precision != "fp32", every, stages)
+    calibration, reduced = None, network
+    if precision != "fp32":
+        calibration = calibrate(network, trajectory, precision, stages=stages)
+        reduced = reduce(network, precision, calibration.islands)
+        spec = msgspec.structs.replace(spec, precision=precision)
+    proof = as_proof(trajectory)
+    model = trace(reduced, spec)
     model.metadata_props.add(key=SPEC_KEY, value=spec.to_json())
     with atomic(path) as temporary:
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, temporary)
-        del model
-        return _require_parity(network, spec, temporary, path)
+        del model, reduced
+        comparison = _require_parity(network, proof, spec, temporary, path, stages)
+    save_proof(proof, proof_path(path))
+    return Export(comparison, calibration)
+
+
+def _record(network: UNet, spec: ModelSpec, calibrates: bool, every: bool, stages: Stages) -> Trajectory:
+    """Whole chains of the float32 network: what the file is checked by, and a reduced precision calibrated on."""
+    image_steps = int(
+        _WORK / (sum(p.numel() for p in network.parameters()) * math.prod(spec.image_shape[1:]))
+    )
+    count = _MOST_IMAGES if image_steps >= _MOST_IMAGES * _FEWEST_STEPS else 1
+    steps = min(spec.timesteps, max(_FEWEST_STEPS, image_steps // count))
+    if every:
+        steps = spec.timesteps
+    elif not calibrates:
+        steps = min(steps, _PROOF_STEPS)
+    reference = TorchDenoiser(network, spec, max_batch=count)
+    with stages("recording PyTorch", steps) as progress:
+        return record(reference, count=count, steps=steps, keep=steps, progress=progress)
 
 
 def trace(network: UNet, spec: ModelSpec) -> Any:
@@ -55,7 +117,7 @@ def trace(network: UNet, spec: ModelSpec) -> Any:
             example,
             input_names=["x", "temb"],
             output_names=["prediction"],
-            opset_version=OPSET,
+            opset_version=OPSETS[spec.precision],
             dynamo=True,
             dynamic_shapes=({0: batch}, {0: batch}),
             verbose=False,
@@ -85,16 +147,42 @@ def _quiet_exporter() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _require_parity(network: UNet, spec: ModelSpec, temporary: Path, path: Path) -> SpotCheck:
-    largest = max(_CHECKED_BATCHES)
-    reference = TorchDenoiser(network, spec, max_batch=largest)
-    candidate = OrtDenoiser(temporary, max_batch=largest)
-    check = spot_check(reference, candidate, _CHECKED_BATCHES)
-    candidate.close()
-    limit = PARITY[spec.precision].prediction
-    if check.relative_rms > limit:
+def _require_parity(
+    network: UNet, proof: Trajectory, spec: ModelSpec, temporary: Path, path: Path, stages: Stages
+) -> Comparison:
+    """Judge the file by its own proof, and by the network at other batch sizes."""
+    largest = max(*_CHECKED_BATCHES, proof.count)
+    with _runnable(temporary, spec) as model:
+        candidate = OrtDenoiser(model, max_batch=largest, spec=spec)
+        with stages("checking in ONNX Runtime", len(proof.timesteps) + proof.steps) as progress:
+            comparison = judge(proof, candidate, progress)
+        reference = TorchDenoiser(network, proof.spec, max_batch=largest)
+        check = spot_check(reference, candidate, _CHECKED_BATCHES)
+        candidate.close()
+    refused = f"{show(path)} was not written: the exported network differs from PyTorch"
+    if not check.within:
         raise ParityError(
-            f"{show(path)} was not written: the exported network differs from PyTorch by {check.relative_rms:.1e} of "
-            f"its RMS at t = {check.timestep}, batch {check.batch}, and {limit:.0e} is allowed"
+            f"{refused} by {check.relative_rms:.1e} of its RMS at t = {check.timestep}, batch "
+            f"{check.batch}, and {check.limit:.0e} is allowed"
         )
-    return check
+    if not comparison.within:
+        worst = comparison.worst
+        raise ParityError(
+            f"{refused} on real trajectories: by up to {worst.relative_rms:.1e} of its RMS at t = {worst.timestep} "
+            f"({comparison.limit(worst):.0e} is allowed), the images by {comparison.psnr.min():.0f} dB PSNR "
+            f"({comparison.tolerance.psnr:.0f} is asked)"
+        )
+    return comparison
+
+
+@contextmanager
+def _runnable(path: Path, spec: ModelSpec) -> Iterator[Path]:
+    """The file as ONNX Runtime can run it on a CPU: itself, but for bfloat16."""
+    if spec.precision != "bf16":
+        yield path
+        return
+    onnx = require("onnx", "export")
+    with tempfile.TemporaryDirectory() as folder:
+        wide = Path(folder) / path.name
+        onnx.save(widened(onnx.load(path)), wide)
+        yield wide

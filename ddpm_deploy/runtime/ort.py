@@ -42,8 +42,9 @@ class OrtDenoiser:
         self._binding: Any = self._session.io_binding()
         self._bound = 0
 
-    @staticmethod
-    def _open(onnxruntime: Any, path: Path, threads: int | None) -> Any:
+    def _open(self, onnxruntime: Any, path: Path, threads: int | None) -> Any:
+        bf16 = self.spec.precision == "bf16"
+        hint = " (it has no bfloat16 on a CPU: this file is for building an engine)" if bf16 else ""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what it logs, it also raises
         options.intra_op_num_threads = threads or 0
@@ -53,7 +54,9 @@ class OrtDenoiser:
         try:
             return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ArtefactError(f"{show(path)}: ONNX Runtime cannot load it: {first_line(error)}") from error
+            raise ArtefactError(
+                f"{show(path)}: ONNX Runtime cannot load it: {first_line(error)}{hint}"
+            ) from error
 
     def _check_interface(self, path: Path) -> None:
         """The graph must have the inputs and the output of the contract, in the shapes of the spec."""

@@ -1,10 +1,15 @@
-"""Two Denoisers compared: the same question to both (teacher-forced), and their chains on the same noise."""
+"""A Denoiser held against a reference: the same questions (teacher-forced), and its chains on the same noise.
+
+The reference runs once, and is recorded as a `Trajectory`; any number of candidates are judged by that,
+here or, as a proof that travels (`runtime.proof`), where there is no reference any more.
+"""
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,21 +17,40 @@ from numpy.typing import NDArray
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.denoiser import Array, Denoiser
+from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.tolerances import PARITY, Parity
 
-_SPOTS: Final = 8  # timesteps of a spot check
+_SPOTS: Final = 2  # timesteps of a spot check
 
 Progress = Callable[[int], None]  # how many steps more are done
+# Shows a stage of long work, by its name and length: gives the function that is told of its steps.
+Stages = Callable[[str, int], AbstractContextManager[Progress]]
+
+
+def _no_progress(steps: int) -> None:
+    """Tell nobody."""
+
+
+@contextmanager
+def silent(label: str, length: int) -> Iterator[Progress]:
+    """Show nothing."""
+    yield _no_progress
 
 
 @dataclass(frozen=True)
 class SpotCheck:
-    """The largest relative RMS error of a quick comparison, and where it was."""
+    """The worst prediction of a quick comparison, by its share of what is allowed there."""
 
     relative_rms: float
+    limit: float
     timestep: int
     batch: int
+
+    @property
+    def within(self) -> bool:
+        """Whether it is within tolerance."""
+        return self.relative_rms <= self.limit
 
 
 @dataclass(frozen=True)
@@ -55,20 +79,30 @@ class StepErrors:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found, and whether it is within `tolerance`.
+    """What `judge` found of a candidate, and whether it is within `tolerance`.
 
     steps: teacher-forced, first step of the chain (largest t) first. psnr: of each final image of the
-    free-running chains, in dB, (count,); infinite where they are equal.
+    free-running chains, in dB, (count,); infinite where they are equal. timesteps: T.
     """
 
     steps: Sequence[StepErrors]
     psnr: NDArray[np.float64]
     tolerance: Parity
+    timesteps: int
+
+    def limit(self, step: StepErrors) -> float:
+        """What the prediction at this timestep is allowed."""
+        return self.tolerance.limit(step.timestep, self.timesteps)
 
     @property
     def first_past(self) -> int | None:
         """The first timestep, in the order of the chain, whose prediction is past tolerance."""
-        return next((s.timestep for s in self.steps if s.relative_rms > self.tolerance.prediction), None)
+        return next((step.timestep for step in self.steps if step.relative_rms > self.limit(step)), None)
+
+    @property
+    def worst(self) -> StepErrors:
+        """The prediction with the largest share of what it is allowed."""
+        return max(self.steps, key=lambda step: step.relative_rms / self.limit(step))
 
     @property
     def within(self) -> bool:
@@ -76,71 +110,156 @@ class Comparison:
         return self.first_past is None and bool((self.psnr >= self.tolerance.psnr).all())
 
 
-def spot_check(reference: Denoiser, candidate: Denoiser, batches: Sequence[int]) -> SpotCheck:
-    """Compare two networks on noise at a few timesteps for each batch size: seconds, not minutes."""
-    spec = reference.spec
-    table = spec.embedding.table(spec.timesteps)
-    rng = np.random.default_rng(0)
-    worst = SpotCheck(0.0, 0, batches[0])
-    for batch in batches:
-        for t in np.unique(np.linspace(0, spec.timesteps - 1, _SPOTS).astype(int)):
-            reference.x[:batch] = rng.standard_normal((batch, *spec.image_shape), np.float32)
-            reference.temb[:batch] = table[t]
-            reference.run(batch)
-            errors = _forced(reference, candidate, batch, int(t))
-            if errors.relative_rms > worst.relative_rms:
-                worst = SpotCheck(errors.relative_rms, int(t), batch)
-    return worst
+@dataclass(frozen=True)
+class Trajectory:
+    """Whole chains of a reference, recorded: what it was asked on the way, what it said, where it ended.
+
+    spec: the reference's. seed, steps: of the chains, on samples 0 .. count - 1.
+    timesteps: (K,), those that were kept, in the order of the chain. x, prediction: (K, count, C, H, W),
+    x_t and the reference's prediction there. images: (count, C, H, W), the last x.
+    """
+
+    spec: ModelSpec
+    seed: int
+    steps: int
+    timesteps: NDArray[np.int64]
+    x: Array
+    prediction: Array
+    images: Array
+
+    @property
+    def count(self) -> int:
+        """Images."""
+        return len(self.images)
+
+    def thinned(self, keep: int) -> "Trajectory":
+        """The same chains with at most `keep` of the timesteps, evenly spaced, first and last among them."""
+        kept = _spread(len(self.timesteps), keep)
+        return replace(self, timesteps=self.timesteps[kept], x=self.x[kept], prediction=self.prediction[kept])
 
 
-def compare(
+def record(
     reference: Denoiser,
-    candidate: Denoiser,
     *,
     count: int,
     steps: int | None = None,
     seed: int = 0,
-    forced: int = 50,
-    progress: Progress | None = None,
-) -> Comparison:
-    """Run both chains whole on the same noise, and the candidate on the reference's x_t on the way.
+    keep: int = 50,
+    progress: Progress = _no_progress,
+) -> Trajectory:
+    """Run whole chains of the reference, and keep what it was asked and said at some timesteps.
 
-    count: images, at most either's max_batch. steps: of the chains (None: T). forced: timesteps that
-    are compared teacher-forced, evenly spaced, at most all of the chain's.
+    count: images, at most the reference's max_batch. steps: of the chains (None: T). keep: timesteps,
+    evenly spaced, at most all of the chain's. They are kept in memory: 2·keep·count images.
 
-    Raises SettingError where the two are not the same kind of model, or an argument is out of range.
+    Raises SettingError where an argument is out of range.
     """
-    require_comparable(reference.spec, candidate.spec)
-    if not 1 <= count <= min(reference.max_batch, candidate.max_batch):
-        raise SettingError(
-            f"count must be from 1 to {min(reference.max_batch, candidate.max_batch)}, not {count}"
-        )
     table = reference.spec.step_table(steps)
-    compared = set(np.linspace(0, len(table) - 1, min(forced, len(table))).round().astype(int).tolist())
-
-    def run(denoiser: Denoiser, visit: Callable[[int], None]) -> Array:
-        chain = Chain(denoiser)
-        chain.start(
-            slice(0, count), table, np.full(count, seed, np.uint64), np.arange(count, dtype=np.uint64)
-        )
-        for step in range(len(table)):
-            batch = chain.predict()
-            visit(step)
-            chain.update(batch)
-            if progress:
-                progress(1)
-        return chain.x[:count].copy()
-
-    errors: list[StepErrors] = []
+    kept = _spread(len(table), keep)
+    shape = len(kept), count, *reference.spec.image_shape
+    x, prediction = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    place = {int(step): i for i, step in enumerate(kept)}
 
     def visit(step: int) -> None:
-        if step in compared:
-            errors.append(_forced(reference, candidate, count, int(table.timesteps[step])))
+        if step in place:
+            x[place[step]] = reference.x[:count]
+            prediction[place[step]] = reference.prediction[:count]
 
-    wanted = run(reference, visit)
-    got = run(candidate, lambda step: None)
-    lo, hi = reference.spec.value_range
-    return Comparison(errors, psnr(got, wanted, hi - lo), tolerance(reference.spec, candidate.spec))
+    images = _walk(reference, table, count, seed, visit, progress)
+    timesteps = table.timesteps[kept].astype(np.int64)
+    return Trajectory(reference.spec, seed, len(table), timesteps, x, prediction, images)
+
+
+def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = _no_progress) -> Comparison:
+    """Ask the candidate what the reference was asked, then run its own chains on the same noise.
+
+    Raises SettingError where it is not the same kind of model, or its batch is too small.
+    """
+    require_comparable(trajectory.spec, candidate.spec)
+    errors = teacher_forced(trajectory, candidate, progress)
+    table = trajectory.spec.step_table(trajectory.steps)
+    images = _walk(candidate, table, trajectory.count, trajectory.seed, lambda step: None, progress)
+    lo, hi = trajectory.spec.value_range
+    return Comparison(
+        errors,
+        psnr(images, trajectory.images, hi - lo),
+        tolerance(trajectory.spec, candidate.spec),
+        trajectory.spec.timesteps,
+    )
+
+
+def teacher_forced(
+    trajectory: Trajectory, candidate: Denoiser, progress: Progress = _no_progress
+) -> list[StepErrors]:
+    """The candidate's predictions at the reference's own x_t, against what the reference said there.
+
+    As many timesteps at once as fit the candidate's batch.
+    """
+    _require_count(trajectory.count, candidate)
+    embedding = trajectory.spec.embedding.table(trajectory.spec.timesteps)[trajectory.timesteps]
+    count, together = trajectory.count, candidate.max_batch // trajectory.count
+    errors: list[StepErrors] = []
+    for first in range(0, len(trajectory.timesteps), together):
+        part = slice(first, first + together)
+        timesteps = trajectory.timesteps[part].tolist()
+        batch = len(timesteps) * count
+        candidate.x[:batch] = trajectory.x[part].reshape(batch, *trajectory.spec.image_shape)
+        candidate.temb[:batch] = embedding[part].repeat(count, axis=0)
+        candidate.run(batch)
+        got = candidate.prediction[:batch].reshape(trajectory.prediction[part].shape)
+        errors += map(_errors, timesteps, got, trajectory.prediction[part])
+        progress(len(timesteps))
+    return errors
+
+
+def _walk(
+    denoiser: Denoiser,
+    table: StepTable,
+    count: int,
+    seed: int,
+    visit: Callable[[int], None],
+    progress: Progress,
+) -> Array:
+    """The images of whole chains; `visit(step)` is called between prediction and update."""
+    _require_count(count, denoiser)
+    chain = Chain(denoiser)
+    chain.start(slice(0, count), table, np.full(count, seed, np.uint64), np.arange(count, dtype=np.uint64))
+    for step in range(len(table)):
+        batch = chain.predict()
+        visit(step)
+        chain.update(batch)
+        progress(1)
+    return chain.x[:count].copy()
+
+
+def _require_count(count: int, denoiser: Denoiser) -> None:
+    if not 1 <= count <= denoiser.max_batch:
+        raise SettingError(f"count must be from 1 to {denoiser.max_batch}, not {count}")
+
+
+def _spread(length: int, keep: int) -> NDArray[np.int64]:
+    """At most `keep` of the places 0 .. length - 1, evenly spaced."""
+    return np.linspace(0, length - 1, min(keep, length)).round().astype(np.int64)
+
+
+def spot_check(reference: Denoiser, candidate: Denoiser, batches: Sequence[int]) -> SpotCheck:
+    """Compare two networks on noise at a few timesteps for each batch size: seconds, not minutes."""
+    spec = reference.spec
+    allowed = tolerance(spec, candidate.spec)
+    table = spec.embedding.table(spec.timesteps)
+    rng = np.random.default_rng(0)
+    checks = []
+    for batch in batches:
+        for t in np.unique(_spread(spec.timesteps, _SPOTS)).tolist():
+            reference.x[:batch] = candidate.x[:batch] = rng.standard_normal(
+                (batch, *spec.image_shape), np.float32
+            )
+            reference.temb[:batch] = candidate.temb[:batch] = table[t]
+            reference.run(batch)
+            candidate.run(batch)
+            errors = _errors(t, candidate.prediction[:batch], reference.prediction[:batch])
+            checks.append(SpotCheck(errors.relative_rms, allowed.limit(t, spec.timesteps), t, batch))
+    return max(checks, key=lambda check: check.relative_rms / check.limit)
 
 
 def require_comparable(reference: ModelSpec, candidate: ModelSpec) -> None:
@@ -177,34 +296,43 @@ def psnr(images: Array, wanted: Array, peak: float) -> NDArray[np.float64]:
     return result
 
 
-def _forced(reference: Denoiser, candidate: Denoiser, batch: int, timestep: int) -> StepErrors:
-    """Ask the candidate what the reference has just answered."""
-    candidate.x[:batch] = reference.x[:batch]
-    candidate.temb[:batch] = reference.temb[:batch]
-    candidate.run(batch)
-    wanted = reference.prediction[:batch].astype(np.float64)
-    error = candidate.prediction[:batch] - wanted
-    return StepErrors(timestep, _rms(error), float(np.abs(error).max()), _rms(wanted))
+def _errors(timestep: int, prediction: Array, wanted: Array) -> StepErrors:
+    """One prediction against another, both (B, C, H, W)."""
+    reference = wanted.astype(np.float64)
+    error = prediction - reference
+    return StepErrors(timestep, _rms(error), float(np.abs(error).max()), _rms(reference))
 
 
 def _rms(values: NDArray[np.float64]) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
-def summarise(steps: Sequence[StepErrors], timesteps: int) -> list[dict[str, Any]]:
-    """Errors by range of t, in ten ranges from the largest t down: what a table shows."""
-    edges = [round(timesteps * k / 10) for k in range(10, -1, -1)]
+@dataclass(frozen=True)
+class RangeErrors:
+    """Errors over a range of t, `top` down to `bottom`; `within`: whether each is allowed."""
+
+    top: int
+    bottom: int
+    max: float
+    relative_rms: float
+    within: bool
+
+
+def summarise(comparison: Comparison) -> list[RangeErrors]:
+    """Errors by range of t, in ten ranges from the largest t down, the last of them split at T/100."""
+    shares = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.01, 0.0]
+    edges = [round(comparison.timesteps * share) for share in shares]
     rows = []
     for top, bottom in itertools.pairwise(edges):
-        inside = [s for s in steps if bottom <= s.timestep < top]
+        inside = [step for step in comparison.steps if bottom <= step.timestep < top]
         if inside:
-            relative = [s.relative_rms for s in inside]
             rows.append(
-                {
-                    "from": top - 1,
-                    "to": bottom,
-                    "max": max(s.max for s in inside),
-                    "relative_rms": max(relative),
-                }
+                RangeErrors(
+                    top - 1,
+                    bottom,
+                    max(step.max for step in inside),
+                    max(step.relative_rms for step in inside),
+                    all(step.relative_rms <= comparison.limit(step) for step in inside),
+                )
             )
     return rows

@@ -3,7 +3,6 @@
 import math
 import os
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ddpm_deploy.arrays import require_honest
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DataError, first_line
 from ddpm_deploy.files import require_file, show
@@ -169,7 +169,7 @@ def _read_array(path: Path) -> NDArray[np.generic]:
             # Mapped: a header that lies about the size costs no memory.
             array: NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
             return array
-        _require_honest_sizes(path)
+        require_honest(path, _memory())
         with np.load(path, allow_pickle=False) as archive:
             names = archive.files
             name = next((n for n in ("images", "arr_0") if n in names), names[0] if len(names) == 1 else None)
@@ -181,23 +181,6 @@ def _read_array(path: Path) -> NDArray[np.generic]:
             return member
     except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
         raise DataError(f"{show(path)} is not a readable array of images: {first_line(error)}") from error
-
-
-def _require_honest_sizes(path: Path) -> None:
-    """An .npz is read into memory, so what it unpacks to must fit there, by its directory and its headers."""
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            _require_memory(info.file_size)
-            with archive.open(info) as file:
-                version = np.lib.format.read_magic(file)
-                read = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, _, dtype = read(file)
-                if math.prod(shape) * dtype.itemsize > info.file_size:
-                    raise ValueError(f"{info.filename} claims the shape {shape}, and is too short for it")
 
 
 def _array_source(array: NDArray[np.generic], name: str) -> Source:
@@ -247,9 +230,14 @@ def _all_grey(paths: Sequence[Path]) -> bool:
 
 
 def _require_memory(size: int) -> None:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = _memory()
     if size > memory:
         raise DataError(
             f"the images would take {size / 2**30:.1f} GiB, and this machine has {memory / 2**30:.1f} GiB of memory: "
             "choose a smaller --image-size, or fewer images"
         )
+
+
+def _memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -55,7 +55,7 @@ class TorchDenoiser:
         network, spec = load_network(path, weights)
         return cls(network, spec, device=device, threads=threads, max_batch=max_batch)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: `export.precision` watches the operators
     def run(self, batch: int) -> None:
         """Predict for the leading `batch` rows."""
         if self._network is None:

@@ -3,6 +3,11 @@
 It follows Ho et al. 2020 (appendix B) and their code; `UNetConfig` says how a relative differs. Plain
 operators only: attention is two matrix products and a softmax, with q scaled before the first, so that
 half precision does not overflow there.
+
+Precision follows the weights: each convolution works in the type of its own weight and hands that on,
+and a block gives what its last convolution gives. So `export.precision` makes a half-precision network by
+casting the weights of some convolutions, and what must stay in float32 (the normalisations, the softmax,
+the timestep) says so here, where in a float32 network it costs nothing.
 """
 
 import torch
@@ -12,6 +17,22 @@ from torch.nn import functional as F
 from ddpm_deploy.spec import UNetConfig
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution in the type of its weight, whatever comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) → (B, C, H', W')."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+class GroupNorm(nn.GroupNorm):
+    """A normalisation in float32, as squares above 256 overflow half precision; it gives what it got."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
+        return super().forward(x.float()).to(x.dtype)
+
+
 class ResBlock(nn.Module):
     """norm, SiLU, conv; the timestep; norm, SiLU, dropout, conv; plus the (projected) input."""
 
@@ -19,24 +40,24 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = config.scale_shift
         self.temb_channels = 2 * channels if config.scale_shift else channels
-        self.norm1 = nn.GroupNorm(config.groups, channels_in, eps=config.norm_eps)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(config.groups, channels, eps=config.norm_eps)
+        self.norm1 = GroupNorm(config.groups, channels_in, eps=config.norm_eps)
+        self.conv1 = Conv2d(channels_in, channels, 3, padding=1)
+        self.norm2 = GroupNorm(config.groups, channels, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
+        self.shortcut = Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x (B, C_in, H, W) and this block's own slice of the projected temb → (B, C, H, W)."""
-        temb = temb[:, :, None, None]  # (B, C or 2C, 1, 1)
         h = self.conv1(F.silu(self.norm1(x)))
+        temb = temb[:, :, None, None].to(h.dtype)  # (B, C or 2C, 1, 1)
         if self.scale_shift:
             scale, shift = temb.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + temb)
         h = self.conv2(self.dropout(F.silu(h)))
-        result: Tensor = self.shortcut(x) + h
+        result: Tensor = (self.shortcut(x) + h).to(h.dtype)
         return result
 
 
@@ -46,20 +67,21 @@ class Attention(nn.Module):
     def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
         self.heads = channels // config.head_channels if config.head_channels else config.heads
-        self.norm = nn.GroupNorm(config.groups, channels, eps=config.norm_eps)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
+        self.norm = GroupNorm(config.groups, channels, eps=config.norm_eps)
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.out = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
         _, channels, height, width = x.shape
         head = channels // self.heads
-        qkv = self.qkv(self.norm(x)).reshape(-1, 3, self.heads, head, height * width)
-        q, k, v = qkv.unbind(dim=1)  # (B, heads, head, HW)
+        qkv = self.qkv(self.norm(x)).reshape(-1, 3 * self.heads, head, height * width)
+        q, k, v = qkv.split(self.heads, dim=1)  # (B, heads, head, HW)
         q = q * head**-0.5
-        weights = torch.softmax(q.transpose(2, 3) @ k, dim=3)  # (B, heads, HW, HW)
+        weights = torch.softmax((q.transpose(2, 3) @ k).float(), dim=3).to(v.dtype)  # (B, heads, HW, HW)
         h = v @ weights.transpose(2, 3)  # (B, heads, head, HW)
-        result: Tensor = x + self.out(h.reshape(-1, channels, height, width))
+        h = self.out(h.reshape(-1, channels, height, width))
+        result: Tensor = (x + h).to(h.dtype)
         return result
 
 
@@ -69,7 +91,7 @@ class Downsample(nn.Module):
     def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
         self.pad = (0, 1, 0, 1) if config.padding == "asymmetric" else (1, 1, 1, 1)
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H/2, W/2)."""
@@ -82,7 +104,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, 2H, 2W)."""
@@ -117,7 +139,7 @@ class UNet(nn.Module):
         hidden = 4 * config.channels
         self.temb1 = nn.Linear(temb_dim, hidden)
         self.temb2 = nn.Linear(hidden, hidden)
-        self.conv_in = nn.Conv2d(image_channels, config.channels, 3, padding=1)
+        self.conv_in = Conv2d(image_channels, config.channels, 3, padding=1)
 
         # Going down, what each module gives is kept; going up, each stage takes one back.
         self.down = nn.ModuleList()
@@ -146,8 +168,8 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(Upsample(channels))
 
-        self.norm_out = nn.GroupNorm(config.groups, channels, eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm_out = GroupNorm(config.groups, channels, eps=config.norm_eps)
+        self.conv_out = Conv2d(channels, out_channels, 3, padding=1)
         # The timestep's projections for all blocks are one matrix product, split.
         self.temb_splits = [m.temb_channels for m in self.modules() if isinstance(m, ResBlock)]
         self.temb_projections = nn.Linear(hidden, sum(self.temb_splits))
@@ -156,7 +178,7 @@ class UNet(nn.Module):
     def _initialise(self) -> None:
         """As Ho's code: Xavier uniform, and zero where a residual branch or the network ends."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
@@ -184,5 +206,5 @@ class UNet(nn.Module):
                 h = module(torch.cat([h, skips.pop()], dim=1), next(projections))
             else:
                 h = module(h)
-        result: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        result: Tensor = self.conv_out(F.silu(self.norm_out(h.float())))
         return result

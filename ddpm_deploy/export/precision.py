@@ -1,0 +1,261 @@
+"""Reduced precision in the graph: which convolutions may work in half, measured before it is decided.
+
+The network itself keeps its normalisations, softmaxes and timestep in float32 (see `train.unet`), and
+its first and last convolutions stay so too. The rest is cast, unless real trajectories show that it must not be:
+`calibrate` runs them on an oracle of half-precision hardware, and what comes too near the range of the
+type, or loses too much by rounding, stays in float32 as well.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ddpm_deploy.dependencies import require
+from ddpm_deploy.errors import ParityError
+from ddpm_deploy.runtime.parity import Stages, StepErrors, Trajectory, silent, teacher_forced
+from ddpm_deploy.spec import ModelSpec, Precision
+from ddpm_deploy.tolerances import PARITY
+from ddpm_deploy.train.denoiser import TorchDenoiser
+from ddpm_deploy.train.unet import Conv2d, UNet
+
+TYPES: Final[dict[Precision, torch.dtype]] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+# They cost next to nothing, and halve the error at small t, where the noise to be predicted is itself
+# hardly larger than the rounding of x.
+STANDING_ISLANDS: Final = {"conv_in": "reads x", "conv_out": "makes the prediction"}
+
+_HEADROOM: Final = 4.0  # how many times a value may yet grow on other images before it overflows
+_ROUNDING: Final = 4.0  # times the type's own epsilon: more means values too small for it
+_ATTEMPTS: Final = 8
+_BATCH: Final = 64
+# Operators that only move numbers: what they give was rounded where it was made.
+_MOVES: Final = (
+    torch.ops.aten.cat.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.constant_pad_nd.default,
+    torch.ops.aten.upsample_nearest2d.vec,
+    torch.ops.aten.upsample_nearest2d.default,
+)
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the oracle saw of the reduced tensors that one module made.
+
+    largest: absolute value, before rounding. rounding: RMS of what rounding took away, relative to the
+    RMS of the tensor, in the worst of them.
+    """
+
+    largest: float
+    rounding: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was decided, and why.
+
+    islands: convolutions that stay in float32, each with the reason. convolutions: how many there are.
+    ranges: by module. steps: the oracle's prediction against float32, over the trajectories.
+    """
+
+    precision: Precision
+    islands: dict[str, str]
+    convolutions: int
+    ranges: dict[str, Range]
+    steps: list[StepErrors]
+
+
+def reduce(network: UNet, precision: Precision, islands: Iterable[str]) -> UNet:
+    """A copy of the network whose convolutions, but for `islands`, work in the given precision."""
+    reduced = copy.deepcopy(network)
+    for name, module in reduced.named_modules():
+        if isinstance(module, Conv2d) and name not in islands:
+            module.to(TYPES[precision])
+    return reduced
+
+
+def calibrate(
+    network: UNet, trajectory: Trajectory, precision: Precision, *, stages: Stages = silent
+) -> Calibration:
+    """Decide which convolutions stay in float32, by the oracle on what the float32 network was asked.
+
+    stages: shows how far it is; there are more than one where something has to stay in float32.
+
+    Raises ParityError where no choice of them brings the oracle within tolerance.
+    """
+    islands = dict(STANDING_ISLANDS)
+    together = max(1, min(_BATCH // trajectory.count, len(trajectory.timesteps)))
+    for _ in range(_ATTEMPTS):
+        oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=together * trajectory.count)
+        with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
+            steps = teacher_forced(trajectory, oracle, progress)
+        ranges = oracle.ranges()
+        found = unsafe(ranges, network, TYPES[precision])
+        if found.keys() <= islands.keys():
+            _require_tolerance(steps, trajectory.spec.timesteps, precision)
+            return Calibration(precision, islands, len(_convolutions("", network)), ranges, steps)
+        islands = found | islands
+    raise ParityError(
+        f"the network does not fit {precision}: {len(islands)} convolutions would have to stay in float32, and more"
+    )
+
+
+def unsafe(ranges: dict[str, Range], network: UNet, dtype: torch.dtype) -> dict[str, str]:
+    """The convolutions that make tensors which do not fit the type, each with the reason."""
+    limit = torch.finfo(dtype).max / _HEADROOM
+    found: dict[str, str] = {}
+    for name, seen in ranges.items():
+        if seen.largest > limit:
+            reason = f"reaches {seen.largest:.3g}, past a quarter of the type's {torch.finfo(dtype).max:.3g}"
+        elif seen.rounding > _ROUNDING * torch.finfo(dtype).eps:
+            reason = (
+                f"loses {seen.rounding:.1e} of its RMS by rounding: its values are too small for the type"
+            )
+        else:
+            continue
+        found |= dict.fromkeys(_convolutions(name, network), reason)
+    return found
+
+
+def _require_tolerance(steps: Iterable[StepErrors], timesteps: int, precision: Precision) -> None:
+    limit = PARITY[precision].limit
+    worst = max(steps, key=lambda step: step.relative_rms / limit(step.timestep, timesteps))
+    allowed = limit(worst.timestep, timesteps)
+    if worst.relative_rms > allowed:
+        raise ParityError(
+            f"hardware that rounds to {precision} would be off by {worst.relative_rms:.1e} of the prediction's RMS at "
+            f"t = {worst.timestep}, and {allowed:.0e} is allowed: export this network in FP32"
+        )
+
+
+def _convolutions(name: str, network: UNet) -> list[str]:
+    """The convolutions that decide the type of what a module makes: its own, or those it stands among."""
+    inside = [
+        f"{name}.{child}".strip(".")
+        for child, module in network.get_submodule(name).named_modules()
+        if isinstance(module, Conv2d)
+    ]
+    return inside or _convolutions(name.rpartition(".")[0], network)
+
+
+class Oracle(TorchDenoiser):
+    """A reduced network as hardware of its precision computes it, on a CPU: a Denoiser.
+
+    Each operator runs in float32, and its result is rounded to the type that it has in the network. What
+    is past the type's range stays at its end, so that the range of what follows can still be told.
+    """
+
+    def __init__(
+        self,
+        network: UNet,
+        spec: ModelSpec,
+        precision: Precision,
+        islands: Iterable[str],
+        *,
+        max_batch: int,
+    ) -> None:
+        reduced = reduce(network, precision, islands)
+        super().__init__(reduced, spec, max_batch=max_batch)
+        self._rounding = _Rounding(TYPES[precision])
+        self._rounding.follow(network, reduced)
+
+    def ranges(self) -> dict[str, Range]:
+        """What was seen so far, by the name of the innermost module that made it."""
+        return self._rounding.ranges()
+
+    def run(self, batch: int) -> None:
+        """Predict for the leading `batch` rows."""
+        with self._rounding:
+            super().run(batch)
+
+
+class _Rounding(TorchDispatchMode):
+    """Runs every operator on reduced tensors in float32, and rounds its result."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dtype = dtype
+        self._max = torch.finfo(dtype).max
+        self._modules: list[str] = [""]
+        # By module: the largest value and the worst squared relative rounding. Tensors, as reading a
+        # number out of each would cost as much as the network.
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def follow(self, network: nn.Module, reduced: nn.Module) -> None:
+        """Note the rounding of the weights, and from now on which module is at work."""
+        for (name, before), after in zip(network.named_modules(), reduced.modules(), strict=True):
+            after.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name))
+            after.register_forward_hook(lambda *_: self._leave())
+            if isinstance(after, Conv2d) and after.weight.dtype == self._dtype:
+                with torch.no_grad():
+                    after.weight.copy_(self._round(name, before.weight))
+
+    def _leave(self) -> None:
+        self._modules.pop()
+
+    def ranges(self) -> dict[str, Range]:
+        """What was seen so far."""
+        return {
+            name: Range(largest.item(), rounding.sqrt().item())
+            for name, (largest, rounding) in self._seen.items()
+        }
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator."""
+        kwargs = kwargs or {}
+        module = self._modules[-1]
+        if func is torch.ops.aten._to_copy.default:
+            narrows = kwargs.get("dtype") == self._dtype
+            return self._round(module, args[0].float()) if narrows else func(*args, **kwargs)
+        floats = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        # A mixture with float32 comes out as float32.
+        if func.is_view or func in _MOVES or floats != {self._dtype}:
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, lambda t: t.float(), (args, kwargs))
+        return tree_map_only(Tensor, lambda t: self._round(module, t), func(*args, **kwargs))
+
+    def _round(self, module: str, tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float32:
+            return tensor
+        rounded = tensor.clamp(-self._max, self._max).to(self._dtype)
+        largest = tensor.abs().amax()
+        error = (rounded.float() - tensor).square().sum() / tensor.square().sum().clamp_min(1e-30)
+        before = self._seen.get(module)
+        self._seen[module] = (
+            (torch.maximum(before[0], largest), torch.maximum(before[1], error))
+            if before
+            else (largest, error)
+        )
+        return rounded
+
+
+def widened(model: Any) -> Any:
+    """An onnx.ModelProto with float32 in place of its bfloat16, which ONNX Runtime lacks on a CPU.
+
+    It computes what the original would without rounding between operators: as ONNX Runtime does with
+    float16 on a CPU, this checks structure and weights.
+    """
+    onnx = require("onnx", "export")
+    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    wider = copy.deepcopy(model)
+    del wider.graph.value_info[:]
+    for tensor in wider.graph.initializer:
+        if tensor.data_type == narrow:
+            values = onnx.numpy_helper.to_array(tensor).astype("float32")
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for node in wider.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == narrow:
+                attribute.i = wide
+    return wider

@@ -1,0 +1,97 @@
+"""The proof that travels: a reference's recorded chains in a small file beside the model.
+
+`ddpm-export` writes model.proof.npz with every model; whoever runs the model later, on another machine or
+backend, holds it against that with no PyTorch and no checkpoint.
+"""
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ddpm_deploy.arrays import require_honest
+from ddpm_deploy.errors import ArtefactError, SettingError, first_line
+from ddpm_deploy.files import atomic, require_file, show
+from ddpm_deploy.runtime.parity import Trajectory
+from ddpm_deploy.spec import ModelSpec
+
+FORMAT: Final = 1
+_TIMESTEPS: Final = (4, 16)  # at least, at most
+_BYTES: Final = 800_000  # of x and prediction, where that makes a choice between the two
+_LARGEST: Final = 1 << 30
+
+
+def proof_path(model: Path) -> Path:
+    """Where the proof of a model stands: model.onnx → model.proof.npz."""
+    return model.with_suffix(".proof.npz")
+
+
+def as_proof(trajectory: Trajectory) -> Trajectory:
+    """What is kept of recorded chains: some of the timesteps, so that a proof for images as CIFAR's is under 1 MB."""
+    each = 2 * trajectory.images.nbytes
+    return trajectory.thinned(int(np.clip(_BYTES // each, *_TIMESTEPS)))
+
+
+def save_proof(proof: Trajectory, path: Path) -> None:
+    """Write it, whole or not at all."""
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "spec": np.frombuffer(proof.spec.to_json().encode(), np.uint8),
+        "seed": np.uint64(proof.seed),
+        "steps": proof.steps,
+        "timesteps": proof.timesteps,
+        "x": proof.x,
+        "prediction": proof.prediction,
+        "images": proof.images,
+    }
+    with atomic(path) as temporary:
+        np.savez(temporary, **content)
+
+
+def load_proof(path: Path) -> Trajectory:
+    """Read a proof. Raises ArtefactError or SpecError where it is missing, broken, or of a newer version."""
+    require_file(path)
+    try:
+        require_honest(path, _LARGEST)
+        with np.load(path, allow_pickle=False) as archive:
+            content = {name: archive[name] for name in archive.files}
+    except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
+        raise ArtefactError(f"{show(path)} is not a whole proof: {first_line(error)}") from error
+    try:
+        version = int(content["format"])
+        if version > FORMAT:
+            raise ArtefactError(
+                f"{show(path)} has proof format {version}, written by a newer ddpm-deploy (this one knows {FORMAT}): "
+                "upgrade with pip install -U ddpm-deploy"
+            )
+        trajectory = Trajectory(
+            spec=ModelSpec.from_json(content["spec"].tobytes(), show(path)),
+            seed=int(content["seed"]),
+            steps=int(content["steps"]),
+            **{name: content[name] for name in ("timesteps", "x", "prediction", "images")},
+        )
+        _require_sound(trajectory)
+    except (KeyError, TypeError, ValueError, OverflowError, SettingError) as error:
+        raise ArtefactError(f"{show(path)} is not a proof of ddpm-export: {first_line(error)}") from error
+    return trajectory
+
+
+def _require_sound(proof: Trajectory) -> None:
+    """Raise ValueError unless the arrays have the shapes, types and ranges that their makers gave them."""
+    shape = proof.count, *proof.spec.image_shape
+    wanted: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+        "timesteps": (np.int64, (len(proof.timesteps),)),
+        "x": (np.float32, (len(proof.timesteps), *shape)),
+        "prediction": (np.float32, (len(proof.timesteps), *shape)),
+        "images": (np.float32, shape),
+    }
+    for name, (dtype, size) in wanted.items():
+        array = getattr(proof, name)
+        if array.dtype != dtype or array.shape != size or not array.size:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, and {np.dtype(dtype)} {size} is needed")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has numbers that are not finite")
+    if not np.isin(proof.timesteps, proof.spec.step_table(proof.steps).timesteps).all():
+        raise ValueError("its timesteps are not those of its chain")
+    if not 0 <= proof.seed < 2**64:
+        raise ValueError("its seed is out of range")

@@ -1,0 +1,158 @@
+"""Reduced precision: the oracle, what it keeps in float32, and the graph that comes of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from ddpm_deploy.errors import ParityError
+from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.runtime.parity import Trajectory, judge, record, teacher_forced
+from ddpm_deploy.spec import ModelSpec, Precision
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+from ddpm_deploy.export.graph import export_onnx  # noqa: E402
+from ddpm_deploy.export.precision import (  # noqa: E402
+    STANDING_ISLANDS,
+    TYPES,
+    Oracle,
+    calibrate,
+    reduce,
+)
+from ddpm_deploy.train.checkpoint import load_network  # noqa: E402
+from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
+from ddpm_deploy.train.unet import Conv2d, UNet  # noqa: E402
+
+FLOAT, FLOAT16, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
+
+
+@pytest.fixture
+def model(checkpoint_path: Path) -> tuple[UNet, ModelSpec]:
+    """The network of the shared checkpoint, to spoil; with fewer timesteps, as calibration visits all of them."""
+    network, spec = load_network(checkpoint_path)
+    return network, msgspec.structs.replace(spec, timesteps=60)
+
+
+def recorded(network: UNet, spec: ModelSpec, steps: int = 20) -> Trajectory:
+    return record(TorchDenoiser(network, spec, max_batch=2), count=2, steps=steps)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_oracle_rounds_as_torchs_own_half_does(
+    model: tuple[UNet, ModelSpec], precision: Precision
+) -> None:
+    """Half precision done natively on the CPU is off from float32 as the oracle is: by as much, and alike."""
+    network, spec = model
+    trajectory = recorded(network, spec)
+    errors = {}
+    for name, denoiser in (
+        ("oracle", Oracle(network, spec, precision, STANDING_ISLANDS, max_batch=2)),
+        ("native", TorchDenoiser(reduce(network, precision, STANDING_ISLANDS), spec, max_batch=2)),
+    ):
+        steps = teacher_forced(trajectory, denoiser)
+        errors[name] = np.array([step.relative_rms for step in steps])
+    assert (errors["native"] > torch.finfo(TYPES[precision]).eps / 20).all()
+    np.testing.assert_allclose(errors["oracle"], errors["native"], rtol=0.5)
+    assert errors["oracle"].mean() == pytest.approx(errors["native"].mean(), rel=0.1)
+
+
+def test_without_reduction_the_oracle_is_the_network(model: tuple[UNet, ModelSpec]) -> None:
+    network, spec = model
+    everything = [name for name, module in network.named_modules() if isinstance(module, Conv2d)]
+    oracle = Oracle(network, spec, "fp16", everything, max_batch=2)
+    assert all(step.rms == 0 for step in teacher_forced(recorded(network, spec), oracle))
+    assert oracle.ranges() == {}
+
+
+def test_a_network_that_fits_keeps_only_the_standing_islands(model: tuple[UNet, ModelSpec]) -> None:
+    network, spec = model
+    found = calibrate(network, recorded(network, spec), "fp16")
+    assert found.islands == STANDING_ISLANDS
+    assert 0 < max(seen.largest for seen in found.ranges.values()) < 1000
+    assert len(found.steps) == 20
+
+
+def test_what_overflows_stays_in_float32(model: tuple[UNet, ModelSpec]) -> None:
+    """A residual stream of 30,000: from the block that makes it to the norm that undoes it."""
+    network, spec = model
+    with torch.no_grad():
+        network.middle[0].block.conv2.bias[3] = 3e4
+    found = calibrate(network, recorded(network, spec), "fp16")
+    assert "reaches 3e+04, past a quarter of the type's 6.55e+04" in found.islands["middle.0.block.conv2"]
+    assert "middle.1.block.conv2" in found.islands  # it carries the stream on
+    assert "up.4.block.conv2" not in found.islands
+    assert len(found.islands) < found.convolutions / 2
+    # bfloat16 has the range of float32.
+    assert calibrate(network, recorded(network, spec), "bf16").islands == STANDING_ISLANDS
+
+
+def test_what_is_too_small_for_the_type_stays_in_float32(model: tuple[UNet, ModelSpec]) -> None:
+    """Weights of 1e-7 with their effect restored by the norm behind them."""
+    network, spec = model
+    with torch.no_grad():
+        network.down[0].block.conv1.weight.mul_(1e-6)
+        network.down[0].block.conv1.bias.mul_(1e-6)
+    found = calibrate(network, recorded(network, spec), "fp16")
+    assert "by rounding: its values are too small" in found.islands["down.0.block.conv1"]
+
+
+def test_a_network_that_no_choice_makes_fit_is_refused(model: tuple[UNet, ModelSpec]) -> None:
+    """The last convolution cancels all but a thousandth of what comes in."""
+    network, spec = model
+    with torch.no_grad():
+        network.up[-1].block.conv2.bias.add_(1e3)
+        network.norm_out.weight.mul_(1e3)
+    with pytest.raises(ParityError, match="hardware that rounds to fp16 would be off by"):
+        calibrate(network, recorded(network, spec), "fp16")
+
+
+def nodes(graph: Any, kind: str) -> Iterator[Any]:
+    return (node for node in graph.node if node.op_type == kind)
+
+
+def types(model: Any) -> dict[str, int]:
+    """The element type of every tensor of a graph."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    found = {t.name: t.data_type for t in inferred.initializer}
+    for value in (*inferred.input, *inferred.output, *inferred.value_info):
+        found[value.name] = value.type.tensor_type.elem_type
+    return found
+
+
+@pytest.mark.parametrize(
+    ("precision", "narrow", "opset"), [("fp16", FLOAT16, 21), ("bf16", BFLOAT16, 22), ("fp32", FLOAT, 21)]
+)
+def test_the_graph_is_what_it_says(
+    tmp_path: Path, model: tuple[UNet, ModelSpec], precision: Precision, narrow: int, opset: int
+) -> None:
+    network, spec = model
+    export = export_onnx(network, spec, tmp_path / "m.onnx", precision=precision)
+    assert export.comparison.within
+    graph = onnx.load(tmp_path / "m.onnx")
+    kinds = types(graph)
+    assert graph.opset_import[0].version == opset
+    assert [kinds[name] for name in ("x", "temb", "prediction")] == [FLOAT] * 3
+    convolutions = [[kinds[name] for name in node.input] for node in nodes(graph.graph, "Conv")]
+    assert sum(set(c) == {narrow} for c in convolutions) == (33 if precision == "fp32" else 31)
+    assert all(len(set(c)) == 1 for c in convolutions)
+    assert {kinds[name] for node in nodes(graph.graph, "MatMul") for name in node.input} == {narrow}
+    for kind in ("GroupNormalization", "Softmax", "Gemm"):
+        assert {kinds[name] for node in nodes(graph.graph, kind) for name in node.input} == {FLOAT}
+
+
+def test_the_file_agrees_with_pytorch_in_onnx_runtime(tmp_path: Path, model: tuple[UNet, ModelSpec]) -> None:
+    network, spec = model
+    path = tmp_path / "m.fp16.onnx"
+    export_onnx(network, spec, path, precision="fp16")
+    reference = record(TorchDenoiser(network, spec, max_batch=2), count=2)
+    candidate = OrtDenoiser(path)
+    assert candidate.spec.precision == "fp16"
+    assert candidate.spec.provenance == spec.provenance
+    result = judge(reference, candidate)
+    assert result.within
+    assert result.worst.relative_rms > 1e-5  # it is not float32
