@@ -30,7 +30,7 @@ class _Timed:
         self.inner = inner
         self.seconds = 0.0
         self.spec, self.device, self.max_batch = inner.spec, inner.device, inner.max_batch
-        self.x, self.temb, self.prediction = inner.x, inner.temb, inner.prediction
+        self.x, self.temb, self.y, self.prediction = inner.x, inner.temb, inner.y, inner.prediction
 
     def run(self, batch: int) -> None:
         """The network, timed."""

@@ -97,6 +97,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     image_shape: (C, H, W). value_range: of the images the model was trained on.
     timesteps: T. prediction: what the network gives. variance: of the reverse steps, by default.
+    num_classes: 0 for an unconditional model. class_names: of each, or none. null_class: whether the label
+        num_classes stands for "no class", as in a model trained with label dropout.
     precision: of the network's insides; what goes in and out is always float32.
     """
 
@@ -113,6 +115,9 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     variance: Variance = "fixed_large"
     embedding: SinusoidalEmbedding
     network: UNetConfig | None = None
+    num_classes: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
+    class_names: tuple[Text, ...] = ()
+    null_class: bool = False
     precision: Precision = "fp32"
     provenance: Provenance
 
@@ -127,16 +132,20 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(
                 f"{self.timesteps} embeddings of {self.embedding.dim} numbers are more than is supported"
             )
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"it names {len(self.class_names)} of {self.num_classes} classes")
+        if self.null_class and not self.num_classes:
+            raise ValueError("it has a null class, and no classes")
         if self.network is not None:
             self.network.require_sound(self.image_shape)
 
-    def to_json(self) -> str:
+    def to_json(self, room: int = 0) -> str:
         """The text that rides inside the model's files.
 
-        Raises SpecError where it is too long to ride in an engine.
+        Raises SpecError where, with `room` bytes more, it is too long to ride in an engine.
         """
         text = msgspec.json.encode(self).decode()
-        if len(text.encode()) > MAX_SPEC_BYTES:
+        if len(text.encode()) + room > MAX_SPEC_BYTES:
             raise SpecError(
                 f"the ModelSpec takes {len(text.encode())} bytes, and only {MAX_SPEC_BYTES} fit in an engine"
             )
@@ -181,6 +190,32 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             prediction=self.prediction,
             variance=self.variance,
             clip=self.value_range,
+        )
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that the network knows: its classes and, where it has one, the null class."""
+        return self.num_classes + self.null_class
+
+    def label(self, of: int | str) -> int:
+        """The label of a class by its name or number; "none" is the null class.
+
+        Raises SettingError where there is no such class, or the model has none.
+        """
+        if not self.num_classes:
+            raise SettingError("this model is unconditional: it takes no label")
+        if isinstance(of, str):
+            if of in self.class_names:
+                return self.class_names.index(of)
+            if of == "none" and self.null_class:
+                return self.num_classes
+        if str(of).isdecimal() and int(of) < self.num_labels:
+            return int(of)
+        names = ", ".join(self.class_names[:10]) + (", …" if len(self.class_names) > 10 else "")
+        numbers = f"0 to {self.num_classes - 1}"
+        raise SettingError(
+            f"there is no class {of!r}: choose {f'{names}, or {numbers}' if names else numbers}"
+            f"{', or none' if self.null_class else ''}"
         )
 
     def to_builtins(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class ArrayDenoiser:
     def __init__(self, spec: ModelSpec, max_batch: int) -> None:
         self.spec = spec
         self.max_batch = max_batch
-        self.x, self.temb, self.prediction = allocate(spec, max_batch)
+        self.x, self.temb, self.y, self.prediction = allocate(spec, max_batch)
         self._embedding = spec.embedding.table(spec.timesteps)
 
     def predict(self, x: Array, t: NDArray[np.int64]) -> Array:

@@ -1,6 +1,7 @@
 """The network, the data, and training: sizes, exactness of resuming, and what is refused."""
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from ddpm_deploy.train.unet import UNet  # noqa: E402
 # --- the network ------------------------------------------------------------------------------------
 
 
-def test_cifar10_network_has_the_papers_size() -> None:
-    spec = PRESETS["cifar10"].spec("cifar", 3, 32)
-    network = new_network(spec)
-    assert sum(p.numel() for p in network.parameters()) == 35_746_307
+@pytest.mark.parametrize(("preset", "size", "millions"), [("cifar10", 32, 35.7), ("256", 256, 114)])
+def test_networks_have_the_papers_sizes(preset: str, size: int, millions: float) -> None:
+    """35.7 and 114 million (Ho et al. 2020, appendix B)."""
+    with torch.device("meta"):
+        network = new_network(PRESETS[preset].spec("x", 3, size))
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -71,27 +74,30 @@ TWIN_CONFIG = UNetConfig(
 )
 
 
+PEER_CONFIG: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": None,
+    "norm_num_groups": 8,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+}
+
+
 @pytest.fixture(scope="session")
 def twins() -> tuple[UNet, Any]:
     """Our network, and diffusers' UNet2DModel with the same weights."""
     from diffusers import UNet2DModel
 
     mine = randomised(UNet(TWIN_CONFIG, 3, 32, 3)).eval()
-    peer = UNet2DModel(
-        sample_size=16,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        norm_num_groups=8,
-        norm_eps=1e-6,
-        downsample_padding=0,
-        freq_shift=1,
-        flip_sin_to_cos=False,
-    ).eval()
+    peer = UNet2DModel(**PEER_CONFIG).eval()
     peer.load_state_dict(as_diffusers(mine))
     return mine, peer
 
@@ -104,6 +110,22 @@ def test_network_is_that_of_diffusers(twins: tuple[UNet, Any]) -> None:
     with torch.no_grad():
         wanted = peer(x, torch.tensor([3, 700])).sample
         error = ((mine(x, temb) - wanted).abs().max() / wanted.abs().max()).item()
+    assert error <= TOLERANCES["diffusers_network"].limit
+
+
+def test_conditional_network_is_that_of_diffusers() -> None:
+    from diffusers import UNet2DModel
+
+    mine = randomised(UNet(TWIN_CONFIG, 3, 32, 3, num_labels=5)).eval()
+    peer = UNet2DModel(**PEER_CONFIG, num_class_embeds=5).eval()
+    peer.load_state_dict(
+        as_diffusers(mine) | {"class_embedding.weight": mine.state_dict()["label_embedding.weight"]}
+    )
+    x, y = torch.randn(2, 3, 16, 16), torch.tensor([4, 0])
+    temb = torch.from_numpy(SinusoidalEmbedding(dim=32).table(1000)[[3, 700]])
+    with torch.no_grad():
+        wanted = peer(x, torch.tensor([3, 700]), class_labels=y).sample
+        error = ((mine(x, temb, y) - wanted).abs().max() / wanted.abs().max()).item()
     assert error <= TOLERANCES["diffusers_network"].limit
 
 
@@ -201,7 +223,7 @@ def test_loss_of_the_right_prediction_is_zero() -> None:
     epsilon = torch.randn(2, 1, 8, 8)
 
     class Right(torch.nn.Module):
-        def forward(self, x: "torch.Tensor", temb: "torch.Tensor") -> "torch.Tensor":
+        def forward(self, x: "torch.Tensor", temb: "torch.Tensor", y: None) -> "torch.Tensor":
             """ε itself."""
             return epsilon
 
@@ -235,24 +257,35 @@ def test_ema_forgets_its_start_and_then_averages() -> None:
 
 
 def digits_trainer(**settings: object) -> Trainer:
-    images = read_images(find_images("digits"), 8, 1)
     chosen = PRESETS["digits"].settings("digits", **({"steps": 12, "batch_size": 8, "flip": True} | settings))
-    spec = msgspec.structs.replace(tiny_spec(), network=msgspec.structs.replace(TINY_UNET, dropout=0.1))
-    return Trainer(spec, chosen, images, torch.device("cpu"))
+    data = read_images(find_images("digits", labels=chosen.labels), 8, 1)
+    spec = msgspec.structs.replace(
+        tiny_spec(),
+        network=msgspec.structs.replace(TINY_UNET, dropout=0.1),
+        num_classes=10 if chosen.labels else 0,
+        null_class=chosen.label_dropout > 0,
+    )
+    return Trainer(spec, chosen, data, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("interrupted", [1, 7])
-def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, interrupted: int) -> None:
-    whole = digits_trainer()
+@pytest.mark.parametrize("interrupted", [1, 7, 11])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"labels": True, "label_dropout": 0.3}, {"accumulate": 3, "amp": True}],
+    ids=["plain", "labels", "amp"],
+)
+def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, interrupted: int, settings: dict[str, Any]
+) -> None:
+    whole = digits_trainer(**settings)
     for _ in range(12):
         whole.advance()
-    first = digits_trainer()
+    first = digits_trainer(**settings)
     for _ in range(interrupted):
         first.advance()
     first.checkpoint().save(tmp_path / "x.pt")
-    second = Trainer.resume(
-        Checkpoint.load(tmp_path / "x.pt"), read_images(find_images("digits"), 8, 1), first.device
-    )
+    data = read_images(find_images("digits", labels="labels" in settings), 8, 1)
+    second = Trainer.resume(Checkpoint.load(tmp_path / "x.pt"), data, first.device)
     while second.steps_done < 12:
         second.advance()
     a, b = whole.checkpoint(), second.checkpoint()
@@ -269,6 +302,71 @@ def test_training_learns() -> None:
     losses = [trainer.advance().item() for _ in range(120)]
     assert losses[0] == pytest.approx(1, abs=0.1)
     assert np.mean(losses[-20:]) < 0.5
+
+
+def weights(trainer: Trainer) -> "torch.Tensor":
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.network.parameters()])
+
+
+def test_parts_of_a_batch_add_up_to_it() -> None:
+    """The gradient of a batch taken in parts of unequal size is that of the whole."""
+    gradients = []
+    for accumulate in (1, 3):
+        trainer = digits_trainer(accumulate=accumulate)
+        trainer.network.eval()  # dropout would draw other masks
+        trainer.advance()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.network.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_mixed_precision_trains_in_bfloat16() -> None:
+    plain, mixed = digits_trainer(), digits_trainer(amp=True)
+    seen = set()
+    mixed.network.conv_in.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    losses = [[trainer.advance().item() for _ in range(5)] for trainer in (plain, mixed)]
+    assert seen == {torch.bfloat16}
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=0.02)
+    assert {parameter.dtype for parameter in mixed.network.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+def test_a_compiled_network_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured as torch.compile captures it; without its C++ compiler, which takes minutes at a tiny network."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    data = read_images(find_images("digits"), 8, 1)
+    trainers = [
+        Trainer(plain.spec, plain.settings, data, torch.device("cpu"), compiled=compiled)
+        for plain, compiled in ((digits_trainer(), False), (digits_trainer(), True))
+    ]
+    for trainer in trainers:
+        trainer.network.eval()  # dropout would draw other masks
+        trainer.advance()
+    torch.testing.assert_close(*map(weights, trainers), rtol=1e-3, atol=1e-5)
+
+
+def test_label_dropout_shows_images_without_their_label() -> None:
+    trainer = digits_trainer(labels=True, label_dropout=0.4, batch_size=64)
+    seen: list[torch.Tensor] = []
+    trainer.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    for _ in range(12):
+        trainer.advance()
+    labels = torch.cat(seen)
+    assert set(labels.tolist()) == set(range(11))
+    assert (labels == 10).float().mean().item() == pytest.approx(0.4, abs=0.08)
+
+
+def test_a_label_stays_with_its_image() -> None:
+    """Whatever the order of the epoch, flipping or not."""
+    trainer = digits_trainer(labels=True, batch_size=100, flip=False)
+    digits = read_images(find_images("digits", labels=True), 8, 1)
+    images, labels = trainer._batch(3)
+    assert labels is not None
+    assert digits.labels is not None
+    for image, label in zip(images.numpy(), labels.tolist(), strict=True):
+        pixels = np.rint((image + 1) * 127.5).astype(np.uint8)
+        same = (digits.images == pixels).all(axis=(1, 2, 3))
+        assert label in digits.labels[same]
 
 
 def test_every_epoch_shows_every_image_once() -> None:
@@ -378,7 +476,7 @@ def test_pictures_and_metrics_that_cannot_be_written_do_not_stop_training(
 
 
 def test_digits_are_the_real_ones() -> None:
-    images = read_images(find_images("digits"), 8, 1)
+    images = read_images(find_images("digits"), 8, 1).images
     assert images.shape == (1797, 1, 8, 8)
     assert images.dtype == np.uint8
     assert (images.min(), images.max()) == (0, 255)
@@ -431,7 +529,7 @@ def test_a_folder_with_subfolders_and_odd_names(tmp_path: Path) -> None:
     source = find_images(str(tmp_path))
     assert source.count == 2
     assert source.grey()
-    assert read_images(source, 4, 1).shape == (2, 1, 4, 4)
+    assert read_images(source, 4, 1).images.shape == (2, 1, 4, 4)
     png("RGB").save(tmp_path / "c.png")
     assert not find_images(str(tmp_path)).grey()
 
@@ -444,7 +542,7 @@ def test_broken_images_are_named_or_skipped(tmp_path: Path) -> None:
     source = find_images(str(tmp_path))
     with pytest.raises(DataError, match=r"1 of 3 images cannot be read: .*1\.png.*--skip-broken"):
         read_images(source, 8, 3)
-    assert read_images(source, 8, 3, skip_broken=True).shape == (2, 3, 8, 8)
+    assert read_images(source, 8, 3, skip_broken=True).images.shape == (2, 3, 8, 8)
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"broken")
     with pytest.raises(DataError, match="3 of 3"):
@@ -469,7 +567,7 @@ def test_arrays(tmp_path: Path, shape: tuple[int, ...], suffix: str) -> None:
     np.save(path, array) if suffix == ".npy" else np.savez_compressed(path, array)
     source = find_images(str(path))
     channels = 1 if source.grey() else 3
-    images = read_images(source, 8, channels)
+    images = read_images(source, 8, channels).images
     wanted = (
         array.reshape(5, 8, 8, 1)
         if channels == 1
@@ -530,3 +628,60 @@ def test_image_size_must_fit_the_network() -> None:
 def test_settings_survive_their_json() -> None:
     settings = PRESETS["small"].settings("x", seed=2**63 - 1)
     assert msgspec.json.decode(msgspec.json.encode(settings), type=Settings) == settings
+
+
+# --- labels -------------------------------------------------------------------------------------------
+
+
+def class_folders(folder: Path) -> Path:
+    for name, grey in (("cat", 0), ("dog", 255), ("dog/puppy", 255)):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (8, 8), grey).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_folders_are_classes(tmp_path: Path) -> None:
+    source = find_images(str(class_folders(tmp_path / "pets")), labels=True)
+    assert source.class_names == ("cat", "dog")
+    data = read_images(source, 8, 1, workers=2)
+    assert data.labels is not None
+    assert data.labels.tolist() == [int(image.max() > 0) for image in data.images] == [0] * 3 + [1] * 6
+    (tmp_path / "pets" / "cat" / "1.png").write_bytes(b"broken")
+    data = read_images(source, 8, 1, skip_broken=True)
+    assert data.labels is not None
+    assert data.labels.tolist() == [0] * 2 + [1] * 6
+
+
+def test_arrays_have_labels(tmp_path: Path) -> None:
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([2, 0, 0, 1], np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=labels)
+    source = find_images(str(tmp_path / "x.npz"), labels=True)
+    assert source.num_classes == 3
+    assert read_images(source, 8, 1).labels is not None
+    digits = find_images("digits", labels=True)
+    assert digits.class_names == tuple("0123456789")
+
+
+def test_labels_that_cannot_be_found(tmp_path: Path) -> None:
+    images = np.zeros((4, 8, 8), np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    cases = {"x.npy": "has no labels"}
+    for name, labels, problem in (
+        ("none", None, "arr_0"),
+        ("short", np.zeros(3, int), "whole numbers"),
+        ("floats", np.zeros(4), "whole numbers"),
+        ("negative", np.array([0, 1, -1, 0]), "from 0 up"),
+        ("large", np.array([0, 1, 10**9, 0]), "from 0 up"),
+    ):
+        arrays = (
+            {"arr_0": images, "other": images} if labels is None else {"images": images, "labels": labels}
+        )
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        cases[f"{name}.npz"] = "labels" if labels is None else problem
+    class_folders(tmp_path / "pets")
+    Image.new("L", (8, 8)).save(tmp_path / "pets" / "stray.png")
+    cases["pets"] = r"stray\.png is in no class"
+    for name, problem in cases.items():
+        with pytest.raises(DataError, match=problem):
+            find_images(str(tmp_path / name), labels=True)

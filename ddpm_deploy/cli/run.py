@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -12,12 +13,14 @@ from ddpm_deploy.cli.progress import duration, peak_memory, plural, progress, ti
 from ddpm_deploy.version import __version__
 
 if TYPE_CHECKING:
+    from ddpm_deploy.runtime.denoiser import Labels
     from ddpm_deploy.runtime.sampler import Sampler
     from ddpm_deploy.solvers import Solver, Spacing
 
 # Of solvers.SOLVERS and SPACINGS, named here without NumPy, so that --help is quick.
 _SOLVERS: Final = ("ddpm",)
 _SPACINGS: Final = ("leading",)
+_WITH_REPLAY: Final = {"model", "replay", "weights", "device", "threads", "batch"}
 
 
 @command(
@@ -27,6 +30,7 @@ _SPACINGS: Final = ("leading",)
   ddpm-run model.onnx --steps 50 --seed 7      a strided chain of 50 steps, and a seed to repeat it
   ddpm-run model.onnx --count 5000 -o s.npz    uint8 (5000, H, W, C), as evaluators read it
   ddpm-run model.onnx --count 100 -o images/   a folder, one PNG an image
+  ddpm-run pets.onnx --label cat --label dog   of these classes in turn; without it, of each class
   ddpm-run model.onnx --replay samples.png     make a picture again, and compare
   ddpm-run model.pt                            the checkpoint itself, in PyTorch: the reference
 """,
@@ -58,6 +62,13 @@ _SPACINGS: Final = ("leading",)
     show_default="64, fewer for images over 16×16",
     help="Images in flight at once.",
 )
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    show_default="each class in turn",
+    help="Class of a conditional model, by name or number; several: in turn.",
+)
 @click.option("--solver", type=click.Choice(_SOLVERS), default="ddpm", help="ddpm: ancestral sampling.")
 @click.option(
     "--spacing",
@@ -74,7 +85,9 @@ _SPACINGS: Final = ("leading",)
 @click.option(
     "--float", "as_float", is_flag=True, help="In an .npz: `samples`, float32 (N, C, H, W), unrounded."
 )
+@click.pass_context
 def main(
+    ctx: click.Context,
     model: Path,
     output: Path,
     steps: int | None,
@@ -82,6 +95,7 @@ def main(
     seed: int | None,
     first_index: int,
     batch: int | None,
+    labels: tuple[str, ...],
     solver: "Solver",
     spacing: "Spacing",
     weights: Literal["ema", "raw"],
@@ -95,6 +109,8 @@ def main(
     from ddpm_deploy.runtime.images import Destination
     from ddpm_deploy.runtime.sampler import Sampler
 
+    if replay:
+        _refuse_settings(ctx)
     seed = secrets.randbits(32) if seed is None else seed
     denoiser = open_denoiser(
         model, weights=weights, device=device, threads=threads, max_batch=batch and min(batch, count)
@@ -104,6 +120,7 @@ def main(
             _replay(sampler, replay)
             return
         spec = sampler.spec
+        cycle = [spec.label(label) for label in labels] or list(range(spec.num_classes))
         table = sampler.table(steps, solver=solver, spacing=spacing)
         origin = {
             "model": spec.provenance.digest,
@@ -111,6 +128,7 @@ def main(
             "solver": solver,
             "steps": len(table),
             "spacing": spacing,
+            "labels": cycle,
             "ddpm_deploy": __version__,
         }
         destination = Destination(output, count, first_index, spec, origin, as_float)
@@ -129,11 +147,34 @@ def main(
                 spacing=spacing,
                 seed=seed,
                 first_index=first_index,
+                labels=_in_turn(cycle, first_index, count),
                 callback=lambda step, x, x0: advance(1, None),
             ):
                 write(samples)
         took = time.perf_counter() - start
     click.echo(f"{show(output)}: {images}, {chain}, seed {seed}, in {duration(took)}")
+
+
+def _refuse_settings(ctx: click.Context) -> None:
+    given = [
+        "--" + name.replace("_", "-")
+        for name in ctx.params
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        and name not in _WITH_REPLAY
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: a picture to --replay has its own settings, and none is written"
+        )
+
+
+def _in_turn(cycle: Sequence[int], first_index: int, count: int) -> "Labels | None":
+    """The label of each sample: it depends on its index alone."""
+    import numpy as np
+
+    if not cycle:
+        return None
+    return np.resize(np.roll(cycle, -(first_index % len(cycle))), count)
 
 
 def _replay(sampler: "Sampler", picture: Path) -> None:
@@ -148,13 +189,15 @@ def _replay(sampler: "Sampler", picture: Path) -> None:
         raise DataError(
             f"{show(picture)} was drawn by the model {show(origin.model[:12])}…, and this is {digest[:12]}…"
         )
+    first = origin.first_index if origin.index is None else origin.index
     images = sampler.sample(
         origin.count,
         steps=origin.steps,
         solver=origin.solver,
         spacing=origin.spacing,
         seed=origin.seed,
-        first_index=origin.first_index if origin.index is None else origin.index,
+        first_index=first,
+        labels=_in_turn(origin.labels, first, origin.count),
     )
     again = to_uint8(images, sampler.spec.value_range)
     made = grid(again) if origin.index is None else again[0]

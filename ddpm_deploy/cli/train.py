@@ -12,11 +12,13 @@ from ddpm_deploy.errors import OutputError, SettingError
 
 if TYPE_CHECKING:
     from ddpm_deploy.spec import ModelSpec
-    from ddpm_deploy.train.data import Source
+    from ddpm_deploy.train.data import Dataset, Source
     from ddpm_deploy.train.settings import Settings
     from ddpm_deploy.train.trainer import Trainer
 
-_PRESETS: Final = ("digits", "small", "cifar10")  # of train.settings.PRESETS, named here without torch
+_PRESETS: Final = ("digits", "small", "cifar10", "256")  # of train.settings.PRESETS, named here without torch
+_LABEL_DROPOUT: Final = 0.1
+_PROVENANCE_BYTES: Final = 300  # what training and export may yet add to a spec
 _SETTINGS: Final = (
     "steps",
     "batch_size",
@@ -26,6 +28,10 @@ _SETTINGS: Final = (
     "save_every",
     "sample_every",
     "skip_broken",
+    "accumulate",
+    "amp",
+    "labels",
+    "label_dropout",
 )
 _NEW_ON_RESUME: Final = {
     "data",
@@ -37,6 +43,8 @@ _NEW_ON_RESUME: Final = {
     "sample_every",
     "skip_broken",
     "force",
+    "workers",
+    "compiled",
 }
 
 
@@ -45,7 +53,8 @@ _NEW_ON_RESUME: Final = {
     """
   ddpm-train digits -o digits.pt                 handwritten digits, minutes on a CPU
   ddpm-train photos/ -o model.pt --steps 20000   your own images, scaled and cropped to 32×32
-  ddpm-train cifar.npz -o model.pt --preset cifar10 --device cuda
+  ddpm-train pets/ --labels -o pets.pt           class-conditional: pets/cat/*.jpg, pets/dog/*.jpg
+  ddpm-train cifar.npz -o model.pt --preset cifar10 --device cuda --amp --compile
   ddpm-train --resume model.pt                   go on after Ctrl-C
   ddpm-train --resume model.pt --steps 40000     train a finished model further (its learning rate
                                                  follows the schedule of the longer training)
@@ -75,6 +84,24 @@ _NEW_ON_RESUME: Final = {
 @click.option("--steps", type=click.IntRange(1, 10**9), help="Training steps.  [default: the preset's]")
 @click.option("--batch-size", type=click.IntRange(1, 65_536), help="Images a step.  [default: the preset's]")
 @click.option("--learning-rate", type=click.FloatRange(0, 1, min_open=True), help="[default: the preset's]")
+@click.option("--labels", is_flag=True, help="A class-conditional model: a class for each folder in DATA.")
+@click.option(
+    "--label-dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="With --labels: share of the images shown without theirs, for guidance.  [default: 0.1]",
+)
+@click.option(
+    "--accumulate", type=click.IntRange(1, 65_536), help="Take a batch in so many parts, to save memory."
+)
+@click.option(
+    "--amp", is_flag=True, help="Mixed precision (bfloat16): for GPUs and CPUs that are built for it."
+)
+@click.option(
+    "--compile", "compiled", is_flag=True, help="torch.compile: a slow first step, faster ones after it."
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 256), help="Threads that read images.  [default: one a core]"
+)
 @click.option("--flip/--no-flip", default=None, help="Mirror images at random.  [default: the preset's]")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of everything random.")
 @click.option("--device", default="auto", help="cpu, cuda, …; auto: a GPU where there is one.")
@@ -97,6 +124,7 @@ def main(
       digits   8×8 grey, 0.7 M parameters: minutes on a CPU
       small    32×32, 1.5 M parameters: an hour on a CPU
       cifar10  32×32 RGB, the paper's 35.7 M parameters: for a GPU
+      256      256×256 RGB, the paper's 114 M parameters: for large GPUs
     """
     from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES
     from ddpm_deploy.dependencies import require
@@ -194,8 +222,13 @@ def _resumed(path: Path, data: str | None, options: dict[str, Any]) -> "Trainer"
     if settings.steps <= checkpoint.step:
         raise SettingError(f"{path} has its {checkpoint.step} steps already: say how far to go with --steps")
     checkpoint = dataclasses.replace(checkpoint, settings=settings)
+    spec = checkpoint.spec
     device = torch_device(options["device"])
-    return Trainer.resume(checkpoint, _images(settings, find_images(settings.data), checkpoint.spec), device)
+    source = find_images(settings.data, labels=settings.labels)
+    if source.num_classes != spec.num_classes or spec.class_names not in ((), source.class_names):
+        raise SettingError(f"the classes in {settings.data} are not those that {path} was trained on")
+    images = _read(settings, source, spec, options["workers"])
+    return Trainer.resume(checkpoint, images, device, compiled=options["compiled"])
 
 
 def _new(data: str, options: dict[str, Any]) -> "Trainer":
@@ -206,30 +239,56 @@ def _new(data: str, options: dict[str, Any]) -> "Trainer":
 
     device = torch_device(options["device"])
     preset = PRESETS[options["preset"] or ("digits" if data == DIGITS else "small")]
-    source = find_images(data)
+    if options["label_dropout"] is not None and not options["labels"]:
+        raise click.UsageError("--label-dropout is for a model with --labels")
+    if options["labels"] and options["label_dropout"] is None:
+        options["label_dropout"] = _LABEL_DROPOUT
+    source = find_images(data, labels=options["labels"])
     channels = (
         {"grey": 1, "rgb": 3}.get(options["channels"]) or preset.channels or (1 if source.grey() else 3)
     )
     spec = preset.spec(Path(data).name, channels, options["image_size"] or preset.image_size)
+    spec = _with_classes(spec, source, bool(options["label_dropout"]))
     settings = preset.settings(
         data=data,
         **{name: options[name] for name in _SETTINGS if options[name] is not None},
     )
-    return Trainer(spec, settings, _images(settings, source, spec), device)
+    images = _read(settings, source, spec, options["workers"])
+    return Trainer(spec, settings, images, device, compiled=options["compiled"])
 
 
-def _images(settings: "Settings", source: "Source", spec: "ModelSpec") -> Any:
+def _with_classes(spec: "ModelSpec", source: "Source", null_class: bool) -> "ModelSpec":
+    """The spec with the classes of the source; without their names, where these are too many to ride in a file."""
+    import msgspec
+
+    from ddpm_deploy.errors import SpecError
+    from ddpm_deploy.spec import ModelSpec
+
+    if not source.num_classes:
+        return spec
+    spec = msgspec.structs.replace(spec, num_classes=source.num_classes, null_class=null_class)
+    named = msgspec.structs.replace(spec, class_names=source.class_names)
+    try:
+        return ModelSpec.from_json(named.to_json(room=_PROVENANCE_BYTES), "the new model")
+    except (SpecError, UnicodeEncodeError):
+        logger.warning("the names of the classes do not fit in a model: it knows them by number")
+        return spec
+
+
+def _read(settings: "Settings", source: "Source", spec: "ModelSpec", workers: int | None) -> "Dataset":
     from ddpm_deploy.train.data import read_images
 
     channels, size, _ = spec.image_shape
     with progress("reading images", length=source.count) as advance:
-        images = read_images(
+        data = read_images(
             source,
             size,
             channels,
             skip_broken=settings.skip_broken,
+            workers=workers,
             progress=lambda done: advance(done, None),
         )
-    left_out = source.count - len(images)
-    logger.info("%d images%s", len(images), f" ({left_out} broken ones left out)" if left_out else "")
-    return images
+    count, classes = len(data.images), f" of {source.num_classes} classes" if source.num_classes else ""
+    left_out = f" ({source.count - count} broken ones left out)" if source.count > count else ""
+    logger.info("%d images%s%s", count, classes, left_out)
+    return data

@@ -57,7 +57,8 @@ def export_onnx(
     every: bool = False,
     stages: Stages = silent,
 ) -> Export:
-    """Write `network` as an ONNX file: x (B, C, H, W), temb (B, D) → prediction, float32, B dynamic.
+    """Write `network` as an ONNX file: x (B, C, H, W), temb (B, D) → prediction, float32, B dynamic;
+    a class-conditional one with y (B,) int64.
 
     precision: of the network's insides; below fp32, `precision.calibrate` decides what stays in float32.
     every: calibrate at every timestep, where a large network would be at some of them. stages: shows how
@@ -110,16 +111,18 @@ def _record(network: UNet, spec: ModelSpec, calibrates: bool, every: bool, stage
 def trace(network: UNet, spec: ModelSpec) -> Any:
     """The network as an onnx.ModelProto, without what the exporter tells of the machine it ran on."""
     batch = torch.export.Dim("batch", min=1)
-    example = torch.zeros(2, *spec.image_shape), torch.zeros(2, spec.embedding.dim)
+    example = {"x": torch.zeros(2, *spec.image_shape), "temb": torch.zeros(2, spec.embedding.dim)}
+    if spec.num_classes:
+        example["y"] = torch.zeros(2, dtype=torch.int64)
     with _quiet_exporter():
         program = torch.onnx.export(
             network,
-            example,
-            input_names=["x", "temb"],
+            tuple(example.values()),
+            input_names=list(example),
             output_names=["prediction"],
             opset_version=OPSETS[spec.precision],
             dynamo=True,
-            dynamic_shapes=({0: batch}, {0: batch}),
+            dynamic_shapes=tuple({0: batch} for _ in example),
             verbose=False,
         )
     assert program is not None

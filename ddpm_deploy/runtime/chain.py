@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.noise import AddressedNoise
-from ddpm_deploy.runtime.denoiser import Array, Denoiser
+from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
 from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable
 
 T, A, B, LO, HI, C, D, E, F, G = (COLUMNS.index(name) for name in COLUMNS[:10])
@@ -77,9 +77,16 @@ class Chain:
         return active
 
     def start(
-        self, slots: slice, table: StepTable, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]
+        self,
+        slots: slice,
+        table: StepTable,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.uint64],
+        labels: Labels | None = None,
     ) -> None:
         """Start the chains of samples `indices` (k,) of `seeds` (k,) in k slots, each at its x_T.
+
+        labels: (k,), of a class-conditional model.
 
         The slots must have nothing to do. An image is whole when its slot is not `active` any more, and
         stays in `x` until the slot is started again.
@@ -90,6 +97,8 @@ class Chain:
         x_T = self.noise.fill(np.zeros((1, slots.stop), np.int64))[0]  # noqa: N806  (the paper's name)
         self._flat(self.denoiser.x)[slots] = x_T[slots]
         self._x0_previous[slots] = 0
+        if labels is not None:
+            self.denoiser.y[slots] = labels
         first = self._first_row(table)
         self._pointer[slots] = first
         self._end[slots] = first + len(table)

@@ -8,14 +8,16 @@ from numpy.typing import NDArray
 from ddpm_deploy.spec import ModelSpec
 
 Array = NDArray[np.float32]
+Labels = NDArray[np.int64]
 
 
 class Denoiser(Protocol):
     """A network that owns its input and output memory: the chain writes x and temb, and reads prediction.
 
     spec: the model's. device: where it runs, for people ("cpu", "cuda:0"). max_batch: B.
-    x: (B, C, H, W). temb: (B, D), the timestep embedding. prediction: (B, C, H, W). All float32, and
-    the same memory from the first call to the last.
+    x: (B, C, H, W). temb: (B, D), the timestep embedding. y: (B,) int64, the labels, which only a
+    class-conditional model reads. prediction: (B, C, H, W). All others float32, and the same memory from
+    the first call to the last.
     """
 
     spec: ModelSpec
@@ -23,10 +25,11 @@ class Denoiser(Protocol):
     max_batch: int
     x: Array
     temb: Array
+    y: Labels
     prediction: Array
 
     def run(self, batch: int) -> None:
-        """Predict for the leading `batch` rows: x, temb → prediction."""
+        """Predict for the leading `batch` rows: x, temb (and y) → prediction."""
 
     def close(self) -> None:
         """Free what the backend holds. Nothing may be called afterwards."""
@@ -41,11 +44,12 @@ def default_max_batch(spec: ModelSpec) -> int:
     return max(1, min(64, 128 * 128 // (height * width)))
 
 
-def allocate(spec: ModelSpec, max_batch: int) -> tuple[Array, Array, Array]:
-    """Host buffers (x, temb, prediction) of a Denoiser; the system gives memory only where they are used."""
+def allocate(spec: ModelSpec, max_batch: int) -> tuple[Array, Array, Labels, Array]:
+    """Host buffers (x, temb, y, prediction) of a Denoiser; the system gives memory only where they are used."""
     image = (max_batch, *spec.image_shape)
     return (
         np.zeros(image, np.float32),
         np.zeros((max_batch, spec.embedding.dim), np.float32),
+        np.zeros(max_batch, np.int64),
         np.zeros(image, np.float32),
     )

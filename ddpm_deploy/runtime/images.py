@@ -73,7 +73,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """Where a PNG of `Destination` says that it came from.
 
     model: digest of the weights. steps: of the chain. A picture of one sample has its `index`; a grid has
-    `count` samples from `first_index` on.
+    `count` samples from `first_index` on. labels: of a class-conditional model, in turn by sample index.
     """
 
     model: str
@@ -85,6 +85,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     index: Annotated[int, msgspec.Meta(ge=0)] | None = None
     first_index: Annotated[int, msgspec.Meta(ge=0)] = 0
     count: Annotated[int, msgspec.Meta(ge=1, le=_LARGEST_GRID)] = 1
+    labels: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
 
 
 def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.dependencies import require_onnxruntime
@@ -11,6 +11,8 @@ from ddpm_deploy.errors import ArtefactError, BackendError, first_line
 from ddpm_deploy.files import show
 from ddpm_deploy.runtime.denoiser import allocate, default_max_batch
 from ddpm_deploy.spec import ModelSpec
+
+_Side = dict[str, tuple[str, list[Any]]]  # inputs or outputs: type and shape behind B, by name
 
 
 class OrtDenoiser:
@@ -38,7 +40,7 @@ class OrtDenoiser:
         onnxruntime = require_onnxruntime()
         self._session = self._open(onnxruntime, path, threads)
         self._check_interface(path)
-        self.x, self.temb, self.prediction = allocate(self.spec, self.max_batch)
+        self.x, self.temb, self.y, self.prediction = allocate(self.spec, self.max_batch)
         self._binding: Any = self._session.io_binding()
         self._bound = 0
 
@@ -60,16 +62,17 @@ class OrtDenoiser:
 
     def _check_interface(self, path: Path) -> None:
         """The graph must have the inputs and the output of the contract, in the shapes of the spec."""
-        image = list(self.spec.image_shape)
-        wanted = {"x": image, "temb": [self.spec.embedding.dim]}, {"prediction": image}
+        image, floats = list(self.spec.image_shape), "tensor(float)"
+        inputs: _Side = {"x": (floats, image), "temb": (floats, [self.spec.embedding.dim])}
+        if self.spec.num_classes:
+            inputs["y"] = "tensor(int64)", []
+        wanted = inputs, {"prediction": (floats, image)}
         sides = self._session.get_inputs(), self._session.get_outputs()
-        got = tuple(
-            {a.name: a.shape[1:] for a in side if a.type == "tensor(float)" and a.shape} for side in sides
-        )
+        got = tuple({a.name: (a.type, a.shape[1:]) for a in side if a.shape} for side in sides)
         if got != wanted or any(len(side) != len(named) for side, named in zip(sides, wanted, strict=True)):
             raise ArtefactError(
-                f"{show(path)} does not fit its ModelSpec: it has {_interface(got)} in float32, and "
-                f"{_interface(wanted)} is needed: export it again with ddpm-export"
+                f"{show(path)} does not fit its ModelSpec: it has {_interface(got)}, and {_interface(wanted)} is "
+                "needed: export it again with ddpm-export"
             )
         if any(isinstance(argument.shape[0], int) for side in sides for argument in side):
             raise ArtefactError(f"{show(path)} has a fixed batch dimension: export it again with ddpm-export")
@@ -90,12 +93,12 @@ class OrtDenoiser:
     def _bind(self, batch: int) -> None:
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
-        for bind, name, buffer in (
-            (self._binding.bind_input, "x", self.x),
-            (self._binding.bind_input, "temb", self.temb),
-            (self._binding.bind_output, "prediction", self.prediction),
-        ):
-            bind(name, "cpu", 0, np.float32, [batch, *buffer.shape[1:]], buffer.ctypes.data)
+        inputs: dict[str, NDArray[Any]] = {"x": self.x, "temb": self.temb}
+        if self.spec.num_classes:
+            inputs["y"] = self.y
+        for name, buffer in inputs.items():
+            self._binding.bind_input(name, *_where(buffer, batch))
+        self._binding.bind_output("prediction", *_where(self.prediction, batch))
         self._bound = batch
 
     def close(self) -> None:
@@ -103,9 +106,16 @@ class OrtDenoiser:
         self._session = self._binding = None
 
 
-def _interface(sides: tuple[dict[str, list[Any]], ...]) -> str:
+def _where(buffer: NDArray[Any], batch: int) -> tuple[object, ...]:
+    """The leading rows of a buffer, as ONNX Runtime binds them: device, its number, type, shape, address."""
+    return "cpu", 0, buffer.dtype.type, [batch, *buffer.shape[1:]], buffer.ctypes.data
+
+
+def _interface(sides: tuple[_Side, ...]) -> str:
     texts = [
-        ", ".join(f"{name} (B, {', '.join(map(str, shape))})" for name, shape in side.items())
+        ", ".join(
+            f"{name} {kind} ({', '.join(map(str, ['B', *shape]))})" for name, (kind, shape) in side.items()
+        )
         for side in sides
     ]
     return " → ".join(text or "nothing" for text in texts)

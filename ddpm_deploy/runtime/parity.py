@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.chain import Chain
-from ddpm_deploy.runtime.denoiser import Array, Denoiser
+from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
 from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.tolerances import PARITY, Parity
@@ -115,13 +115,15 @@ class Trajectory:
     """Whole chains of a reference, recorded: what it was asked on the way, what it said, where it ended.
 
     spec: the reference's. seed, steps: of the chains, on samples 0 .. count - 1.
-    timesteps: (K,), those that were kept, in the order of the chain. x, prediction: (K, count, C, H, W),
-    x_t and the reference's prediction there. images: (count, C, H, W), the last x.
+    labels: (count,), 0 for an unconditional model. timesteps: (K,), those that were kept, in the order of the
+    chain. x, prediction: (K, count, C, H, W), x_t and the reference's prediction there. images: (count, C, H, W),
+    the last x.
     """
 
     spec: ModelSpec
     seed: int
     steps: int
+    labels: Labels
     timesteps: NDArray[np.int64]
     x: Array
     prediction: Array
@@ -165,9 +167,10 @@ def record(
             x[place[step]] = reference.x[:count]
             prediction[place[step]] = reference.prediction[:count]
 
-    images = _walk(reference, table, count, seed, visit, progress)
+    labels = _labels(reference.spec, count)
+    images = _walk(reference, table, labels, seed, visit, progress)
     timesteps = table.timesteps[kept].astype(np.int64)
-    return Trajectory(reference.spec, seed, len(table), timesteps, x, prediction, images)
+    return Trajectory(reference.spec, seed, len(table), labels, timesteps, x, prediction, images)
 
 
 def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = _no_progress) -> Comparison:
@@ -178,7 +181,7 @@ def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = _no_
     require_comparable(trajectory.spec, candidate.spec)
     errors = teacher_forced(trajectory, candidate, progress)
     table = trajectory.spec.step_table(trajectory.steps)
-    images = _walk(candidate, table, trajectory.count, trajectory.seed, lambda step: None, progress)
+    images = _walk(candidate, table, trajectory.labels, trajectory.seed, lambda step: None, progress)
     lo, hi = trajectory.spec.value_range
     return Comparison(
         errors,
@@ -205,6 +208,7 @@ def teacher_forced(
         batch = len(timesteps) * count
         candidate.x[:batch] = trajectory.x[part].reshape(batch, *trajectory.spec.image_shape)
         candidate.temb[:batch] = embedding[part].repeat(count, axis=0)
+        candidate.y[:batch] = np.tile(trajectory.labels, len(timesteps))
         candidate.run(batch)
         got = candidate.prediction[:batch].reshape(trajectory.prediction[part].shape)
         errors += map(_errors, timesteps, got, trajectory.prediction[part])
@@ -215,15 +219,17 @@ def teacher_forced(
 def _walk(
     denoiser: Denoiser,
     table: StepTable,
-    count: int,
+    labels: Labels,
     seed: int,
     visit: Callable[[int], None],
     progress: Progress,
 ) -> Array:
     """The images of whole chains; `visit(step)` is called between prediction and update."""
+    count = len(labels)
     _require_count(count, denoiser)
     chain = Chain(denoiser)
-    chain.start(slice(0, count), table, np.full(count, seed, np.uint64), np.arange(count, dtype=np.uint64))
+    seeds, indices = np.full(count, seed, np.uint64), np.arange(count, dtype=np.uint64)
+    chain.start(slice(0, count), table, seeds, indices, labels)
     for step in range(len(table)):
         batch = chain.predict()
         visit(step)
@@ -235,6 +241,11 @@ def _walk(
 def _require_count(count: int, denoiser: Denoiser) -> None:
     if not 1 <= count <= denoiser.max_batch:
         raise SettingError(f"count must be from 1 to {denoiser.max_batch}, not {count}")
+
+
+def _labels(spec: ModelSpec, count: int) -> Labels:
+    """Each label in turn."""
+    return np.arange(count) % max(1, spec.num_labels)
 
 
 def _spread(length: int, keep: int) -> NDArray[np.int64]:
@@ -255,6 +266,7 @@ def spot_check(reference: Denoiser, candidate: Denoiser, batches: Sequence[int])
                 (batch, *spec.image_shape), np.float32
             )
             reference.temb[:batch] = candidate.temb[:batch] = table[t]
+            reference.y[:batch] = candidate.y[:batch] = _labels(spec, batch)
             reference.run(batch)
             candidate.run(batch)
             errors = _errors(t, candidate.prediction[:batch], reference.prediction[:batch])
@@ -272,6 +284,8 @@ def require_comparable(reference: ModelSpec, candidate: ModelSpec) -> None:
         "embedding",
         "value_range",
         "variance",
+        "num_classes",
+        "null_class",
     ):
         mine, theirs = getattr(reference, name), getattr(candidate, name)
         if mine != theirs:

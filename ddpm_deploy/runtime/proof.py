@@ -39,6 +39,7 @@ def save_proof(proof: Trajectory, path: Path) -> None:
         "spec": np.frombuffer(proof.spec.to_json().encode(), np.uint8),
         "seed": np.uint64(proof.seed),
         "steps": proof.steps,
+        "labels": proof.labels,
         "timesteps": proof.timesteps,
         "x": proof.x,
         "prediction": proof.prediction,
@@ -68,7 +69,7 @@ def load_proof(path: Path) -> Trajectory:
             spec=ModelSpec.from_json(content["spec"].tobytes(), show(path)),
             seed=int(content["seed"]),
             steps=int(content["steps"]),
-            **{name: content[name] for name in ("timesteps", "x", "prediction", "images")},
+            **{name: content[name] for name in ("labels", "timesteps", "x", "prediction", "images")},
         )
         _require_sound(trajectory)
     except (KeyError, TypeError, ValueError, OverflowError, SettingError) as error:
@@ -80,6 +81,7 @@ def _require_sound(proof: Trajectory) -> None:
     """Raise ValueError unless the arrays have the shapes, types and ranges that their makers gave them."""
     shape = proof.count, *proof.spec.image_shape
     wanted: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+        "labels": (np.int64, (proof.count,)),
         "timesteps": (np.int64, (len(proof.timesteps),)),
         "x": (np.float32, (len(proof.timesteps), *shape)),
         "prediction": (np.float32, (len(proof.timesteps), *shape)),
@@ -93,5 +95,7 @@ def _require_sound(proof: Trajectory) -> None:
             raise ValueError(f"{name} has numbers that are not finite")
     if not np.isin(proof.timesteps, proof.spec.step_table(proof.steps).timesteps).all():
         raise ValueError("its timesteps are not those of its chain")
+    if proof.labels.min() < 0 or proof.labels.max() >= max(1, proof.spec.num_labels):
+        raise ValueError("its labels are not those of its model")
     if not 0 <= proof.seed < 2**64:
         raise ValueError("its seed is out of range")

@@ -2,7 +2,7 @@
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +15,14 @@ from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES
 from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, SettingError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.runtime.chain import Chain, NoiseSource
-from ddpm_deploy.runtime.denoiser import Array, Denoiser
+from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
 from ddpm_deploy.solvers import Solver, Spacing, StepTable
 from ddpm_deploy.spec import ModelSpec
 
 _MAX_TABLES: Final = 16
 Callback = Callable[[int, Array, Array], None]
 Noise = Callable[[int], Array]
+Label = int | str
 
 
 def load_denoiser(
@@ -108,6 +109,7 @@ class Sampler:
         spacing: Spacing = "leading",
         seed: int | None = None,
         first_index: int = 0,
+        labels: Label | Sequence[Label] | Labels | None = None,
         noise: Noise | None = None,
         callback: Callback | None = None,
     ) -> Array:
@@ -115,6 +117,8 @@ class Sampler:
 
         steps: of the chain, 1 .. T (None: all T). solver, spacing: which table of steps.
         seed: 0 .. 2⁶⁴ - 1 (None: a fresh one). Sample i of the call has sample index first_index + i.
+        labels: of a class-conditional model, by name or number: one for all, or one for each sample. None:
+            each class in turn, by sample index.
         noise: `noise(draw) -> (count, C, H, W)` in place of the addressed noise, draw 0 for x_T and
             t + 1 for the step from t. A count over the batch asks again for each part of it, so it
             must give the same numbers for the same draw.
@@ -131,6 +135,7 @@ class Sampler:
             spacing=spacing,
             seed=seed,
             first_index=first_index,
+            labels=labels,
             noise=noise,
             callback=callback,
         )
@@ -153,6 +158,7 @@ class Sampler:
         spacing: Spacing = "leading",
         seed: int | None = None,
         first_index: int = 0,
+        labels: Label | Sequence[Label] | Labels | None = None,
         noise: Noise | None = None,
         callback: Callback | None = None,
     ) -> Iterator[Array]:
@@ -171,27 +177,48 @@ class Sampler:
         if not 0 <= first_index <= 2**64 - count:
             raise SettingError(f"first_index must be from 0 to 2^64 - count, not {first_index}")
         table = self.table(steps, solver=solver, spacing=spacing)
-        return self._run(count, table, seed, first_index, noise, callback)
+        indices = np.uint64(first_index) + np.arange(count, dtype=np.uint64)
+        return self._run(table, seed, indices, self._labels(labels, indices), noise, callback)
+
+    def _labels(
+        self, labels: Label | Sequence[Label] | Labels | None, indices: NDArray[np.uint64]
+    ) -> Labels | None:
+        """One label for each sample; None for an unconditional model."""
+        spec = self.spec
+        if labels is None:
+            return (indices % np.uint64(spec.num_classes)).astype(np.int64) if spec.num_classes else None
+        if isinstance(labels, int | np.integer | str):
+            return np.full(len(indices), spec.label(labels))
+        if len(labels) != len(indices):
+            raise SettingError(f"{len(labels)} labels for {len(indices)} images: give one, or one for each")
+        return np.array([spec.label(label) for label in labels])
 
     def _run(
         self,
-        count: int,
         table: StepTable,
         seed: int,
-        first_index: int,
+        indices: NDArray[np.uint64],
+        labels: Labels | None,
         noise: Noise | None,
         callback: Callback | None,
     ) -> Iterator[Array]:
         with self._owned():
+            count = len(indices)
             for done in range(0, count, self.denoiser.max_batch):
                 batch = min(self.denoiser.max_batch, count - done)
+                part = slice(done, done + batch)
                 chain = (
                     self._chain
                     if noise is None
                     else Chain(self.denoiser, _GivenNoise(noise, self.spec.image_shape, count, done))
                 )
-                indices = np.uint64(first_index + done) + np.arange(batch, dtype=np.uint64)
-                chain.start(slice(0, batch), table, np.full(batch, seed, np.uint64), indices)
+                chain.start(
+                    slice(0, batch),
+                    table,
+                    np.full(batch, seed, np.uint64),
+                    indices[part],
+                    None if labels is None else labels[part],
+                )
                 for step in range(len(table)):
                     chain.step()
                     if callback is not None:

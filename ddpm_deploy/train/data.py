@@ -1,11 +1,12 @@
 """Training images: a folder, an array file, or the digits; as one uint8 array (N, C, H, W)."""
 
+import hashlib
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,7 @@ from ddpm_deploy.errors import DataError, first_line
 from ddpm_deploy.files import require_file, show
 
 Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int64]
 Progress = Callable[[int], None]  # how many images more are done
 
 DIGITS: Final = "digits"
@@ -47,6 +49,8 @@ _RASTERS: Final = (
 Image.init()  # registers its decoders
 _FORMATS: Final = tuple(name for name in _RASTERS if name in Image.OPEN)
 _ARRAY_SUFFIXES: Final = (".npy", ".npz")
+_IMAGE_ARRAYS: Final = ("images", "arr_0")  # names in an .npz
+_LABEL_ARRAYS: Final = ("labels",)
 _NAMED: Final = 3  # broken files named in an error
 
 
@@ -54,31 +58,60 @@ _NAMED: Final = 3  # broken files named in an error
 class Source:
     """Images that have been found but not read yet.
 
-    load(i): the i-th. name(i): of it, for errors. grey(): whether all of them are.
+    load(i): the i-th. name(i): of it, for errors. grey(): whether all of them are. labels: (count,) int64,
+    where they were asked for. class_names: of the labels, where they have names.
     """
 
     count: int
     load: Callable[[int], Image.Image]
     name: Callable[[int], str]
     grey: Callable[[], bool]
+    labels: Labels | None = None
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """Classes; 0 where no labels were asked for."""
+        return len(self.class_names) or (0 if self.labels is None else int(self.labels.max()) + 1)
 
 
-def find_images(data: str) -> Source:
+@dataclass(frozen=True)
+class Dataset:
+    """Images in memory: (N, C, H, W) uint8, and their labels (N,) int64 where the model is to have classes."""
+
+    images: Pixels
+    labels: Labels | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of the images and labels."""
+        sha = hashlib.sha256(self.images.data)
+        if self.labels is not None:
+            sha.update(self.labels.data)
+        return sha.hexdigest()
+
+
+def find_images(data: str, *, labels: bool = False) -> Source:
     """What `data` names: an .npy or .npz of uint8 images, a folder of images, or the word "digits".
 
     A folder of that name is "./digits".
 
     An array is (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W). A folder is searched with its
-    subfolders. Raises DataError.
+    subfolders.
+
+    labels: whether to find labels too: each folder in the folder is a class, an .npz has an array `labels`
+    (N,) of numbers from 0, and the digits have theirs. Raises DataError.
     """
     path = Path(data)
     if data == DIGITS:
-        return _array_source(_digits(), DIGITS)
+        source = _array_source(_digits().images, DIGITS)
+        names = tuple(map(str, range(10)))
+        return replace(source, labels=_digits().labels, class_names=names) if labels else source
     if path.is_dir():
-        return _folder_source(path)
+        return _folder_source(path, labels)
     if path.suffix.lower() in _ARRAY_SUFFIXES:
         require_file(path, DataError)
-        return _array_source(_read_array(path), show(path))
+        source = _array_source(_read_array(path, _IMAGE_ARRAYS), show(path))
+        return replace(source, labels=_array_labels(path, source.count)) if labels else source
     require_file(path, DataError)
     raise DataError(
         f"{show(path)} is not a folder of images, nor an .npy or .npz file, nor the word {DIGITS!r}"
@@ -91,9 +124,12 @@ def read_images(
     channels: int,
     *,
     skip_broken: bool = False,
+    workers: int | None = None,
     progress: Progress | None = None,
-) -> Pixels:
-    """Read, scale and crop all of them: (N, channels, image_size, image_size) uint8.
+) -> Dataset:
+    """Read, scale and crop all of them to (channels, image_size, image_size).
+
+    workers: threads that decode (None: one a core). skip_broken: leave out what cannot be read.
 
     Raises DataError naming images that are broken, unless they are to be skipped, and where they
     would not fit in memory.
@@ -110,7 +146,7 @@ def read_images(
         except Exception as error:  # Pillow's decoders of a broken file raise nearly anything
             broken.append((i, error))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, warnings.catch_warnings():
         # Of images over 89 megapixels; those over twice that are refused.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for _ in pool.map(read, range(source.count)):
@@ -123,7 +159,11 @@ def read_images(
         raise DataError(
             f"{len(broken)} of {source.count} images cannot be read: {named}{more}: mend them, or pass --skip-broken"
         )
-    return np.delete(images, [i for i, _ in broken], axis=0) if broken else images
+    if not broken:
+        return Dataset(images, source.labels)
+    gone = [i for i, _ in broken]
+    labels = None if source.labels is None else np.delete(source.labels, gone)
+    return Dataset(np.delete(images, gone, axis=0), labels)
 
 
 def fit(image: Image.Image, size: int, channels: int) -> Pixels:
@@ -156,14 +196,14 @@ def _to_8_bits(values: NDArray[np.int32] | NDArray[np.float32]) -> Pixels:
     return pixels
 
 
-def _digits() -> Pixels:
+def _digits() -> Dataset:
     """1,797 handwritten digits, (N, 8, 8) (Alpaydin & Kaynak 1998, UCI, CC BY 4.0; shipped by scikit-learn)."""
-    images = require("sklearn.datasets", "train").load_digits().images
-    pixels: Pixels = np.rint(images * (255 / 16)).astype(np.uint8)
-    return pixels
+    digits = require("sklearn.datasets", "train").load_digits()
+    return Dataset(np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64))
 
 
-def _read_array(path: Path) -> NDArray[np.generic]:
+def _read_array(path: Path, wanted: Sequence[str]) -> NDArray[np.generic]:
+    """The array of an .npy, or that of an .npz with one of these names, or with any if it is alone."""
     try:
         if path.suffix.lower() == ".npy":
             # Mapped: a header that lies about the size costs no memory.
@@ -172,15 +212,33 @@ def _read_array(path: Path) -> NDArray[np.generic]:
         require_honest(path, _memory())
         with np.load(path, allow_pickle=False) as archive:
             names = archive.files
-            name = next((n for n in ("images", "arr_0") if n in names), names[0] if len(names) == 1 else None)
+            name = next((n for n in wanted if n in names), names[0] if len(names) == 1 else None)
             if not names:
                 raise ValueError("it holds no array")
             if name is None:
-                raise ValueError(f"it holds the arrays {', '.join(names)}, and none is named images or arr_0")
+                raise ValueError(
+                    f"it holds the arrays {', '.join(names)}, and none is named {' or '.join(wanted)}"
+                )
             member: NDArray[np.generic] = archive[name]
             return member
     except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
         raise DataError(f"{show(path)} is not a readable array of images: {first_line(error)}") from error
+
+
+def _array_labels(path: Path, count: int) -> Labels:
+    if path.suffix.lower() != ".npz":
+        raise DataError(
+            f"{show(path)} has no labels: an .npz with arrays `images` and `labels` can have them"
+        )
+    labels = _read_array(path, _LABEL_ARRAYS)
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise DataError(
+            f"the labels in {show(path)} are {labels.dtype} {labels.shape}: whole numbers ({count},) are needed"
+        )
+    numbers = labels.astype(np.int64)
+    if numbers.min() < 0 or numbers.max() >= count:
+        raise DataError(f"the labels in {show(path)} are not the numbers of classes, from 0 up")
+    return numbers
 
 
 def _array_source(array: NDArray[np.generic], name: str) -> Source:
@@ -205,12 +263,29 @@ def _array_source(array: NDArray[np.generic], name: str) -> Source:
     return Source(len(array), load, lambda i: f"image {i} of {name}", lambda: grey)
 
 
-def _folder_source(folder: Path) -> Source:
+def _folder_source(folder: Path, labels: bool) -> Source:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
     paths = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in suffixes and p.is_file())
     if not paths:
         raise DataError(f"{show(folder)} holds no images: files such as .png, .jpg or .webp are needed")
-    return Source(len(paths), lambda i: _open(paths[i]), lambda i: show(paths[i]), partial(_all_grey, paths))
+    source = Source(
+        len(paths), lambda i: _open(paths[i]), lambda i: show(paths[i]), partial(_all_grey, paths)
+    )
+    return _with_class_folders(source, folder, paths) if labels else source
+
+
+def _with_class_folders(source: Source, folder: Path, paths: Sequence[Path]) -> Source:
+    """Label each image by the folder in `folder` that holds it."""
+    inside = [path.relative_to(folder).parts for path in paths]
+    bare = next((parts[0] for parts in inside if len(parts) == 1), None)
+    if bare is not None:
+        raise DataError(
+            f"{show(folder / bare)} is in no class: with --labels, each image is in a folder of its class"
+        )
+    names = sorted({parts[0] for parts in inside})
+    number = {name: i for i, name in enumerate(names)}
+    labels = np.array([number[parts[0]] for parts in inside], np.int64)
+    return replace(source, labels=labels, class_names=tuple(names))
 
 
 def _open(path: Path) -> Image.Image:

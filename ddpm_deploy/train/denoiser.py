@@ -37,9 +37,12 @@ class TorchDenoiser:
         self._device = torch_device(device)
         self.device = str(self._device)
         self._network: UNet | None = network.to(self._device).eval()
-        self.x, self.temb, self.prediction = allocate(spec, self.max_batch)
+        self.x, self.temb, self.y, self.prediction = allocate(spec, self.max_batch)
         # The same memory as the arrays.
-        self._x, self._temb, self._prediction = map(torch.from_numpy, (self.x, self.temb, self.prediction))
+        self._inputs = [torch.from_numpy(array) for array in (self.x, self.temb)]
+        if spec.num_classes:
+            self._inputs.append(torch.from_numpy(self.y))
+        self._prediction = torch.from_numpy(self.prediction)
 
     @classmethod
     def load(
@@ -62,8 +65,8 @@ class TorchDenoiser:
             raise BackendError("this model is closed: load it again")
         try:
             with _full_float32():
-                x, temb = self._x[:batch].to(self._device), self._temb[:batch].to(self._device)
-                self._prediction[:batch] = self._network(x, temb)
+                inputs = [tensor[:batch].to(self._device) for tensor in self._inputs]
+                self._prediction[:batch] = self._network(*inputs)
         except RuntimeError as error:
             raise BackendError(f"PyTorch failed on a batch of {batch}: {first_line(error)}") from error
 

@@ -1,11 +1,15 @@
 """The forward process in torch, and the loss."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.spec import ModelSpec
+
+Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Diffusion(nn.Module):
@@ -37,6 +41,8 @@ class Diffusion(nn.Module):
         noise = self.sqrt_one_minus_alphas_cumprod[t][:, None, None, None]
         return signal * x0 + noise * epsilon
 
-    def loss(self, network: nn.Module, x0: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
-        """L_simple (Ho et al. 2020, equation 14): mean squared error of the predicted ε."""
-        return F.mse_loss(network(self.q_sample(x0, t, epsilon), self.embedding[t]), epsilon)
+    def loss(
+        self, network: Network, x0: Tensor, t: Tensor, epsilon: Tensor, y: Tensor | None = None
+    ) -> Tensor:
+        """L_simple (Ho et al. 2020, equation 14): mean squared error of the predicted ε; y (B,) of conditional ones."""
+        return F.mse_loss(network(self.q_sample(x0, t, epsilon), self.embedding[t], y), epsilon)

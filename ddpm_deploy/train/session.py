@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -50,7 +50,7 @@ class Session:
         """Train and save. Returns whether the last step was reached: not so after SIGINT or SIGTERM."""
         trainer, settings = self.trainer, self.trainer.settings
         self._make_folder()
-        metrics = _Metrics(self.folder / "metrics.csv", trainer.steps_done)
+        metrics = _Metrics(self.folder, trainer.steps_done)
         with _stop_on_signals(self._stop):
             losses: list[torch.Tensor] = []  # since `started`
             started = time.perf_counter()
@@ -113,10 +113,14 @@ class Session:
 
 
 class _Metrics:
-    """metrics.csv; what an earlier session wrote past its last checkpoint is dropped."""
+    """metrics.csv, and TensorBoard where it is installed.
 
-    def __init__(self, path: Path, steps_done: int) -> None:
-        self._path = path
+    What an earlier session wrote past its last checkpoint is dropped.
+    """
+
+    def __init__(self, folder: Path, steps_done: int) -> None:
+        self._path = path = folder / "metrics.csv"
+        self._board = _tensorboard(folder, steps_done)
         kept: list[list[str]] = []
         if steps_done and path.is_file():
             with path.open(newline="") as file:
@@ -133,6 +137,18 @@ class _Metrics:
                 csv.writer(file).writerow([step, f"{loss:.6f}", f"{rate:.3e}", f"{speed:.1f}"])
         except OSError as error:  # a row is not worth the training
             logger.warning("%s cannot be written (%s); training goes on", show(self._path), error.strerror)
+        if self._board:
+            for name, value in zip(_COLUMNS[1:], (loss, rate, speed), strict=True):
+                self._board.add_scalar(name, value, step)
+
+
+def _tensorboard(folder: Path, steps_done: int) -> Any:
+    """Its writer of events into the folder; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=steps_done or None)
 
 
 @contextmanager

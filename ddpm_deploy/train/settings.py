@@ -22,6 +22,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     steps: where training ends. learning_rate: its peak, reached after `warmup_steps`; from there it
     stays ("none") or falls to zero along a half cosine at the last step ("cosine").
     grad_clip: largest norm of the gradient. ema_decay: of the average. flip: mirror images at random.
+    accumulate: parts that a batch is taken in, one after another, to save memory; their gradients add up.
+    amp: whether the network runs in mixed precision (bfloat16 where torch's autocast has it).
+    labels: whether the model is class-conditional. label_dropout: share of the images whose label is
+    replaced by the null class, for classifier-free guidance (Ho & Salimans 2022).
     sample_every: steps between pictures of samples; 0 for none.
     """
 
@@ -36,9 +40,19 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     grad_clip: Rate = 1.0
     ema_decay: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
     flip: bool
+    accumulate: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 1
+    amp: bool = False
+    labels: bool = False
+    label_dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     save_every: Positive = 1000
     sample_every: Annotated[int, msgspec.Meta(ge=0)] = 1000
+
+    def __post_init__(self) -> None:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"a batch of {self.batch_size} does not make {self.accumulate} parts")
+        if self.label_dropout and not self.labels:
+            raise ValueError("label dropout is for a model with labels")
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,18 @@ PRESETS: Final = {
         steps=800_000,
         batch_size=128,
         learning_rate=2e-4,
+        warmup_steps=5000,
+        decay="none",
+        ema_decay=0.9999,
+        flip=True,
+    ),
+    "256": Preset(
+        image_size=256,
+        channels=3,
+        network=UNetConfig(channel_mults=(1, 1, 2, 2, 4, 4), attention_levels=(4,), dropout=0.0),
+        steps=500_000,
+        batch_size=64,
+        learning_rate=2e-5,
         warmup_steps=5000,
         decay="none",
         ema_decay=0.9999,

@@ -1,6 +1,5 @@
 """Training: one step at a time, each a function of its number, so that a resumed run is the same run."""
 
-import hashlib
 import logging
 import math
 from typing import Any
@@ -8,12 +7,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ddpm_deploy.errors import BackendError, SettingError, first_line
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train import ema
 from ddpm_deploy.train.checkpoint import Checkpoint, StateDict, digest, new_network
+from ddpm_deploy.train.data import Dataset
 from ddpm_deploy.train.diffusion import Diffusion
 from ddpm_deploy.train.settings import Settings
 from ddpm_deploy.version import __version__
@@ -27,17 +27,26 @@ class Trainer:
     """A network in training.
 
     spec: of the network (its provenance is filled in at `checkpoint`). settings: of the training.
-    images: (N, C, H, W) uint8. device: of the network.
+    data: with labels, where the spec has classes. device: of the network. compiled: by torch.compile;
+        a faster step after a slow first one, and its own rounding.
 
     Everything random in step n follows from (seed, n), and the order of the images from (seed, epoch):
     no state of a random generator needs saving.
     """
 
     def __init__(
-        self, spec: ModelSpec, settings: Settings, images: NDArray[np.uint8], device: torch.device
+        self,
+        spec: ModelSpec,
+        settings: Settings,
+        data: Dataset,
+        device: torch.device,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.spec = spec
-        self.settings = msgspec.structs.replace(settings, data_digest=hashlib.sha256(images.data).hexdigest())
+        self.settings = msgspec.structs.replace(settings, data_digest=data.digest())
+        if settings.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise SettingError("--amp needs a GPU with bfloat16 (Ampere or newer): leave it out")
         self.steps_done = 0
         self.device = device
         torch.manual_seed(_seed(settings.seed, _START))
@@ -45,14 +54,18 @@ class Trainer:
         self.average = ema.averaged(self.network)
         self.diffusion = Diffusion(spec).to(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate, fused=True)
-        self._images = torch.from_numpy(images)
+        self._predict = torch.compile(self.network) if compiled else self.network
+        self._images = torch.from_numpy(data.images)
+        self._labels = None if data.labels is None else torch.from_numpy(data.labels)
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
     @classmethod
-    def resume(cls, checkpoint: Checkpoint, images: NDArray[np.uint8], device: torch.device) -> "Trainer":
+    def resume(
+        cls, checkpoint: Checkpoint, data: Dataset, device: torch.device, *, compiled: bool = False
+    ) -> "Trainer":
         """Take training up where a checkpoint left it."""
-        trainer = cls(checkpoint.spec, checkpoint.settings, images, device)
+        trainer = cls(checkpoint.spec, checkpoint.settings, data, device, compiled=compiled)
         if trainer.settings.data_digest != checkpoint.settings.data_digest:
             logger.warning("the images are not those that this model was trained on so far")
         trainer.network.load_state_dict(checkpoint.raw)
@@ -65,30 +78,47 @@ class Trainer:
         """Take one training step; returns the loss, a tensor without axes on the device."""
         step, settings = self.steps_done, self.settings
         torch.manual_seed(_seed(settings.seed, _STEP, step))
-        x0 = self._batch(step)
+        x0, y = self._batch(step)
         t = torch.randint(self.diffusion.timesteps, (len(x0),)).to(self.device)
         epsilon = torch.randn(x0.shape).to(self.device)
-        loss = self.diffusion.loss(self.network, x0, t, epsilon)
+        if y is not None and settings.label_dropout:
+            dropped = torch.rand(len(x0)) < settings.label_dropout
+            y = torch.where(dropped.to(self.device), self.spec.num_classes, y)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = torch.zeros((), device=self.device)
+        for part in torch.arange(len(x0)).chunk(settings.accumulate):
+            some = slice(int(part[0]), int(part[-1]) + 1)
+            share = self._loss(x0[some], t[some], epsilon[some], None if y is None else y[some])
+            share = share * (len(part) / len(x0))
+            share.backward()  # type: ignore[no-untyped-call]
+            loss += share.detach()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.grad_clip, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         self.optimizer.step()
         ema.update(self.average, self.network, step, settings.ema_decay)
         self.steps_done += 1
-        return loss.detach()
+        return loss
 
-    def _batch(self, step: int) -> Tensor:
-        """The images of one step, (B, C, H, W) float32 in [-1, 1]."""
+    def _loss(self, x0: Tensor, t: Tensor, epsilon: Tensor, y: Tensor | None) -> Tensor:
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
+                return self.diffusion.loss(self._predict, x0, t, epsilon, y)
+        except RuntimeError as error:
+            if self._predict is self.network or "memory" in str(error):
+                raise
+            raise BackendError(f"torch.compile failed: {first_line(error)}: leave --compile out") from error
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """The images of one step, (B, C, H, W) float32 in [-1, 1], and their labels, (B,)."""
         size = self.settings.batch_size
-        places = range(step * size, (step + 1) * size)
-        batch = self._images[[self._image_at(place) for place in places]].to(self.device)
+        chosen = [self._image_at(place) for place in range(step * size, (step + 1) * size)]
+        batch = self._images[chosen].to(self.device)
         x0 = batch.float() * (2 / 255) - 1
         if self.settings.flip:
             mirrored = torch.rand(size).to(self.device) < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
-        return x0
+        return x0, None if self._labels is None else self._labels[chosen].to(self.device)
 
     def _image_at(self, place: int) -> int:
         """The image at a place in the endless sequence of epochs, each in its own random order."""

@@ -22,6 +22,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) → (B, C, H', W')."""
+        if torch.is_autocast_enabled(x.device.type):  # it chooses the type, and would undo ours
+            return super().forward(x)
         return super().forward(x.to(self.weight.dtype))
 
 
@@ -130,15 +132,18 @@ class UNet(nn.Module):
     """The ε-network: prediction = forward(x, temb).
 
     config: its shape. image_channels: C of x. temb_dim: D of temb, the sinusoidal embedding.
-    out_channels: of the prediction.
+    out_channels: of the prediction. num_labels: that y may take; 0 for an unconditional network.
     """
 
-    def __init__(self, config: UNetConfig, image_channels: int, temb_dim: int, out_channels: int) -> None:
+    def __init__(
+        self, config: UNetConfig, image_channels: int, temb_dim: int, out_channels: int, num_labels: int = 0
+    ) -> None:
         super().__init__()
         widths = [config.channels * mult for mult in config.channel_mults]
         hidden = 4 * config.channels
         self.temb1 = nn.Linear(temb_dim, hidden)
         self.temb2 = nn.Linear(hidden, hidden)
+        self.label_embedding = nn.Embedding(num_labels, hidden) if num_labels else None
         self.conv_in = Conv2d(image_channels, config.channels, 3, padding=1)
 
         # Going down, what each module gives is kept; going up, each stage takes one back.
@@ -189,9 +194,12 @@ class UNet(nn.Module):
                 nn.init.zeros_(module.out.weight)
         nn.init.zeros_(self.conv_out.weight)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """x (B, C, H, W) and temb (B, D) → (B, out_channels, H, W)."""
-        temb = F.silu(self.temb2(F.silu(self.temb1(temb))))
+    def forward(self, x: Tensor, temb: Tensor, y: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), temb (B, D) and, of a conditional network, y (B,) → (B, out_channels, H, W)."""
+        temb = self.temb2(F.silu(self.temb1(temb)))
+        if self.label_embedding is not None:
+            temb = temb + self.label_embedding(y)
+        temb = F.silu(temb)
         projections = iter(self.temb_projections(temb).split(self.temb_splits, dim=1))
 
         h = self.conv_in(x)
