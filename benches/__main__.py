@@ -7,7 +7,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from benches import chain, memory, parity, process
+from benches import chain, memory, parity, process, training
 from benches.models import export_preset
 from benches.table import Row
 
@@ -36,6 +36,9 @@ def main() -> None:
             parity.measure(),
             chain.measure(models["digits"], batch=16, limit=0.04, peers=False),
             chain.measure(models["cifar10"], batch=1, limit=0.01, peers=True),
+            training.measure("digits"),
+            training.measure("small"),
+            training.measure_reading(),
         ):
             for row in group:
                 print(row.markdown(), flush=True)

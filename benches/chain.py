@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -12,15 +12,13 @@ import torch
 
 from benches.models import Model, diffusers_pipeline
 from benches.table import Row
+from benches.timing import ROUNDS, Block, interleave, median, ratio
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.denoiser import Denoiser
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.train.denoiser import TorchDenoiser
 
 BLOCK: Final = 8  # steps in a row, before the next candidate's turn
-ROUNDS: Final = 12
-
-Block = Callable[[], None]  # runs BLOCK steps
 
 
 class _Timed:
@@ -51,9 +49,9 @@ def measure(model: Model, *, batch: int, limit: float, peers: bool) -> Iterator[
         "ours": _chain_block(OrtDenoiser(model.onnx, max_batch=batch), batch),
         "bare": _bare_block(model, batch),
     }
-    times = _interleave(blocks)
-    yield Row(f"{label}: our chain ÷ bare ONNX Runtime calls", _ratio(times["ours"], times["bare"]))
-    yield Row(f"{label}: a step of our chain", f"{_median(times['ours']) * 1e3:.1f} ms")
+    times = interleave(blocks, BLOCK)
+    yield Row(f"{label}: our chain ÷ bare ONNX Runtime calls", ratio(times["ours"], times["bare"]))
+    yield Row(f"{label}: a step of our chain", f"{median(times['ours']) * 1e3:.1f} ms")
     if peers:
         yield from _against_peers(model, batch, label)
 
@@ -85,14 +83,15 @@ def _against_peers(model: Model, batch: int, label: str) -> Iterator[Row]:
         "torch channels-last": _chain_block(TorchDenoiser(channels_last, model.spec, max_batch=batch), batch),
         "diffusers": _diffusers_block(model, batch),
     }
-    times = _interleave(blocks)
-    eager = min(times["torch"], times["torch channels-last"], key=_median)
+    times = interleave(blocks, BLOCK)
+    eager = min(times["torch"], times["torch channels-last"], key=median)
     for name, peer, wanted in (
         ("PyTorch eager", eager, 1.2),
         ("diffusers' DDPMPipeline", times["diffusers"], 1.35),
     ):
-        ratio = _median(peer) / _median(times["ours"])
-        yield Row(f"{label}: {name} ÷ our chain", _ratio(peer, times["ours"]), f"≥ {wanted}", ratio >= wanted)
+        times_as_long = median(peer) / median(times["ours"])
+        met = times_as_long >= wanted
+        yield Row(f"{label}: {name} ÷ our chain", ratio(peer, times["ours"]), f"≥ {wanted}", met)
 
 
 def _chain_block(denoiser: Denoiser, batch: int) -> Block:
@@ -133,24 +132,3 @@ def _diffusers_block(model: Model, batch: int) -> Block:
         pipeline(batch_size=batch, num_inference_steps=BLOCK, output_type="np")
 
     return block
-
-
-def _interleave(blocks: dict[str, Block]) -> dict[str, list[float]]:
-    """Seconds a step of each candidate, in turn, ROUNDS times after a warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in blocks}
-    for round_ in range(ROUNDS + 1):
-        for name, block in blocks.items():
-            start = time.perf_counter()
-            block()
-            if round_:
-                times[name].append((time.perf_counter() - start) / BLOCK)
-    return times
-
-
-def _median(times: list[float]) -> float:
-    return statistics.median(times)
-
-
-def _ratio(upper: list[float], lower: list[float]) -> str:
-    pairs = [a / b for a, b in zip(upper, lower, strict=True)]
-    return f"{_median(upper) / _median(lower):.3f} ({min(pairs):.3f} … {max(pairs):.3f})"

@@ -4,6 +4,7 @@ A checkpoint is a zip archive whose pickle is only scanned for the text, never r
 walked field by field past its graph.
 """
 
+import hashlib
 import mmap
 import pickletools
 import zipfile
@@ -13,7 +14,7 @@ from typing import Final
 
 from ddpm_deploy.errors import ArtefactError, SpecError
 from ddpm_deploy.files import require_file, show
-from ddpm_deploy.spec import SPEC_KEY, ModelSpec
+from ddpm_deploy.spec import SEAL_KEY, SPEC_KEY, ModelSpec
 
 CHECKPOINT_SUFFIXES: Final = (".pt", ".pth")
 ONNX_SUFFIX: Final = ".onnx"
@@ -46,6 +47,43 @@ def read_spec(path: Path) -> ModelSpec:
     return ModelSpec.from_json(text, show(path))
 
 
+def seal(path: Path) -> bytes:
+    """What to append to an ONNX file so that `is_intact` can tell: one more entry of its metadata, its digest."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    entry = _field(1, SEAL_KEY.encode()) + _field(2, digest.encode())
+    return _field(14, entry)
+
+
+def require_intact(path: Path) -> None:
+    """Raise ArtefactError where an ONNX file is damaged or was edited: its images would be wrong, and nobody told."""
+    require_file(path)
+    if not is_intact(path):
+        raise ArtefactError(
+            f"{show(path)} is not what ddpm-export wrote: damaged, or edited since. Export it again; or, if it was "
+            f"edited on purpose, see what ddpm-verify says of it, and drop {SEAL_KEY} from its metadata"
+        )
+
+
+def is_intact(path: Path) -> bool:
+    """Whether an ONNX file is, to the bit, what ddpm-export wrote; True where it carries no seal, as a checkpoint.
+
+    Raises ArtefactError where it is no whole ONNX file.
+    """
+    if path.suffix.lower() != ONNX_SUFFIX:
+        return True
+    try:
+        with path.open("rb") as file:
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        for start, key, value in _metadata(mapped):
+            if key == SEAL_KEY.encode():
+                end = start + len(_field(14, _field(1, key) + _field(2, value)))
+                return end == len(mapped) and hashlib.sha256(mapped[:start]).hexdigest().encode() == value
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{show(path)} is not a whole .onnx file ({error})") from error
+    return True
+
+
 def _finder(path: Path) -> Callable[[Path], str | bytes | None]:
     suffix = path.suffix.lower()
     if suffix in CHECKPOINT_SUFFIXES:
@@ -76,23 +114,33 @@ def _spec_in_checkpoint(path: Path) -> str | None:
 
 
 def _spec_in_onnx(path: Path) -> bytes | None:
-    """ModelProto.metadata_props is field 14, of entries with a key (1) and a value (2)."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    for field, payload in _fields(memoryview(mapped)):
+    return next((value for _, key, value in _metadata(memoryview(mapped)) if key == SPEC_KEY.encode()), None)
+
+
+def _metadata(model: memoryview) -> Iterator[tuple[int, bytes, bytes]]:
+    """Where each entry of ModelProto.metadata_props (field 14) starts, its key (1) and its value (2)."""
+    for field, start, payload in _fields(model):
         if field == 14:
-            entry = {number: bytes(value) for number, value in _fields(payload[:_MAX_PROPERTY_BYTES])}
-            if entry.get(1) == SPEC_KEY.encode():
-                return entry.get(2)
-    return None
+            entry = {number: bytes(value) for number, _, value in _fields(payload[:_MAX_PROPERTY_BYTES])}
+            yield start, entry.get(1, b""), entry.get(2, b"")
 
 
-def _fields(buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Walk a protobuf message: (field number, payload) of each of its fields, none of them parsed."""
+def _field(number: int, payload: bytes) -> bytes:
+    """A protobuf field of bytes, of fewer than 2¹⁴."""
+    size = len(payload)
+    length = bytes([size]) if size < 0x80 else bytes([size & 0x7F | 0x80, size >> 7])
+    return bytes([number << 3 | 2]) + length + payload
+
+
+def _fields(buffer: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+    """Walk a protobuf message: number, place and payload of each of its fields, none of them parsed."""
     position = 0
     for _ in range(_MAX_FIELDS):
         if position == len(buffer):
             return
+        place = position
         tag, position = _varint(buffer, position)
         start = position
         match tag & 7:
@@ -109,7 +157,7 @@ def _fields(buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
                 raise ValueError(f"field type {kind} at byte {start} does not exist")
         if position > len(buffer):
             raise ValueError(f"a field at byte {start} runs past the end")
-        yield tag >> 3, buffer[start:position]
+        yield tag >> 3, place, buffer[start:position]
     raise ValueError("it has too many fields")
 
 

@@ -17,6 +17,7 @@ from ddpm_deploy.solvers import SOLVERS, SPACINGS, Prediction, Solver, Spacing, 
 
 SPEC_VERSION: Final = 1
 SPEC_KEY: Final = "ddpm_deploy.spec"  # its name in an ONNX file's metadata
+SEAL_KEY: Final = "ddpm_deploy.sha256"  # and that of the digest of all before it, in the same place
 # TensorRT keeps 4095 characters of a network's name and silently drops a longer one.
 MAX_SPEC_BYTES: Final = 3999
 

@@ -1,5 +1,7 @@
 """Denoisers and specs for the tests: small, exact, and without a backend."""
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,3 +69,29 @@ class GaussianDenoiser(ArrayDenoiser):
         ac = self._alphas_cumprod[t][:, None, None, None]
         epsilon = np.sqrt(1 - ac) * (x - np.sqrt(ac) * self._mean) / (ac * self._std**2 + 1 - ac)
         return epsilon.astype(np.float32)
+
+
+def tiny_checkpoint(path: Path) -> Path:
+    """A checkpoint after a few real training steps on digits, of TINY_UNET."""
+    import torch
+
+    from ddpm_deploy.train.data import find_images, read_images
+    from ddpm_deploy.train.settings import PRESETS
+    from ddpm_deploy.train.trainer import Trainer
+
+    settings = PRESETS["digits"].settings("digits", steps=40, warmup_steps=5, batch_size=16)
+    trainer = Trainer(tiny_spec(), settings, read_images(find_images("digits"), 8, 1), torch.device("cpu"))
+    for _ in range(settings.steps):
+        trainer.advance()
+    trainer.checkpoint().save(path)
+    return path
+
+
+def tiny_export(checkpoint: Path) -> Path:
+    """That checkpoint, exported beside it."""
+    from ddpm_deploy.export.graph import export_onnx
+    from ddpm_deploy.train.checkpoint import load_network
+
+    path = checkpoint.with_suffix(".onnx")
+    export_onnx(*load_network(checkpoint), path)
+    return path

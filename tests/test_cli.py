@@ -206,6 +206,57 @@ def test_a_picture_is_made_again(tmp_path: Path, onnx_path: Path, output: str) -
     assert "1 pixels differ, by up to 128 of 255" in other.stdout
 
 
+def test_a_replayed_picture_takes_no_settings_of_its_own(onnx_path: Path) -> None:
+    refused(
+        call("run", onnx_path, "--replay", "x.png", "--steps", 3, "-o", "y.png"),
+        2,
+        "--output, --steps: a picture to --replay",
+    )
+
+
+def test_class_conditional_models(tmp_path: Path) -> None:
+    """From folders of classes to images of one of them, and what a label changes."""
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("L", (8, 8), 255 * (name == "dog")).save(tmp_path / "pets" / name / f"{i}.png")
+    model, onnx, size = tmp_path / "m.pt", tmp_path / "m.onnx", ("--preset", "digits", "--steps", 30)
+    trained = call(
+        "train", tmp_path / "pets", "--labels", "-o", model, *size, "--batch-size", 8, "--sample-every", 0
+    )
+    assert trained.exit_code == 0, trained.output
+    spec = json.loads(call("inspect", model, "--json").stdout)
+    assert (spec["num_classes"], spec["class_names"], spec["null_class"]) == (2, ["cat", "dog"], True)
+    exported = call("export", model)
+    assert exported.exit_code == 0, exported.output
+    verified = call("verify", onnx)
+    assert verified.exit_code == 0, verified.output
+
+    def images(*arguments: object, source: Path = onnx) -> np.ndarray:
+        ran = call("run", source, *arguments, "--steps", 20, "--seed", 3, "--float", "-o", tmp_path / "x.npz")
+        assert ran.exit_code == 0, ran.output
+        return np.asarray(np.load(tmp_path / "x.npz")["samples"])
+
+    cats, dogs = (images("--count", 4, "--label", name) for name in ("cat", "1"))
+    assert np.abs(cats - dogs).max() > 1e-3
+    by_turns = images("--count", 4)
+    np.testing.assert_array_equal(by_turns, images("--count", 4, "--label", "cat", "--label", "dog"))
+    np.testing.assert_array_equal(by_turns[::2], cats[::2])
+    np.testing.assert_array_equal(by_turns[1::2], dogs[1::2])
+    np.testing.assert_array_equal(by_turns[3:], images("--count", 1, "--first-index", 3))
+    assert np.abs(images("--count", 4, "--label", "none") - cats).max() > 1e-3
+    np.testing.assert_allclose(images("--count", 4, "--label", "cat", source=model), cats, atol=1e-4)
+
+    drawn = ("run", onnx, "--steps", 5, "--count", 3, "--label", "dog", "-o", tmp_path / "dogs.png")
+    assert call(*drawn).exit_code == 0
+    assert "the same again" in call("run", onnx, "--replay", tmp_path / "dogs.png").stdout
+    refused(call("run", onnx, "--label", "cow"), 1, "no class 'cow': choose cat, dog, or 0 to 1, or none")
+    refused(call("run", onnx, "--label", "-1"), 1, "no class '-1'")
+    (tmp_path / "pets" / "cow").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "pets" / "cow" / "0.png")
+    refused(call("train", "--resume", model, "--steps", 40), 1, "the classes in", "are not those")
+
+
 def test_pictures_that_cannot_be_made_again(tmp_path: Path, onnx_path: Path) -> None:
     def picture(name: str, text: str | None) -> Path:
         info = PngInfo()
@@ -275,6 +326,26 @@ def test_interrupted_training_saves_and_says_how_to_go_on(tmp_path: Path, number
     assert step >= 25
     resumed = call("train", "--resume", model, "--steps", step + 2)
     assert resumed.exit_code == 0, resumed.output
+
+
+def test_killed_training_resumes_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """kill -9 between two saves: what the last one holds goes on to the weights of the whole run."""
+    command = [BIN / "ddpm-train", "digits", "--sample-every", "0", "--batch-size", "2", "--save-every", "40"]
+    killed, whole = tmp_path / "killed.pt", tmp_path / "whole.pt"
+    process = subprocess.Popen([*command, "-o", killed, "--steps", "150"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not killed.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    step = json.loads(call("inspect", killed, "--json").stdout)["provenance"]["step"]
+    assert step in (40, 80, 120)
+    subprocess.run([BIN / "ddpm-train", "--resume", killed], check=True, capture_output=True)
+    subprocess.run([*command, "-o", whole, "--steps", "150"], check=True, capture_output=True)
+    digests = [
+        json.loads(call("inspect", path, "--json").stdout)["provenance"]["digest"] for path in (killed, whole)
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_interrupted_run_leaves_nothing(tmp_path: Path, onnx_path: Path) -> None:
@@ -354,6 +425,7 @@ def test_bad_models(
         (["--seed", -1], 2, "--seed"),
         (["--batch", 0], 2, "--batch"),
         (["--solver", "euler"], 2, "--solver"),
+        (["--label", "cat"], 1, "unconditional: it takes no label"),
         (["--device", "tpu"], 1, "device 'tpu'"),
         (["-o", "x.bmp"], 1, ".bmp"),
         (["-o", "missing/x.png"], 1, "does not exist"),
@@ -396,6 +468,9 @@ def test_bad_arguments_of_run(
         (["digits", "--preset", "imagenet"], 2, "--preset"),
         (["--resume", "x.pt", "--batch-size", 3], 2, "--batch-size cannot change"),
         (["--resume", "missing.pt"], 1, "does not exist"),
+        (["digits", "--label-dropout", 0.1], 2, "--label-dropout is for a model with --labels"),
+        (["digits", "--accumulate", 33], 1, "does not make 33 parts"),
+        (["empty", "--labels"], 1, "holds no images"),
     ],
 )
 def test_bad_arguments_of_train(

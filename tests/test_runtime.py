@@ -237,6 +237,61 @@ def test_both_onnxruntimes_at_once_are_explained(monkeypatch: pytest.MonkeyPatch
         Sampler.load(onnx_path)
 
 
+# --- labels -------------------------------------------------------------------------------------------
+
+
+class Labelled(ArrayDenoiser):
+    """Its images tell their label: the network predicts what leads to label/10 everywhere."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(msgspec.structs.replace(tiny_spec(), **changes), 4)
+
+    def predict(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        """ε of an image that is y/10 everywhere."""
+        ac = self.spec.make_schedule().alphas_cumprod[t][:, None, None, None]
+        wanted = self.y[: len(x), None, None, None] / 10
+        return np.asarray((x - ac**0.5 * wanted) / (1 - ac) ** 0.5, np.float32)
+
+
+def drawn(sampler: Sampler, *arguments: Any, **settings: Any) -> list[int]:
+    """The labels that the images tell."""
+    images = sampler.sample(*arguments, steps=20, **settings)
+    return [round(float(image.mean()) * 10) for image in images]
+
+
+def test_labels_reach_their_images() -> None:
+    named = {"num_classes": 3, "class_names": ("cat", "dog", "2"), "null_class": True}
+    sampler = Sampler(Labelled(**named))
+    assert drawn(sampler, 6) == [0, 1, 2, 0, 1, 2]  # over two batches
+    assert drawn(sampler, 2, first_index=4) == [1, 2]
+    assert drawn(sampler, 2, labels="dog") == [1, 1]
+    assert drawn(sampler, 2, labels=2) == [2, 2]
+    assert drawn(sampler, 5, labels=["dog", 0, "2", "none", np.int64(1)]) == [1, 0, 2, 3, 1]
+    for labels, problem in (
+        ("cow", "no class 'cow': choose cat, dog, 2, or 0 to 2, or none"),
+        (-1, "no class -1"),
+        (4, "no class 4"),
+        ([0, 1], "2 labels for 1 images"),
+    ):
+        with pytest.raises(SettingError, match=problem):
+            sampler.sample(1, labels=labels)
+    with pytest.raises(SettingError, match="no class 'none': choose 0 to 2$"):
+        Sampler(Labelled(num_classes=3)).sample(1, labels="none")
+    with pytest.raises(SettingError, match="unconditional"):
+        Sampler(Labelled()).sample(1, labels=0)
+
+
+def test_a_proof_holds_its_labels(tmp_path: Path) -> None:
+    network = Labelled(num_classes=3, null_class=True)
+    proof = as_proof(record(network, count=4, steps=20))
+    save_proof(proof, tmp_path / "x.npz")
+    assert load_proof(tmp_path / "x.npz").labels.tolist() == [0, 1, 2, 3]
+    network.y[:] = 0
+    assert judge(proof, network).within
+    with pytest.raises(SettingError, match="differ in num_classes"):
+        judge(proof, Labelled(num_classes=4, null_class=True))
+
+
 # --- parity -------------------------------------------------------------------------------------------
 
 

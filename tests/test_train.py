@@ -249,7 +249,7 @@ def test_ema_forgets_its_start_and_then_averages() -> None:
     wanted = network.weight.item()
     for step, value in enumerate(values):
         network.weight.data.fill_(value)
-        ema.update(average, network, step, 0.9)
+        ema.update([average.weight], [network.weight], step, 0.9)
         decay = min(0.9, (1 + step) / (10 + step))
         wanted = decay * wanted + (1 - decay) * value.item()
     assert average.weight.item() == pytest.approx(wanted, rel=1e-5)

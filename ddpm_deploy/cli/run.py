@@ -105,12 +105,15 @@ def main(
     as_float: bool,
 ) -> None:
     """Draw images from MODEL, an exported .onnx file (or a .pt checkpoint, run in PyTorch)."""
+    from ddpm_deploy.artefact import read_spec, require_intact
     from ddpm_deploy.files import show
     from ddpm_deploy.runtime.images import Destination
     from ddpm_deploy.runtime.sampler import Sampler
 
     if replay:
         _refuse_settings(ctx)
+    read_spec(model)
+    require_intact(model)
     seed = secrets.randbits(32) if seed is None else seed
     denoiser = open_denoiser(
         model, weights=weights, device=device, threads=threads, max_batch=batch and min(batch, count)
@@ -156,12 +159,12 @@ def main(
 
 
 def _refuse_settings(ctx: click.Context) -> None:
-    given = [
+    given = sorted(
         "--" + name.replace("_", "-")
         for name in ctx.params
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         and name not in _WITH_REPLAY
-    ]
+    )
     if given:
         raise click.UsageError(
             f"{', '.join(given)}: a picture to --replay has its own settings, and none is written"

@@ -68,6 +68,7 @@ def main(
     Teacher-forced: a model's prediction at the reference's own x_t. Free-running: whole chains on the same
     noise. Exits 0 where all are within tolerance, 1 where not.
     """
+    from ddpm_deploy.artefact import is_intact
     from ddpm_deploy.cli import report as reporting
     from ddpm_deploy.files import show
     from ddpm_deploy.runtime.parity import judge
@@ -92,6 +93,9 @@ def main(
         for path in candidates
     ]
     comparisons = []
+    for path in models:
+        if not is_intact(path):
+            logger.warning("%s is not what ddpm-export wrote: damaged, or edited since", show(path))
     for path, denoiser in zip(candidates, denoisers, strict=True):
         if denoiser.spec.provenance.digest != trajectory.spec.provenance.digest:
             logger.warning("%s says that its weights are others than the reference's", show(path))

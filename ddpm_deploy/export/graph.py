@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 import torch
 
+from ddpm_deploy.artefact import seal
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ArtefactError, ParityError
 from ddpm_deploy.export.precision import Calibration, calibrate, reduce, widened
@@ -86,6 +87,9 @@ def export_onnx(
     with atomic(path) as temporary:
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, temporary)
+        end = seal(temporary)
+        with temporary.open("ab") as file:
+            file.write(end)
         del model, reduced
         comparison = _require_parity(network, proof, spec, temporary, path, stages)
     save_proof(proof, proof_path(path))

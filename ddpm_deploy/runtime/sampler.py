@@ -11,7 +11,7 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES
+from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, require_intact
 from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, SettingError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.runtime.chain import Chain, NoiseSource
@@ -82,6 +82,8 @@ class Sampler:
 
         Raises ArtefactError, SpecError, DependencyError or SettingError.
         """
+        if spec is None:
+            require_intact(Path(path))
         return cls(load_denoiser(Path(path), device=device, threads=threads, max_batch=max_batch, spec=spec))
 
     @property

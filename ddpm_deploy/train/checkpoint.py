@@ -1,6 +1,7 @@
 """Checkpoints: a network, its average, and all it takes to train on. Read as data, never executed."""
 
 import hashlib
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,10 @@ class Checkpoint:
                 with temporary.open("wb") as file:
                     torch.save(content, file)
             except RuntimeError as error:  # what torch makes of a write that failed
-                reason = next((e for e in _causes(error) if isinstance(e, OSError)), error)
-                raise OutputError(f"{show(path)} cannot be written: {first_line(reason)}") from error
+                for cause in _causes(error):
+                    if isinstance(cause, OSError):
+                        raise cause from None
+                raise OutputError(f"{show(path)} cannot be written: {first_line(error)}") from error
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -67,6 +70,7 @@ class Checkpoint:
         if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
             raise ArtefactError(f"{name} is not a checkpoint by its name: a .pt of ddpm-train is needed")
         try:
+            _require_intact(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch's reader of a hostile file raises nearly anything
             raise ArtefactError(f"{name} is not a whole, safe checkpoint: {first_line(error)}") from error
@@ -91,6 +95,16 @@ class Checkpoint:
             network = build_network(spec, content[kind])
         torch.optim.Adam(network.parameters()).load_state_dict(content["optimizer"])
         return cls(spec, content["ema"], content["raw"], content["optimizer"], content["step"], settings)
+
+
+def _require_intact(path: Path) -> None:
+    """Raise ValueError where a part of the file is not what its checksum says: torch does not look at these."""
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("a part of it is compressed, as PyTorch never does")
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} is damaged")
 
 
 def new_network(spec: ModelSpec) -> UNet:

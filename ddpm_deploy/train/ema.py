@@ -4,7 +4,7 @@ import copy
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -15,11 +15,11 @@ def averaged(network: Network) -> Network:
 
 
 @torch.no_grad()
-def update(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
-    """Move the average towards the network after training step `step`, counted from 0.
+def update(average: list[Tensor], parameters: list[Tensor], step: int, decay: float) -> None:
+    """Move the averages towards the parameters after training step `step`, counted from 0.
 
     The decay rises to its value as (1 + step)/(10 + step), so that the average soon forgets the
     random weights at the start.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    torch._foreach_lerp_(average, parameters, 1 - decay)

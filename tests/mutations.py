@@ -1,0 +1,320 @@
+"""Hostile files: mutations of whole ones, each run in a process of its own under limits.
+
+    python -m tests.mutations            2,000 of them, and the table of docs/reliability.md
+    python -m tests.mutations --count 50 --seed 7
+
+A case is a kind of file, and a number that says how it is spoilt. It passes where the product answers with
+one typed error or with a whole result, within its time and memory, and leaves nothing else behind.
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+
+SECONDS: Final = 60
+MEMORY: Final = 3 << 30  # bytes beyond what the process has at its start
+KINDS: Final = (".pt", ".onnx", ".proof.npz", ".npz", ".png", ".json")
+
+Rng = np.random.Generator
+
+
+def flip(data: bytearray, rng: Rng) -> bytearray:
+    """Flip up to eight bits."""
+    for place in rng.integers(0, len(data), rng.integers(1, 9)):
+        data[place] ^= 1 << int(rng.integers(8))
+    return data
+
+
+def flip_at_the_ends(data: bytearray, rng: Rng) -> bytearray:
+    """Flip bits where headers and directories are."""
+    edge = min(len(data), 2048)
+    for place in rng.integers(0, edge, rng.integers(1, 5)):
+        data[int(place) if rng.integers(2) else len(data) - 1 - int(place)] ^= 1 << int(rng.integers(8))
+    return data
+
+
+def cut(data: bytearray, rng: Rng) -> bytearray:
+    """Lose the end, the beginning, or a piece in the middle."""
+    a, b = sorted(int(place) for place in rng.integers(0, len(data), 2))
+    return (data[:a], data[b:], data[:a] + data[b:])[rng.integers(3)] or data[:1]
+
+
+def splice(data: bytearray, rng: Rng) -> bytearray:
+    """Copy one piece over another, or in between."""
+    a, b, to = (int(place) for place in rng.integers(0, len(data), 3))
+    piece = data[min(a, b) : max(a, b)][:4096]
+    return data[:to] + piece + data[to + (len(piece) if rng.integers(2) else 0) :]
+
+
+def lie(data: bytearray, rng: Rng) -> bytearray:
+    """Put a number where a size may stand: huge, zero or negative, in the ways that files write numbers."""
+    value = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)[rng.integers(8)]
+    written = (
+        struct.pack("<I", value & 0xFFFFFFFF),
+        struct.pack("<Q", value),
+        struct.pack(">I", value & 0xFFFFFFFF),
+        bytes([0xFF] * 9 + [0x01]),
+        str(value).encode(),
+    )[rng.integers(5)]
+    edge = min(len(data), 4096)
+    to = int(rng.choice([rng.integers(edge), len(data) - 1 - rng.integers(edge), rng.integers(len(data))]))
+    data[to : to + len(written)] = written
+    return data
+
+
+def blank(data: bytearray, rng: Rng) -> bytearray:
+    """Zeros or noise over a piece."""
+    a, length = int(rng.integers(len(data))), int(rng.integers(1, 2000))
+    piece = rng.bytes(length) if rng.integers(2) else bytes(length)
+    data[a : a + length] = piece
+    return data
+
+
+MUTATIONS: Final[tuple[Callable[[bytearray, Rng], bytearray], ...]] = (
+    flip,
+    flip_at_the_ends,
+    cut,
+    splice,
+    lie,
+    blank,
+)
+
+
+def mutated(whole: bytes, rng: Rng) -> bytes:
+    """One to three mutations, one after another."""
+    data = bytearray(whole)
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        data = MUTATIONS[rng.integers(len(MUTATIONS))](data, rng)
+    return bytes(data)
+
+
+def mutated_inside(kind: str, whole: bytes, rng: Rng) -> bytes:
+    """Mutate what a file holds and make its checksums right again, as somebody with intent would."""
+    match kind:
+        case ".pt" | ".npz" | ".proof.npz":
+            return _mutated_member(whole, rng)
+        case ".onnx":
+            return mutated(whole[: whole.rindex(b"\x12ddpm_deploy.sha256") - 3], rng)
+        case ".png":
+            return _mutated_chunk(whole, rng)
+    return _mutated_value(whole, rng)
+
+
+def _mutated_member(whole: bytes, rng: Rng) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive, zipfile.ZipFile(out, "w") as copy:
+        names = archive.namelist()
+        pickles = [name for name in names if name.endswith("data.pkl")]
+        chosen = pickles[0] if pickles and rng.integers(2) else names[rng.integers(len(names))]
+        for name in names:
+            data = archive.read(name)
+            copy.writestr(name, mutated(data, rng) if name == chosen and data else data)
+    return out.getvalue()
+
+
+def _mutated_chunk(whole: bytes, rng: Rng) -> bytes:
+    chunks, place = [], 8
+    while place < len(whole):
+        (length,) = struct.unpack(">I", whole[place : place + 4])
+        chunks.append((whole[place + 4 : place + 8], whole[place + 8 : place + 8 + length]))
+        place += length + 12
+    chosen = rng.integers(len(chunks) - 1)
+    out = whole[:8]
+    for i, (name, chunk) in enumerate(chunks):
+        data = mutated(chunk, rng) if i == chosen else chunk
+        out += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return out
+
+
+def _mutated_value(whole: bytes, rng: Rng) -> bytes:
+    """Of a JSON: another value in one place."""
+    content = json.loads(whole)
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in node if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                walk(node[key])
+
+    walk(content)
+    node, key = places[rng.integers(len(places))]
+    values: tuple[Any, ...] = (0, -1, 1, 2**31, 2**63, 2**70, 1e308, -1e-308, 0.5, "", "x" * 5000, None, True)
+    values += ([], {}, [0] * 1000, 97, 100_000, 16_384)
+    node[key] = values[rng.integers(len(values))]
+    return json.dumps(content).encode()
+
+
+def whole_files(checkpoint: Path, onnx: Path, folder: Path) -> dict[str, Path]:
+    """A whole file of each kind."""
+    from ddpm_deploy.artefact import read_spec
+    from ddpm_deploy.cli import main
+
+    files = {".pt": checkpoint, ".onnx": onnx, ".proof.npz": onnx.with_suffix(".proof.npz")}
+    files |= {kind: folder / f"whole{kind}" for kind in (".npz", ".png", ".json")}
+    np.savez(files[".npz"], images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main(
+            ["run", "-q", str(onnx), "--steps", "5", "--count", "4", "--seed", "1", "-o", str(files[".png"])]
+        )
+    files[".json"].write_text(read_spec(onnx).to_json())
+    return files
+
+
+def use(kind: str, path: Path, onnx: Path) -> None:
+    """Do with a file what people do with such files; raises SystemExit as the command lines do."""
+    from ddpm_deploy.cli import main
+    from ddpm_deploy.errors import DataError
+    from ddpm_deploy.spec import ModelSpec
+    from ddpm_deploy.train.data import find_images, read_images
+
+    out = str(path.parent / "out.npz")
+    match kind:
+        case ".pt" | ".onnx":
+            main(["run", str(path), "--steps", "2", "--count", "2", "--threads", "1", "-o", out])
+        case ".proof.npz":
+            main(["verify", str(onnx), "--proof", str(path), "--threads", "1"])
+        case ".npz":
+            read_images(find_images(str(path)), 8, 1, workers=1)
+        case ".png":
+            with contextlib.suppress(DataError):
+                read_images(find_images(str(path.parent)), 8, 1, workers=1)
+            main(["run", str(onnx), "--replay", str(path), "--threads", "1"])
+        case ".json":
+            spec = ModelSpec.from_json(path.read_bytes(), str(path))
+            spec.step_table(min(10, spec.timesteps))
+            spec.embedding.table(spec.timesteps)
+
+
+def judge(kind: str, path: Path, onnx: Path) -> str:
+    """Use the file in a process of its own; how that ended, in a word, and in more where it should not have."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        os.write(write, _child(kind, path, onnx).encode()[:4000])
+        os._exit(0)
+    os.close(write)
+    deadline = time.monotonic() + SECONDS
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(read)
+            return "hang"
+        time.sleep(0.002)
+    with os.fdopen(read) as pipe:
+        verdict = pipe.read() or "crash"
+    others = sorted(p.name for p in path.parent.iterdir() if p not in (path, path.parent / "out.npz"))
+    if others:
+        return f"left behind: {others}"
+    if (path.parent / "out.npz").exists() != (verdict == "result" and kind in (".pt", ".onnx")):
+        return f"{verdict}, and its output does not fit that"
+    return verdict
+
+
+def _child(kind: str, path: Path, onnx: Path) -> str:
+    from ddpm_deploy.errors import DdpmDeployError
+
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    err, out = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+            use(kind, path, onnx)
+    except DdpmDeployError as error:
+        return "error" if str(error).count("\n") == 0 else f"an error of several lines: {error}"
+    except SystemExit as end:
+        lines = [line for line in err.getvalue().splitlines() if line.startswith("Error: ")]
+        if end.code in (0, None):
+            return "result"
+        if "differ" in out.getvalue() or "PAST TOLERANCE" in out.getvalue():
+            return "error"  # a report, not a message
+        return "error" if end.code == 1 and len(lines) == 1 else f"exit {end.code}: {err.getvalue()[-500:]}"
+    except BaseException:
+        return traceback.format_exc()[-1500:]
+    return "result"
+
+
+def run(
+    files: dict[str, Path], count: int, seed: int, report: Callable[[str, str], None]
+) -> dict[str, collections.Counter[str]]:
+    """Try `count` mutations, the kinds in turn; counts how they ended, by kind."""
+    onnx = files[".onnx"]
+    endings: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in KINDS}
+    for number in range(count):
+        kind = KINDS[number % len(KINDS)]
+        rng, whole = np.random.default_rng([seed, number]), files[kind].read_bytes()
+        inside = number // len(KINDS) % 2
+        data = mutated_inside(kind, whole, rng) if inside else mutated(whole, rng)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"case{kind}"
+            path.write_bytes(data)
+            verdict = judge(kind, path, onnx)
+        if verdict not in ("error", "result"):
+            report(f"{kind} {seed}/{number}", verdict)
+        endings[kind][verdict if verdict in ("error", "result", "crash", "hang") else "other"] += 1
+    return endings
+
+
+def table(endings: dict[str, collections.Counter[str]]) -> str:
+    """The endings as a table of markdown."""
+    columns = ("error", "result", "crash", "hang", "other")
+    head = "| file | " + " | ".join(("typed error", "whole result", *columns[2:])) + " |\n"
+    rows = "".join(
+        f"| {kind} | " + " | ".join(str(counts[c]) for c in columns) + " |\n"
+        for kind, counts in endings.items()
+    )
+    return head + "| --- " * (len(columns) + 1) + "|\n" + rows
+
+
+def main() -> None:
+    """The full run: makes a model, spoils it, prints the table; exits 1 where a case failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--model", type=Path, help="a .pt with its .onnx and proof beside it; none: a new one"
+    )
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)  # a process that is forked must have no threads
+    from tests.models import tiny_checkpoint, tiny_export
+
+    Image.init()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = arguments.model or tiny_checkpoint(Path(folder) / "m.pt")
+        onnx = checkpoint.with_suffix(".onnx") if arguments.model else tiny_export(checkpoint)
+        files = whole_files(checkpoint, onnx, Path(folder))
+        start = time.perf_counter()
+        endings = run(
+            files, arguments.count, arguments.seed, lambda case, what: print(f"{case}: {what}", flush=True)
+        )
+    print(f"{arguments.count} files, seed {arguments.seed}, in {time.perf_counter() - start:.0f} s\n")
+    print(table(endings))
+    sys.exit(any(set(counts) - {"error", "result"} for counts in endings.values()))
+
+
+if __name__ == "__main__":
+    main()
