@@ -458,6 +458,19 @@ def test_a_loss_that_is_not_finite_saves_nothing(tmp_path: Path) -> None:
     assert output.read_bytes() == saved[0]
 
 
+def test_tensorboard_has_the_metrics(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ddpm_deploy.train.session import Session
+
+    trainer = digits_trainer(steps=6, save_every=3, sample_every=0)
+    Session(trainer, tmp_path / "m.pt", lambda steps, note: None).run()
+    events = EventAccumulator(str(tmp_path / "m.train"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["images_per_second", "learning_rate", "loss"]
+    assert [event.step for event in events.Scalars("loss")] == [3, 6]
+
+
 def test_pictures_and_metrics_that_cannot_be_written_do_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

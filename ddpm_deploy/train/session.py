@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -72,6 +72,7 @@ class Session:
                     losses, started = [], time.perf_counter()
             self._require_finite(losses)
             trainer.checkpoint().save(self.output)
+        metrics.close()
         return trainer.steps_done >= settings.steps
 
     def _stop(self) -> None:
@@ -120,7 +121,7 @@ class _Metrics:
 
     def __init__(self, folder: Path, steps_done: int) -> None:
         self._path = path = folder / "metrics.csv"
-        self._board = _tensorboard(folder, steps_done)
+        self._board = _Board(folder, steps_done)
         kept: list[list[str]] = []
         if steps_done and path.is_file():
             with path.open(newline="") as file:
@@ -137,18 +138,43 @@ class _Metrics:
                 csv.writer(file).writerow([step, f"{loss:.6f}", f"{rate:.3e}", f"{speed:.1f}"])
         except OSError as error:  # a row is not worth the training
             logger.warning("%s cannot be written (%s); training goes on", show(self._path), error.strerror)
-        if self._board:
-            for name, value in zip(_COLUMNS[1:], (loss, rate, speed), strict=True):
-                self._board.add_scalar(name, value, step)
+        self._board.add(step, dict(zip(_COLUMNS[1:], (loss, rate, speed), strict=True)))
+
+    def close(self) -> None:
+        """Write what is waiting to be written."""
+        self._board.close()
 
 
-def _tensorboard(folder: Path, steps_done: int) -> Any:
-    """Its writer of events into the folder; None where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=steps_done or None)
+class _Board:
+    """TensorBoard's events in a folder, where it is installed and as long as they can be written."""
+
+    def __init__(self, folder: Path, steps_done: int) -> None:
+        self._writer: Any = None
+        with self._not_worth_the_training(), suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(folder, purge_step=steps_done or None)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """One value for each name."""
+        if self._writer:
+            with self._not_worth_the_training():
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is waiting to be written."""
+        if self._writer:
+            with self._not_worth_the_training():
+                self._writer.close()
+
+    @contextmanager
+    def _not_worth_the_training(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.warning("TensorBoard's events cannot be written (%s); training goes on", error.strerror)
+            self._writer = None
 
 
 @contextmanager
