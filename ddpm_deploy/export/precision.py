@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -164,7 +165,7 @@ class Oracle(TorchDenoiser):
         max_batch: int,
     ) -> None:
         reduced = reduce(network, precision, islands)
-        super().__init__(reduced, spec, max_batch=max_batch)
+        super().__init__(reduced, msgspec.structs.replace(spec, precision=precision), max_batch=max_batch)
         self._rounding = _Rounding(TYPES[precision])
         self._rounding.follow(network, reduced)
 
