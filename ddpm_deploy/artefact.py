@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from ddpm_deploy.errors import ArtefactError, SpecError
 from ddpm_deploy.files import require_file, show
 from ddpm_deploy.spec import SEAL_KEY, SPEC_KEY, ModelSpec
@@ -22,6 +24,7 @@ ONNX_SUFFIX: Final = ".onnx"
 # Far above what our files hold; a file that asks for more is lying.
 _MAX_PICKLE_BYTES: Final = 4 << 20
 _MAX_PROPERTY_BYTES: Final = 1 << 20
+_FLOATS: Final = {1: "<f4", 10: "<f2", 11: "<f8"}  # of TensorProto.DataType, as NumPy has them
 _MAX_FIELDS: Final = 100_000
 
 
@@ -68,6 +71,8 @@ def require_intact(path: Path) -> None:
 def is_intact(path: Path) -> bool:
     """Whether an ONNX file is, to the bit, what ddpm-export wrote; True where it carries no seal, as a checkpoint.
 
+    It tells accidents and edits; whoever means harm can seal a file anew.
+
     Raises ArtefactError where it is no whole ONNX file.
     """
     if path.suffix.lower() != ONNX_SUFFIX:
@@ -77,11 +82,35 @@ def is_intact(path: Path) -> bool:
             mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         for start, key, value in _metadata(mapped):
             if key == SEAL_KEY.encode():
+                if len(value) != 64:
+                    return False
                 end = start + len(_field(14, _field(1, key) + _field(2, value)))
                 return end == len(mapped) and hashlib.sha256(mapped[:start]).hexdigest().encode() == value
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{show(path)} is not a whole .onnx file ({error})") from error
     return True
+
+
+def non_finite_tensor(path: Path) -> str | None:
+    """The name of a tensor in an ONNX file that holds NaN or infinity; None where there is none, or no ONNX file.
+
+    ModelProto.graph is field 7, its initializers field 5; of each, data_type is 2, name 8 and raw_data 9.
+    """
+    if path.suffix.lower() != ONNX_SUFFIX:
+        return None
+    try:
+        with path.open("rb") as file:
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        graphs = (payload for field, _, payload in _fields(mapped) if field == 7)
+        tensors = (payload for graph in graphs for field, _, payload in _fields(graph) if field == 5)
+        for tensor in tensors:
+            parts = {field: payload for field, _, payload in _fields(tensor)}
+            dtype = _FLOATS.get(parts[2][0]) if 2 in parts else None
+            if dtype and 9 in parts and not np.isfinite(np.frombuffer(parts[9], dtype)).all():
+                return bytes(parts.get(8, b"?")).decode(errors="replace")
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{show(path)} is not a whole .onnx file ({error})") from error
+    return None
 
 
 def _finder(path: Path) -> Callable[[Path], str | bytes | None]:
@@ -116,14 +145,18 @@ def _spec_in_checkpoint(path: Path) -> str | None:
 def _spec_in_onnx(path: Path) -> bytes | None:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return next((value for _, key, value in _metadata(memoryview(mapped)) if key == SPEC_KEY.encode()), None)
+    # To the end, so that a file that was cut is told as such.
+    found = {key: value for _, key, value in _metadata(memoryview(mapped))}
+    return found.get(SPEC_KEY.encode())
 
 
 def _metadata(model: memoryview) -> Iterator[tuple[int, bytes, bytes]]:
     """Where each entry of ModelProto.metadata_props (field 14) starts, its key (1) and its value (2)."""
     for field, start, payload in _fields(model):
         if field == 14:
-            entry = {number: bytes(value) for number, _, value in _fields(payload[:_MAX_PROPERTY_BYTES])}
+            if len(payload) > _MAX_PROPERTY_BYTES:  # a stranger's: neither of ours is as long
+                continue
+            entry = {number: bytes(value) for number, _, value in _fields(payload)}
             yield start, entry.get(1, b""), entry.get(2, b"")
 
 

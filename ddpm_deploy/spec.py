@@ -11,6 +11,7 @@ import msgspec
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import SettingError, SpecError, first_line
+from ddpm_deploy.files import show
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
 from ddpm_deploy.solvers import SOLVERS, SPACINGS, Prediction, Solver, Spacing, StepTable, Variance
@@ -135,6 +136,10 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             )
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"it names {len(self.class_names)} of {self.num_classes} classes")
+        if len(set(self.class_names)) < len(self.class_names) or (
+            self.null_class and "none" in self.class_names
+        ):
+            raise ValueError('two of its labels have the same name ("none" is that of the null class)')
         if self.null_class and not self.num_classes:
             raise ValueError("it has a null class, and no classes")
         if self.network is not None:
@@ -210,9 +215,9 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                 return self.class_names.index(of)
             if of == "none" and self.null_class:
                 return self.num_classes
-        if str(of).isdecimal() and int(of) < self.num_labels:
+        if str(of).isdecimal() and len(str(of)) < 10 and int(of) < self.num_labels:
             return int(of)
-        names = ", ".join(self.class_names[:10]) + (", …" if len(self.class_names) > 10 else "")
+        names = ", ".join(map(show, self.class_names[:10])) + (", …" if len(self.class_names) > 10 else "")
         numbers = f"0 to {self.num_classes - 1}"
         raise SettingError(
             f"there is no class {of!r}: choose {f'{names}, or {numbers}' if names else numbers}"

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from PIL import Image
 
 SECONDS: Final = 60
@@ -184,11 +185,18 @@ def use(kind: str, path: Path, onnx: Path) -> None:
     from ddpm_deploy.cli import main
     from ddpm_deploy.errors import DataError
     from ddpm_deploy.spec import ModelSpec
+    from ddpm_deploy.train.checkpoint import Checkpoint
     from ddpm_deploy.train.data import find_images, read_images
+    from ddpm_deploy.train.trainer import Trainer
 
     out = str(path.parent / "out.npz")
     match kind:
-        case ".pt" | ".onnx":
+        case ".pt":
+            checkpoint = Checkpoint.load(path)
+            data = read_images(find_images("digits", labels=checkpoint.settings.labels), 8, 1, workers=1)
+            Trainer.resume(checkpoint, data, torch.device("cpu")).advance()
+            main(["run", str(path), "--steps", "2", "--count", "2", "--threads", "1", "-o", out])
+        case ".onnx":
             main(["run", str(path), "--steps", "2", "--count", "2", "--threads", "1", "-o", out])
         case ".proof.npz":
             main(["verify", str(onnx), "--proof", str(path), "--threads", "1"])
@@ -209,9 +217,11 @@ def judge(kind: str, path: Path, onnx: Path) -> str:
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        os.close(read)
-        os.write(write, _child(kind, path, onnx).encode()[:4000])
-        os._exit(0)
+        try:
+            os.close(read)
+            os.write(write, _child(kind, path, onnx).encode(errors="replace")[:4000])
+        finally:
+            os._exit(0)
     os.close(write)
     deadline = time.monotonic() + SECONDS
     while not os.waitpid(child, os.WNOHANG)[0]:
@@ -246,7 +256,7 @@ def _child(kind: str, path: Path, onnx: Path) -> str:
         lines = [line for line in err.getvalue().splitlines() if line.startswith("Error: ")]
         if end.code in (0, None):
             return "result"
-        if "differ" in out.getvalue() or "PAST TOLERANCE" in out.getvalue():
+        if end.code == 1 and ("differ" in out.getvalue() or "PAST TOLERANCE" in out.getvalue()):
             return "error"  # a report, not a message
         return "error" if end.code == 1 and len(lines) == 1 else f"exit {end.code}: {err.getvalue()[-500:]}"
     except BaseException:
@@ -297,8 +307,6 @@ def main() -> None:
         "--model", type=Path, help="a .pt with its .onnx and proof beside it; none: a new one"
     )
     arguments = parser.parse_args()
-    import torch
-
     torch.set_num_threads(1)  # a process that is forked must have no threads
     from tests.models import tiny_checkpoint, tiny_export
 

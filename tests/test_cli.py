@@ -134,6 +134,31 @@ def test_verify_exits_1_past_tolerance(tmp_path: Path, checkpoint_path: Path, on
     assert next(line for line in result.stdout.splitlines() if "first t past" in line).split()[-1] == "950"
 
 
+def test_an_edited_model_is_told(tmp_path: Path, checkpoint_path: Path, onnx_path: Path) -> None:
+    """A flipped bit in the weights: run refuses it, verify says so and compares all the same."""
+    content = bytearray(onnx_path.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = tmp_path / "m.onnx"
+    damaged.write_bytes(content)
+    refused(call("run", damaged), 1, "is not what ddpm-export wrote: damaged, or edited since")
+    compared = call("verify", checkpoint_path, damaged, "--steps", 3)
+    assert "damaged, or edited since" in compared.stderr
+    assert "tolerance" in compared.stdout.lower()
+
+
+def test_a_model_with_nan_is_refused_by_the_name_of_the_tensor(
+    tmp_path: Path, checkpoint_path: Path, onnx_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(onnx_path)
+    weight = next(t for t in model.graph.initializer if t.name == "conv_out.weight")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values.flat[5] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    refused(call("verify", checkpoint_path, tmp_path / "m.onnx"), 1, "not finite in conv_out.weight")
+
+
 def test_the_ladder(tmp_path: Path, checkpoint_path: Path) -> None:
     """Half precision by its default name, all of it in one table, and the advice at the end."""
     from ddpm_deploy.train.checkpoint import Checkpoint
@@ -578,7 +603,10 @@ def test_no_room_for_a_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_reports_do_not_replace_models(tmp_path: Path, onnx_path: Path) -> None:
     before = onnx_path.read_bytes()
-    refused(call("verify", onnx_path, onnx_path, "--report", onnx_path), 1, "files of their own")
+    refused(call("verify", onnx_path, onnx_path, "--report", onnx_path), 1, "another file of this command")
+    proof = onnx_path.with_suffix(".proof.npz")
+    refused(call("verify", onnx_path, "--report", proof), 1, "another file of this command")
+    refused(call("run", onnx_path, "--steps", 2, "-o", proof), 1, "another file of this command")
     refused(call("verify", onnx_path, onnx_path, "--report", tmp_path / "r", "--plot", tmp_path / "r"), 1)
     assert onnx_path.read_bytes() == before
 

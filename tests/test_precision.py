@@ -1,6 +1,6 @@
 """Reduced precision: the oracle, what it keeps in float32, and the graph that comes of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ddpm_deploy.export.precision import (  # noqa: E402
     Oracle,
     calibrate,
     reduce,
+    unsafe,
 )
 from ddpm_deploy.train.checkpoint import load_network  # noqa: E402
 from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
@@ -77,18 +78,64 @@ def test_a_network_that_fits_keeps_only_the_standing_islands(model: tuple[UNet, 
     assert len(found.steps) == 20
 
 
-def test_what_overflows_stays_in_float32(model: tuple[UNet, ModelSpec]) -> None:
+def spoil_a_stream(network: UNet) -> None:
     """A residual stream of 30,000: from the block that makes it to the norm that undoes it."""
+    network.middle[0].block.conv2.bias[3] = 3e4
+
+
+def spoil_a_norm(network: UNet) -> None:
+    """A normalisation that gives 80,000, in a block whose input is small."""
+    network.middle[1].block.norm1.weight[2] = 3e4
+    network.middle[1].block.norm1.bias[2] = 2e4
+
+
+def spoil_an_attention(network: UNet) -> None:
+    """The same before the attention of a block."""
+    network.middle[0].attention.norm.bias[2] = 8e4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kept"),
+    [
+        (spoil_a_stream, "middle.0.block.conv2"),
+        (spoil_a_norm, "middle.1.block.conv1"),
+        (spoil_an_attention, "middle.0.attention.qkv"),
+    ],
+)
+def test_what_overflows_stays_in_float32(
+    model: tuple[UNet, ModelSpec], spoil: Callable[[UNet], None], kept: str
+) -> None:
     network, spec = model
     with torch.no_grad():
-        network.middle[0].block.conv2.bias[3] = 3e4
-    found = calibrate(network, recorded(network, spec), "fp16")
-    assert "reaches 3e+04, past a quarter of the type's 6.55e+04" in found.islands["middle.0.block.conv2"]
-    assert "middle.1.block.conv2" in found.islands  # it carries the stream on
-    assert "up.4.block.conv2" not in found.islands
+        spoil(network)
+    trajectory = recorded(network, spec)
+    found = calibrate(network, trajectory, "fp16")
+    assert "past a quarter of the type's 6.55e+04" in found.islands[kept]
+    assert unsafe(found.ranges, network, torch.float16) == {}  # nothing that is left in half overflows
     assert len(found.islands) < found.convolutions / 2
     # bfloat16 has the range of float32.
-    assert calibrate(network, recorded(network, spec), "bf16").islands == STANDING_ISLANDS
+    assert calibrate(network, trajectory, "bf16").islands == STANDING_ISLANDS
+
+
+def test_the_oracle_gives_only_what_the_type_can_hold(model: tuple[UNet, ModelSpec]) -> None:
+    """Weights, biases, and what each module hands on."""
+    network, spec = model
+    oracle = Oracle(network, spec, "fp16", STANDING_ISLANDS, max_batch=2)
+    assert oracle._network is not None
+    half = {name for name, p in oracle._network.named_parameters() if p.dtype == torch.float16}
+    assert {name.split(".")[-1] for name in half} == {"weight", "bias"}
+    for name, parameter in oracle._network.named_parameters():
+        if name in half:
+            assert torch.equal(parameter, network.get_parameter(name).half())
+    seen = set()
+    for module in oracle._network.modules():
+        module.register_forward_hook(
+            lambda module, inputs, output: seen.add((type(module).__name__, output.dtype))
+        )
+    teacher_forced(recorded(network, spec, steps=2), oracle)
+    assert {("ResBlock", torch.float16), ("Attention", torch.float16), ("Linear", torch.float32)} <= seen
+    floats = {kind for kind, dtype in seen if dtype == torch.float32}
+    assert floats <= {"Conv2d", "Linear", "GroupNorm", "Identity", "UNet"}
 
 
 def test_what_is_too_small_for_the_type_stays_in_float32(model: tuple[UNet, ModelSpec]) -> None:

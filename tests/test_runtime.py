@@ -23,7 +23,8 @@ from ddpm_deploy.errors import (
 from ddpm_deploy.runtime.images import Destination, grid
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.parity import judge, psnr, record, spot_check, summarise, teacher_forced
-from ddpm_deploy.runtime.proof import as_proof, load_proof, save_proof
+from ddpm_deploy.runtime.proof import as_proof, load_proof, write_proof
+from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.tolerances import PARITY
 from tests.models import ArrayDenoiser, tiny_spec
 
@@ -281,10 +282,25 @@ def test_labels_reach_their_images() -> None:
         Sampler(Labelled()).sample(1, labels=0)
 
 
+def test_class_names_are_told_apart() -> None:
+    for change in (
+        {"num_classes": 2, "class_names": ("cat", "cat")},
+        {"num_classes": 1, "class_names": ("none",), "null_class": True},
+        {"num_classes": 2, "class_names": ("cat",)},
+        {"null_class": True},
+    ):
+        content = tiny_spec().to_builtins() | change
+        with pytest.raises(SpecError):
+            ModelSpec.from_json(json.dumps(content), "x")
+    hostile = msgspec.structs.replace(tiny_spec(), num_classes=1, class_names=("\x1b[2J",))
+    with pytest.raises(SettingError, match=r"choose \\x1b\[2J, or 0 to 0$"):
+        hostile.label("9" * 5000)
+
+
 def test_a_proof_holds_its_labels(tmp_path: Path) -> None:
     network = Labelled(num_classes=3, null_class=True)
     proof = as_proof(record(network, count=4, steps=20))
-    save_proof(proof, tmp_path / "x.npz")
+    write_proof(proof, tmp_path / "x.npz")
     assert load_proof(tmp_path / "x.npz").labels.tolist() == [0, 1, 2, 3]
     network.y[:] = 0
     assert judge(proof, network).within
@@ -377,7 +393,7 @@ def test_a_proof_says_what_was_recorded(tmp_path: Path) -> None:
     proof = as_proof(trajectory)
     assert proof.timesteps[[0, -1]].tolist() == [980, 0]
     assert len(proof.timesteps) == 16
-    save_proof(proof, tmp_path / "x.proof.npz")
+    write_proof(proof, tmp_path / "x.proof.npz")
     again = load_proof(tmp_path / "x.proof.npz")
     assert (again.spec, again.seed, again.steps) == (trajectory.spec, 2**63, 50)
     for name in ("timesteps", "x", "prediction", "images"):
@@ -388,8 +404,17 @@ def test_a_proof_says_what_was_recorded(tmp_path: Path) -> None:
 
 def test_a_proof_for_images_as_cifars_is_under_a_megabyte(tmp_path: Path) -> None:
     trajectory = record(ArrayDenoiser(tiny_spec((3, 32, 32)), 1), count=1, steps=25)
-    save_proof(as_proof(trajectory), tmp_path / "x.proof.npz")
+    write_proof(as_proof(trajectory), tmp_path / "x.proof.npz")
     assert (tmp_path / "x.proof.npz").stat().st_size < 1_000_000
+
+
+def test_a_proof_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    write_proof(as_proof(record(Off(0), count=2, steps=50)), tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as archive:
+        content = dict(archive)
+    np.savez_compressed(tmp_path / "y.npz", **content, more=np.zeros(1 << 28, np.uint8))
+    with pytest.raises(ArtefactError, match="unpacks to over"):
+        load_proof(tmp_path / "y.npz")
 
 
 @pytest.mark.parametrize(
@@ -410,7 +435,7 @@ def test_a_proof_for_images_as_cifars_is_under_a_megabyte(tmp_path: Path) -> Non
     ],
 )
 def test_proofs_that_do_not_fit_themselves(tmp_path: Path, change: dict[str, Any]) -> None:
-    save_proof(as_proof(record(Off(0), count=2, steps=50)), tmp_path / "x.npz")
+    write_proof(as_proof(record(Off(0), count=2, steps=50)), tmp_path / "x.npz")
     with np.load(tmp_path / "x.npz") as archive:
         content = dict(archive) | change
     np.savez(tmp_path / "y.npz", **{name: value for name, value in content.items() if value is not None})

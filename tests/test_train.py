@@ -418,6 +418,55 @@ def test_checkpoints_that_do_not_fit_themselves(
         Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", **changes))
 
 
+@pytest.mark.parametrize(
+    "moment",
+    [
+        {"exp_avg": torch.zeros(1)},
+        {"exp_avg": torch.zeros(1).expand(8, 1, 3, 3)},
+        {"exp_avg_sq": torch.zeros(8, 1, 3, 3, dtype=torch.float64)},
+        {"step": torch.zeros(0)},
+        {"max_exp_avg_sq": torch.zeros(8, 1, 3, 3)},
+        {"exp_avg": None},
+    ],
+)
+def test_an_optimizer_that_does_not_fit_is_refused(
+    tmp_path: Path, checkpoint_path: Path, moment: dict[str, Any]
+) -> None:
+    """Its fused kernels would read and write wherever the shapes lead them."""
+    optimizer = torch.load(checkpoint_path, weights_only=True)["optimizer"]
+    number = next(n for n, state in optimizer["state"].items() if state["exp_avg"].shape == (8, 1, 3, 3))
+    optimizer["state"][number] |= moment
+    with pytest.raises(ArtefactError, match="does not fit its own ModelSpec"):
+        Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", optimizer=optimizer))
+    optimizer["state"] = {0: optimizer["state"][number]}
+    with pytest.raises(ArtefactError, match="optimizer is not of this network"):
+        Checkpoint.load(altered(checkpoint_path, tmp_path / "y.pt", optimizer=optimizer))
+
+
+def test_the_settings_of_an_optimizer_are_not_the_files(tmp_path: Path, checkpoint_path: Path) -> None:
+    optimizer = torch.load(checkpoint_path, weights_only=True)["optimizer"]
+    optimizer["param_groups"][0] |= {"betas": (0.1, 0.2), "amsgrad": True, "eps": 1.0}
+    path = altered(checkpoint_path, tmp_path / "x.pt", optimizer=optimizer)
+    trainer = Trainer.resume(
+        Checkpoint.load(path), read_images(find_images("digits"), 8, 1), torch.device("cpu")
+    )
+    group = trainer.optimizer.param_groups[0]
+    assert (group["betas"], group["amsgrad"], group["eps"]) == ((0.9, 0.999), False, 1e-8)
+
+
+def test_damage_anywhere_in_a_checkpoint_is_told(tmp_path: Path, checkpoint_path: Path) -> None:
+    content = bytearray(checkpoint_path.read_bytes())
+    for place in np.linspace(5000, len(content) - 20_000, 10).astype(int):
+        damaged = content.copy()
+        damaged[place] ^= 1
+        (tmp_path / "x.pt").write_bytes(damaged)
+        try:
+            loaded = Checkpoint.load(tmp_path / "x.pt")
+        except ArtefactError:
+            continue
+        assert digest(loaded.ema) == loaded.spec.provenance.digest  # in the padding between two parts
+
+
 def test_weights_of_another_type_are_refused(tmp_path: Path, checkpoint_path: Path) -> None:
     state = torch.load(checkpoint_path, weights_only=True)["ema"]
     state["conv_in.weight"] = state["conv_in.weight"].double()
@@ -456,6 +505,36 @@ def test_a_loss_that_is_not_finite_saves_nothing(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="not finite by step 6"):
         Session(trainer, output, break_after_the_first_save).run()
     assert output.read_bytes() == saved[0]
+
+
+def test_weights_that_the_last_step_broke_are_not_saved(tmp_path: Path) -> None:
+    """The loss was finite, and its gradient was not."""
+    from ddpm_deploy.train.session import Session
+
+    trainer = digits_trainer(steps=3, sample_every=0)
+    output = tmp_path / "m.pt"
+
+    def break_it(steps: int, note: str | None) -> None:
+        if trainer.steps_done == 3:
+            next(trainer.network.parameters()).data.fill_(float("inf"))
+
+    with pytest.raises(BackendError, match="the weights are not finite by step 3"):
+        Session(trainer, output, break_it).run()
+    assert not output.exists()
+
+
+def test_metrics_that_are_damaged_do_not_stop_training(tmp_path: Path) -> None:
+    from ddpm_deploy.train.session import Session
+
+    trainer = digits_trainer(steps=6, sample_every=0)
+    trainer.advance()
+    (tmp_path / "m.train").mkdir()
+    metrics = tmp_path / "m.train" / "metrics.csv"
+    metrics.write_bytes(
+        "step,loss,learning_rate,images_per_second\n1,0.5,1e-4,9\n²,1,1,1\n\x00".encode() + b"\xff\n12"
+    )
+    Session(trainer, tmp_path / "m.pt", lambda steps, note: None).run()
+    assert [line.split(",")[0] for line in metrics.read_text().splitlines()] == ["step", "1", "6"]
 
 
 def test_tensorboard_has_the_metrics(tmp_path: Path) -> None:
@@ -660,6 +739,15 @@ def test_folders_are_classes(tmp_path: Path) -> None:
     data = read_images(source, 8, 1, workers=2)
     assert data.labels is not None
     assert data.labels.tolist() == [int(image.max() > 0) for image in data.images] == [0] * 3 + [1] * 6
+    (tmp_path / "pets" / ".hidden").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "pets" / ".hidden" / "x.png")
+    (tmp_path / "birds").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "birds" / "x.png")
+    (tmp_path / "pets" / "loop").symlink_to(tmp_path / "pets")
+    assert find_images(str(tmp_path / "pets"), labels=True).class_names == ("cat", "dog")
+    (tmp_path / "pets" / "bird").symlink_to(tmp_path / "birds")
+    assert find_images(str(tmp_path / "pets"), labels=True).class_names == ("bird", "cat", "dog")
+    (tmp_path / "pets" / "bird").unlink()
     (tmp_path / "pets" / "cat" / "1.png").write_bytes(b"broken")
     data = read_images(source, 8, 1, skip_broken=True)
     assert data.labels is not None

@@ -4,14 +4,14 @@ import errno
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ddpm_deploy.errors import DdpmDeployError
+from ddpm_deploy.errors import DdpmDeployError, SettingError
 from ddpm_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -185,6 +185,18 @@ def open_denoiser(
     return TorchDenoiser.load(
         path, weights=weights, device=device or "cpu", threads=threads, max_batch=max_batch
     )
+
+
+def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path]) -> None:
+    """Refuse outputs that cannot be written, or that would replace one another or what is read."""
+    from ddpm_deploy.files import require_output, show
+
+    taken = {path.resolve() for path in inputs}
+    for path in filter(None, outputs):
+        require_output(path)
+        if path.resolve() in taken:
+            raise SettingError(f"{show(path)} is another file of this command: name the output otherwise")
+        taken.add(path.resolve())
 
 
 weights_option = click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from ddpm_deploy.cli.common import FilePath, command, logger
+from ddpm_deploy.cli.common import FilePath, check_outputs, command, logger
 from ddpm_deploy.cli.progress import stage
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def main(
     from ddpm_deploy.artefact import read_spec
     from ddpm_deploy.dependencies import require, require_onnxruntime
     from ddpm_deploy.errors import SettingError
-    from ddpm_deploy.files import quoted, require_output, show
+    from ddpm_deploy.files import quoted, show
+    from ddpm_deploy.runtime.proof import proof_path
 
     if fp16:
         if (
@@ -89,8 +90,7 @@ def main(
         )
     if output.suffix.lower() != ".onnx":
         raise SettingError(f"{show(output)}: the output's name must end in .onnx")
-    for path in filter(None, (output, report)):
-        require_output(path)
+    check_outputs([output, proof_path(output), report], [checkpoint])
     require("torch", "export")
     require("onnx", "export")
     require_onnxruntime()
@@ -109,6 +109,11 @@ def main(
         f"wrote {show(output)} ({precision}, {size:.1f} MB, {weights} weights of step {spec.provenance.step})"
     )
     _tell(export)
+    if precision == "bf16":
+        click.echo(
+            "it is for building engines: ONNX Runtime has no bfloat16 on a CPU, and cannot run it there"
+        )
+        return
     click.echo("next:")
     raw = " --weights raw" if weights == "raw" else ""
     click.echo(f"  ddpm-verify {quoted(checkpoint)} {quoted(output)}{raw}")
@@ -136,7 +141,8 @@ def _tell(export: "Export") -> None:
     )
     for name, reason in found.islands.items():
         click.echo(f"  {name}: {reason}")
-    click.echo(f"on a CPU this file is slower than the fp32 one: {found.precision} is for engines")
+    if found.precision == "fp16":
+        click.echo("on a CPU this file is slower than the fp32 one: it is for building engines")
 
 
 def _largest(steps: "Sequence[StepErrors]") -> "StepErrors":

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ddpm_deploy.cli.progress import plural
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import OutputError
 from ddpm_deploy.files import atomic, show
@@ -57,7 +58,7 @@ def as_table(rungs: Sequence[Rung], trajectory: Trajectory, reference: str) -> s
     head = max(len(label) for label, _ in rows)
     lines = [
         f"RMS error of the prediction ÷ its RMS, at the x_t of {reference} ({len(trajectory.timesteps)} timesteps, "
-        f"{trajectory.count} chains of {trajectory.steps} steps)"
+        f"{plural(trajectory.count, 'chain')} of {plural(trajectory.steps, 'step')})"
     ]
     lines += [f"{label:<{head}}" + "".join(f"{cell:>{width}}" for cell in cells) for label, cells in rows]
     return "\n".join([*lines, *_advice(rungs)])
@@ -73,7 +74,7 @@ def _advice(rungs: Sequence[Rung]) -> list[str]:
     fastest = min(rung.milliseconds for rung in sound)
     near = [rung for rung in sound if rung.milliseconds <= fastest * _AS_FAST]
     best = min(near, key=lambda rung: rung.comparison.worst.relative_rms)
-    lines = [f"choose {best.name}: within tolerance, and none is faster here"]
+    lines = [f"choose {best.name}: within tolerance, and none is clearly faster here"]
     lines += [
         f"{rung.name} is for building an engine: a CPU computes {rung.spec.precision} in float32"
         for rung in sound
@@ -88,7 +89,7 @@ def _limits(comparison: Comparison) -> str:
 
 
 def _decibels(value: float) -> str:
-    return "equal" if math.isinf(value) else f"{value:.1f} dB"
+    return "equal" if value == math.inf else f"{value:.1f} dB"
 
 
 def write_json(rungs: Sequence[Rung], trajectory: Trajectory, path: Path) -> None:

@@ -10,6 +10,7 @@ import click
 
 from ddpm_deploy.cli.common import FilePath, command, logger, open_denoiser, weights_option
 from ddpm_deploy.cli.progress import duration, peak_memory, plural, progress, time_step
+from ddpm_deploy.errors import SettingError
 from ddpm_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ _WITH_REPLAY: Final = {"model", "replay", "weights", "device", "threads", "batch
     "labels",
     multiple=True,
     show_default="each class in turn",
-    help="Class of a conditional model, by name or number; several: in turn.",
+    help="Class of a conditional model, by its name, else its number; several: in turn.",
 )
 @click.option("--solver", type=click.Choice(_SOLVERS), default="ddpm", help="ddpm: ancestral sampling.")
 @click.option(
@@ -108,12 +109,15 @@ def main(
     from ddpm_deploy.artefact import read_spec, require_intact
     from ddpm_deploy.files import show
     from ddpm_deploy.runtime.images import Destination
+    from ddpm_deploy.runtime.proof import proof_path
     from ddpm_deploy.runtime.sampler import Sampler
 
     if replay:
         _refuse_settings(ctx)
     read_spec(model)
     require_intact(model)
+    if output.resolve() in (model.resolve(), proof_path(model).resolve()):
+        raise SettingError(f"{show(output)} is another file of this command: name the output otherwise")
     seed = secrets.randbits(32) if seed is None else seed
     denoiser = open_denoiser(
         model, weights=weights, device=device, threads=threads, max_batch=batch and min(batch, count)
@@ -123,7 +127,7 @@ def main(
             _replay(sampler, replay)
             return
         spec = sampler.spec
-        cycle = [spec.label(label) for label in labels] or list(range(spec.num_classes))
+        cycle = [spec.label(label) for label in labels]
         table = sampler.table(steps, solver=solver, spacing=spacing)
         origin = {
             "model": spec.provenance.digest,

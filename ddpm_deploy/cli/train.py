@@ -130,6 +130,10 @@ def main(
     from ddpm_deploy.dependencies import require
     from ddpm_deploy.files import quoted, require_output, show
 
+    if not resume and data is None:
+        raise click.UsageError(
+            "DATA is missing: a folder of images, an .npy or .npz file, or the word digits"
+        )
     output = output or resume or Path("model.pt")
     if output.suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise SettingError(f"{show(output)}: the output's name must end in .pt")
@@ -145,11 +149,8 @@ def main(
     if resume:
         _refuse_settings(ctx)
         trainer = _resumed(resume, data, options)
-    elif data is None:
-        raise click.UsageError(
-            "DATA is missing: a folder of images, an .npy or .npz file, or the word digits"
-        )
     else:
+        assert data is not None
         trainer = _new(data, options)
     _train(trainer, output)
 
@@ -206,12 +207,14 @@ def _refuse_settings(ctx: click.Context) -> None:
 def _resumed(path: Path, data: str | None, options: dict[str, Any]) -> "Trainer":
     import msgspec
 
-    from ddpm_deploy.train.checkpoint import Checkpoint
+    from ddpm_deploy.files import show
+    from ddpm_deploy.train.checkpoint import Checkpoint, require_finite
     from ddpm_deploy.train.data import find_images
     from ddpm_deploy.train.denoiser import torch_device
     from ddpm_deploy.train.trainer import Trainer
 
     checkpoint = Checkpoint.load(path)
+    require_finite(checkpoint.raw, path)
     settings = msgspec.structs.replace(
         checkpoint.settings,
         data=data or checkpoint.settings.data,
@@ -220,13 +223,17 @@ def _resumed(path: Path, data: str | None, options: dict[str, Any]) -> "Trainer"
         **{name: options[name] for name in ("save_every", "sample_every") if options[name] is not None},
     )
     if settings.steps <= checkpoint.step:
-        raise SettingError(f"{path} has its {checkpoint.step} steps already: say how far to go with --steps")
+        raise SettingError(
+            f"{show(path)} has its {checkpoint.step} steps already: say how far to go with --steps"
+        )
     checkpoint = dataclasses.replace(checkpoint, settings=settings)
     spec = checkpoint.spec
     device = torch_device(options["device"])
     source = find_images(settings.data, labels=settings.labels)
     if source.num_classes != spec.num_classes or spec.class_names not in ((), source.class_names):
-        raise SettingError(f"the classes in {settings.data} are not those that {path} was trained on")
+        raise SettingError(
+            f"the classes in {show(settings.data)} are not those that {show(path)} was trained on"
+        )
     images = _read(settings, source, spec, options["workers"])
     return Trainer.resume(checkpoint, images, device, compiled=options["compiled"])
 
@@ -261,17 +268,23 @@ def _with_classes(spec: "ModelSpec", source: "Source", null_class: bool) -> "Mod
     """The spec with the classes of the source; without their names, where these are too many to ride in a file."""
     import msgspec
 
-    from ddpm_deploy.errors import SpecError
+    from ddpm_deploy.errors import SpecError, first_line
     from ddpm_deploy.spec import ModelSpec
 
     if not source.num_classes:
         return spec
     spec = msgspec.structs.replace(spec, num_classes=source.num_classes, null_class=null_class)
+    try:
+        ModelSpec.from_json(spec.to_json(), "the new model")
+    except SpecError as error:
+        raise SettingError(f"{source.num_classes} classes are more than a model can have") from error
     named = msgspec.structs.replace(spec, class_names=source.class_names)
     try:
         return ModelSpec.from_json(named.to_json(room=_PROVENANCE_BYTES), "the new model")
-    except (SpecError, UnicodeEncodeError):
-        logger.warning("the names of the classes do not fit in a model: it knows them by number")
+    except (SpecError, UnicodeEncodeError) as error:
+        logger.warning(
+            "the model knows its classes by number, as their names cannot be in it: %s", first_line(error)
+        )
         return spec
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import click
 
-from ddpm_deploy.cli.common import FilePath, command, logger, open_denoiser, weights_option
+from ddpm_deploy.cli.common import FilePath, check_outputs, command, logger, open_denoiser, weights_option
 from ddpm_deploy.cli.progress import duration, plural, stage, time_step
 
 if TYPE_CHECKING:
@@ -68,14 +68,16 @@ def main(
     Teacher-forced: a model's prediction at the reference's own x_t. Free-running: whole chains on the same
     noise. Exits 0 where all are within tolerance, 1 where not.
     """
-    from ddpm_deploy.artefact import is_intact
     from ddpm_deploy.cli import report as reporting
     from ddpm_deploy.files import show
     from ddpm_deploy.runtime.parity import judge
+    from ddpm_deploy.runtime.proof import proof_path
 
-    _check_outputs([path for path in (report, plot) if path], list(models))
+    check_outputs([report, plot], [*models, *map(proof_path, models), *([proof] if proof else [])])
     if plot:
         reporting.require_plotting(plot)
+    for path in models:
+        _look_at(path)
     if len(models) == 1:
         if every or any(value is not None for value in (count, steps, seed)):
             raise click.UsageError("a proof has its own count, steps, seed and timesteps: leave them out")
@@ -93,9 +95,6 @@ def main(
         for path in candidates
     ]
     comparisons = []
-    for path in models:
-        if not is_intact(path):
-            logger.warning("%s is not what ddpm-export wrote: damaged, or edited since", show(path))
     for path, denoiser in zip(candidates, denoisers, strict=True):
         if denoiser.spec.provenance.digest != trajectory.spec.provenance.digest:
             logger.warning("%s says that its weights are others than the reference's", show(path))
@@ -112,6 +111,25 @@ def main(
     if plot:
         reporting.write_plot(rungs, plot)
     ctx.exit(0 if all(comparison.within for comparison in comparisons) else 1)
+
+
+def _look_at(model: Path) -> None:
+    """What can be said of a model before minutes of work."""
+    from ddpm_deploy.artefact import is_intact, non_finite_tensor, read_spec
+    from ddpm_deploy.errors import ArtefactError, SettingError
+    from ddpm_deploy.files import show
+
+    if read_spec(model).precision == "bf16":
+        raise SettingError(
+            f"{show(model)} is in bfloat16, which ONNX Runtime has not on a CPU: ddpm-export checked it, by an oracle"
+        )
+    broken = non_finite_tensor(model)
+    if broken:
+        raise ArtefactError(
+            f"{show(model)} has numbers that are not finite in {show(broken)}: export it again"
+        )
+    if not is_intact(model):
+        logger.warning("%s is not what ddpm-export wrote: damaged, or edited since", show(model))
 
 
 def _recorded(
@@ -159,16 +177,3 @@ def _milliseconds(denoisers: "Sequence[Denoiser]", batch: int) -> list[float]:
     """The median time of each for a batch, run in turn, so that a busy moment strikes all of them."""
     rounds = [[time_step(denoiser, batch) for denoiser in denoisers] for _ in range(_ROUNDS)]
     return [statistics.median(times) * 1e3 for times in zip(*rounds, strict=True)]
-
-
-def _check_outputs(outputs: list[Path], models: list[Path]) -> None:
-    """Refuse outputs that cannot be written, or that would replace one another or a model."""
-    from ddpm_deploy.errors import SettingError
-    from ddpm_deploy.files import require_output
-
-    taken = {path.resolve() for path in models}
-    for path in outputs:
-        require_output(path)
-        if path.resolve() in taken:
-            raise SettingError("--report and --plot must be files of their own, and neither of the models")
-        taken.add(path.resolve())

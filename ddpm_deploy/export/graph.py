@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 import torch
 
 from ddpm_deploy.artefact import seal
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import ArtefactError, ParityError
+from ddpm_deploy.errors import ArtefactError, BackendError, ParityError
 from ddpm_deploy.export.precision import Calibration, calibrate, reduce, widened
 from ddpm_deploy.files import atomic, require_output, show
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.parity import Comparison, Stages, Trajectory, judge, record, silent, spot_check
-from ddpm_deploy.runtime.proof import as_proof, proof_path, save_proof
+from ddpm_deploy.runtime.proof import as_proof, proof_path, write_proof
 from ddpm_deploy.spec import SPEC_KEY, ModelSpec, Precision
 from ddpm_deploy.train.denoiser import TorchDenoiser
 from ddpm_deploy.train.unet import UNet
@@ -73,8 +74,6 @@ def export_onnx(
     require("onnxscript", "export")
     require_output(path)
     require_output(proof_path(path))
-    if sum(p.nbytes for p in network.parameters()) > _LARGEST_FILE:
-        raise ArtefactError("the network has over 2 GiB of weights, more than one ONNX file holds")
     trajectory = _record(network.eval(), spec, precision != "fp32", every, stages)
     calibration, reduced = None, network
     if precision != "fp32":
@@ -84,7 +83,10 @@ def export_onnx(
     proof = as_proof(trajectory)
     model = trace(reduced, spec)
     model.metadata_props.add(key=SPEC_KEY, value=spec.to_json())
-    with atomic(path) as temporary:
+    if model.ByteSize() > _LARGEST_FILE:
+        raise ArtefactError("the network is over 2 GiB, more than one ONNX file holds: try --fp16")
+    with atomic(proof_path(path)) as proof_file, atomic(path) as temporary:
+        write_proof(proof, proof_file)
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, temporary)
         end = seal(temporary)
@@ -92,7 +94,6 @@ def export_onnx(
             file.write(end)
         del model, reduced
         comparison = _require_parity(network, proof, spec, temporary, path, stages)
-    save_proof(proof, proof_path(path))
     return Export(comparison, calibration)
 
 
@@ -109,7 +110,14 @@ def _record(network: UNet, spec: ModelSpec, calibrates: bool, every: bool, stage
         steps = min(steps, _PROOF_STEPS)
     reference = TorchDenoiser(network, spec, max_batch=count)
     with stages("recording PyTorch", steps) as progress:
-        return record(reference, count=count, steps=steps, keep=steps, progress=progress)
+        trajectory = record(reference, count=count, steps=steps, keep=steps, progress=progress)
+    finite = np.isfinite(trajectory.prediction).all(axis=(1, 2, 3, 4))
+    if not finite.all():
+        t = trajectory.timesteps[finite.argmin()]
+        raise BackendError(
+            f"PyTorch's own prediction is not finite at t = {t}: the network is broken, train again"
+        )
+    return trajectory
 
 
 def trace(network: UNet, spec: ModelSpec) -> Any:

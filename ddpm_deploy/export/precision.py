@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ParityError
+from ddpm_deploy.runtime.denoiser import default_max_batch
 from ddpm_deploy.runtime.parity import Stages, StepErrors, Trajectory, silent, teacher_forced
 from ddpm_deploy.spec import ModelSpec, Precision
 from ddpm_deploy.tolerances import PARITY
@@ -37,7 +38,6 @@ STANDING_ISLANDS: Final = {"conv_in": "reads x", "conv_out": "makes the predicti
 _HEADROOM: Final = 4.0  # how many times a value may yet grow on other images before it overflows
 _ROUNDING: Final = 4.0  # times the type's own epsilon: more means values too small for it
 _ATTEMPTS: Final = 8
-_BATCH: Final = 64
 # Operators that only move numbers: what they give was rounded where it was made.
 _MOVES: Final = (
     torch.ops.aten.cat.default,
@@ -94,19 +94,22 @@ def calibrate(
     Raises ParityError where no choice of them brings the oracle within tolerance.
     """
     islands = dict(STANDING_ISLANDS)
-    together = max(1, min(_BATCH // trajectory.count, len(trajectory.timesteps)))
+    largest = default_max_batch(trajectory.spec)
+    together = max(1, min(largest // trajectory.count, len(trajectory.timesteps)))
     for _ in range(_ATTEMPTS):
         oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=together * trajectory.count)
         with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
             steps = teacher_forced(trajectory, oracle, progress)
         ranges = oracle.ranges()
         found = unsafe(ranges, network, TYPES[precision])
-        if found.keys() <= islands.keys():
+        if not found:
             _require_tolerance(steps, trajectory.spec.timesteps, precision)
             return Calibration(precision, islands, len(_convolutions("", network)), ranges, steps)
+        if found.keys() <= islands.keys():
+            break
         islands = found | islands
     raise ParityError(
-        f"the network does not fit {precision}: {len(islands)} convolutions would have to stay in float32, and more"
+        f"the network does not fit {precision}: tensors overflow it with {len(islands)} convolutions in float32 already"
     )
 
 
@@ -115,9 +118,9 @@ def unsafe(ranges: dict[str, Range], network: UNet, dtype: torch.dtype) -> dict[
     limit = torch.finfo(dtype).max / _HEADROOM
     found: dict[str, str] = {}
     for name, seen in ranges.items():
-        if seen.largest > limit:
+        if not seen.largest <= limit:  # NaN included
             reason = f"reaches {seen.largest:.3g}, past a quarter of the type's {torch.finfo(dtype).max:.3g}"
-        elif seen.rounding > _ROUNDING * torch.finfo(dtype).eps:
+        elif not seen.rounding <= _ROUNDING * torch.finfo(dtype).eps:
             reason = (
                 f"loses {seen.rounding:.1e} of its RMS by rounding: its values are too small for the type"
             )
@@ -197,8 +200,8 @@ class _Rounding(TorchDispatchMode):
             after.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name))
             after.register_forward_hook(lambda *_: self._leave())
             if isinstance(after, Conv2d) and after.weight.dtype == self._dtype:
-                with torch.no_grad():
-                    after.weight.copy_(self._round(name, before.weight))
+                for whole, rounded in zip(before.parameters(), after.parameters(), strict=True):
+                    rounded.data.copy_(self._round(name, whole.data))
 
     def _leave(self) -> None:
         self._modules.pop()
@@ -219,10 +222,11 @@ class _Rounding(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default:
             narrows = kwargs.get("dtype") == self._dtype
             return self._round(module, args[0].float()) if narrows else func(*args, **kwargs)
-        floats = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        dtypes = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         # A mixture with float32 comes out as float32.
-        if func.is_view or func in _MOVES or floats != {self._dtype}:
+        if func.is_view or func in _MOVES or dtypes != {self._dtype}:
             return func(*args, **kwargs)
+        assert not func._schema.is_mutable, f"{func} would change a copy"
         args, kwargs = tree_map_only(Tensor, lambda t: t.float(), (args, kwargs))
         return tree_map_only(Tensor, lambda t: self._round(module, t), func(*args, **kwargs))
 
@@ -231,7 +235,9 @@ class _Rounding(TorchDispatchMode):
             return tensor
         rounded = tensor.clamp(-self._max, self._max).to(self._dtype)
         largest = tensor.abs().amax()
-        error = (rounded.float() - tensor).square().sum() / tensor.square().sum().clamp_min(1e-30)
+        unit = largest.clamp_min(torch.finfo(torch.float32).tiny)  # so that no square leaves float32
+        lost, whole = (rounded.float() - tensor) / unit, tensor / unit
+        error = lost.square().sum() / whole.square().sum().clamp_min(1e-30)
         before = self._seen.get(module)
         self._seen[module] = (
             (torch.maximum(before[0], largest), torch.maximum(before[1], error))

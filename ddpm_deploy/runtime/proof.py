@@ -11,14 +11,15 @@ import numpy as np
 
 from ddpm_deploy.arrays import require_honest
 from ddpm_deploy.errors import ArtefactError, SettingError, first_line
-from ddpm_deploy.files import atomic, require_file, show
+from ddpm_deploy.files import require_file, show
 from ddpm_deploy.runtime.parity import Trajectory
 from ddpm_deploy.spec import ModelSpec
 
 FORMAT: Final = 1
 _TIMESTEPS: Final = (4, 16)  # at least, at most
 _BYTES: Final = 800_000  # of x and prediction, where that makes a choice between the two
-_LARGEST: Final = 1 << 30
+_LARGEST: Final = 1 << 28
+_NAMES: Final = ("format", "spec", "seed", "steps", "labels", "timesteps", "x", "prediction", "images")
 
 
 def proof_path(model: Path) -> Path:
@@ -32,8 +33,8 @@ def as_proof(trajectory: Trajectory) -> Trajectory:
     return trajectory.thinned(int(np.clip(_BYTES // each, *_TIMESTEPS)))
 
 
-def save_proof(proof: Trajectory, path: Path) -> None:
-    """Write it, whole or not at all."""
+def write_proof(proof: Trajectory, path: Path) -> None:
+    """Write it to a file that is not yet under its name (`files.atomic`)."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "spec": np.frombuffer(proof.spec.to_json().encode(), np.uint8),
@@ -45,8 +46,7 @@ def save_proof(proof: Trajectory, path: Path) -> None:
         "prediction": proof.prediction,
         "images": proof.images,
     }
-    with atomic(path) as temporary:
-        np.savez(temporary, **content)
+    np.savez(path, **content)
 
 
 def load_proof(path: Path) -> Trajectory:
@@ -55,7 +55,7 @@ def load_proof(path: Path) -> Trajectory:
     try:
         require_honest(path, _LARGEST)
         with np.load(path, allow_pickle=False) as archive:
-            content = {name: archive[name] for name in archive.files}
+            content = {name: archive[name] for name in _NAMES}
     except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
         raise ArtefactError(f"{show(path)} is not a whole proof: {first_line(error)}") from error
     try:

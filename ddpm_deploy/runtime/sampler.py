@@ -23,6 +23,7 @@ _MAX_TABLES: Final = 16
 Callback = Callable[[int, Array, Array], None]
 Noise = Callable[[int], Array]
 Label = int | str
+_LabelsOf = Callable[[slice, NDArray[np.uint64]], Labels | None]
 
 
 def load_denoiser(
@@ -82,8 +83,7 @@ class Sampler:
 
         Raises ArtefactError, SpecError, DependencyError or SettingError.
         """
-        if spec is None:
-            require_intact(Path(path))
+        require_intact(Path(path))
         return cls(load_denoiser(Path(path), device=device, threads=threads, max_batch=max_batch, spec=spec))
 
     @property
@@ -179,36 +179,38 @@ class Sampler:
         if not 0 <= first_index <= 2**64 - count:
             raise SettingError(f"first_index must be from 0 to 2^64 - count, not {first_index}")
         table = self.table(steps, solver=solver, spacing=spacing)
-        indices = np.uint64(first_index) + np.arange(count, dtype=np.uint64)
-        return self._run(table, seed, indices, self._labels(labels, indices), noise, callback)
+        return self._run(count, table, seed, first_index, self._labels(labels, count), noise, callback)
 
-    def _labels(
-        self, labels: Label | Sequence[Label] | Labels | None, indices: NDArray[np.uint64]
-    ) -> Labels | None:
-        """One label for each sample; None for an unconditional model."""
+    def _labels(self, labels: Label | Sequence[Label] | Labels | None, count: int) -> _LabelsOf:
+        """What gives the labels of samples by their place in the call and their index; None: there are none."""
         spec = self.spec
         if labels is None:
-            return (indices % np.uint64(spec.num_classes)).astype(np.int64) if spec.num_classes else None
+            classes = np.uint64(spec.num_classes)
+            return lambda part, indices: (indices % classes).astype(np.int64) if classes else None
         if isinstance(labels, int | np.integer | str):
-            return np.full(len(indices), spec.label(labels))
-        if len(labels) != len(indices):
-            raise SettingError(f"{len(labels)} labels for {len(indices)} images: give one, or one for each")
-        return np.array([spec.label(label) for label in labels])
+            label = spec.label(labels)
+            return lambda part, indices: np.full(len(indices), label)
+        each = np.array([spec.label(label) for label in labels])
+        if len(each) != count:
+            raise SettingError(
+                f"{len(each)} labels for {count} images: give one by itself, or a sequence with one for each"
+            )
+        return lambda part, indices: each[part]
 
     def _run(
         self,
+        count: int,
         table: StepTable,
         seed: int,
-        indices: NDArray[np.uint64],
-        labels: Labels | None,
+        first_index: int,
+        labels_of: _LabelsOf,
         noise: Noise | None,
         callback: Callback | None,
     ) -> Iterator[Array]:
         with self._owned():
-            count = len(indices)
             for done in range(0, count, self.denoiser.max_batch):
                 batch = min(self.denoiser.max_batch, count - done)
-                part = slice(done, done + batch)
+                indices = np.uint64(first_index + done) + np.arange(batch, dtype=np.uint64)
                 chain = (
                     self._chain
                     if noise is None
@@ -218,8 +220,8 @@ class Sampler:
                     slice(0, batch),
                     table,
                     np.full(batch, seed, np.uint64),
-                    indices[part],
-                    None if labels is None else labels[part],
+                    indices,
+                    labels_of(slice(done, done + batch), indices),
                 )
                 for step in range(len(table)):
                     chain.step()

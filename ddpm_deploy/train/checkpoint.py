@@ -91,9 +91,11 @@ class Checkpoint:
         settings = msgspec.json.decode(content["settings"], type=Settings)
         if not isinstance(content["step"], int) or content["step"] < 0:
             raise ValueError("its step is not a number")
+        if settings.labels != bool(spec.num_classes) or bool(settings.label_dropout) != spec.null_class:
+            raise ValueError("its settings and its ModelSpec differ on the labels")
         for kind in ("ema", "raw"):
             network = build_network(spec, content[kind])
-        torch.optim.Adam(network.parameters()).load_state_dict(content["optimizer"])
+        _require_sound(content["optimizer"], network)
         return cls(spec, content["ema"], content["raw"], content["optimizer"], content["step"], settings)
 
 
@@ -105,6 +107,25 @@ def _require_intact(path: Path) -> None:
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f"{damaged} is damaged")
+
+
+def _require_sound(optimizer: dict[str, Any], network: UNet) -> None:
+    """Raise an error unless an Adam of this network could have the state: its fused kernels trust the shapes."""
+    shapes = [parameter.shape for parameter in network.parameters()]
+    if sorted(optimizer["state"]) not in ([], list(range(len(shapes)))):
+        raise ValueError("its optimizer is not of this network")
+    for number, moments in optimizer["state"].items():
+        wanted = {"step": torch.Size(), "exp_avg": shapes[number], "exp_avg_sq": shapes[number]}
+        if {name: tensor.shape for name, tensor in moments.items()} != wanted:
+            raise ValueError(f"its optimizer does not fit parameter {number}")
+        for name, tensor in moments.items():
+            _require_dense(name, tensor)
+
+
+def _require_dense(name: str, tensor: Tensor) -> None:
+    """A tensor that repeats a few numbers is small in the file, and may be of any size once it is used."""
+    if tensor.dtype != torch.float32 or tensor.is_sparse or not tensor.is_contiguous():
+        raise ValueError(f"{name} is not a dense float32 tensor")
 
 
 def new_network(spec: ModelSpec) -> UNet:
@@ -127,9 +148,7 @@ def build_network(spec: ModelSpec, state: StateDict) -> UNet:
         network = new_network(spec)
     network.load_state_dict(state, assign=True)
     for name, tensor in state.items():
-        # A tensor that repeats a few numbers is small in the file, and may be of any size once it is used.
-        if tensor.dtype != torch.float32 or tensor.is_sparse or not tensor.is_contiguous():
-            raise ValueError(f"{name} is not a dense float32 tensor")
+        _require_dense(name, tensor)
     return network
 
 
@@ -141,13 +160,18 @@ def load_network(path: Path, weights: Literal["ema", "raw"] = "ema") -> tuple[UN
     checkpoint = Checkpoint.load(path)
     spec = checkpoint.spec
     state = checkpoint.ema if weights == "ema" else checkpoint.raw
-    broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
-    if broken:
-        raise ArtefactError(f"{show(path)} has numbers that are not finite in {broken}: train again")
+    require_finite(state, path)
     if weights == "raw":
         provenance = msgspec.structs.replace(spec.provenance, digest=digest(state), weights="raw")
         spec = msgspec.structs.replace(spec, provenance=provenance)
     return build_network(spec, state), spec
+
+
+def require_finite(state: StateDict, path: Path) -> None:
+    """Raise ArtefactError where weights read from `path` are not finite, naming the tensor."""
+    broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
+    if broken:
+        raise ArtefactError(f"{show(path)} has numbers that are not finite in {broken}: train again")
 
 
 def digest(state: StateDict) -> str:

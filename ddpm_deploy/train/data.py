@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +50,6 @@ Image.init()  # registers its decoders
 _FORMATS: Final = tuple(name for name in _RASTERS if name in Image.OPEN)
 _ARRAY_SUFFIXES: Final = (".npy", ".npz")
 _IMAGE_ARRAYS: Final = ("images", "arr_0")  # names in an .npz
-_LABEL_ARRAYS: Final = ("labels",)
 _NAMED: Final = 3  # broken files named in an error
 
 
@@ -110,7 +109,7 @@ def find_images(data: str, *, labels: bool = False) -> Source:
         return _folder_source(path, labels)
     if path.suffix.lower() in _ARRAY_SUFFIXES:
         require_file(path, DataError)
-        source = _array_source(_read_array(path, _IMAGE_ARRAYS), show(path))
+        source = _array_source(_read_array(path, *_IMAGE_ARRAYS), show(path))
         return replace(source, labels=_array_labels(path, source.count)) if labels else source
     require_file(path, DataError)
     raise DataError(
@@ -143,6 +142,8 @@ def read_images(
         try:
             with source.load(i) as image:
                 images[i] = fit(image, image_size, channels)
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's decoders of a broken file raise nearly anything
             broken.append((i, error))
 
@@ -202,8 +203,8 @@ def _digits() -> Dataset:
     return Dataset(np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64))
 
 
-def _read_array(path: Path, wanted: Sequence[str]) -> NDArray[np.generic]:
-    """The array of an .npy, or that of an .npz with one of these names, or with any if it is alone."""
+def _read_array(path: Path, *wanted: str) -> NDArray[np.generic]:
+    """The array of an .npy, or that of an .npz with one of these names (of images: with any, if it is alone)."""
     try:
         if path.suffix.lower() == ".npy":
             # Mapped: a header that lies about the size costs no memory.
@@ -212,7 +213,10 @@ def _read_array(path: Path, wanted: Sequence[str]) -> NDArray[np.generic]:
         require_honest(path, _memory())
         with np.load(path, allow_pickle=False) as archive:
             names = archive.files
-            name = next((n for n in wanted if n in names), names[0] if len(names) == 1 else None)
+            name = next(
+                (n for n in wanted if n in names),
+                names[0] if len(names) == 1 and wanted == _IMAGE_ARRAYS else None,
+            )
             if not names:
                 raise ValueError("it holds no array")
             if name is None:
@@ -230,7 +234,7 @@ def _array_labels(path: Path, count: int) -> Labels:
         raise DataError(
             f"{show(path)} has no labels: an .npz with arrays `images` and `labels` can have them"
         )
-    labels = _read_array(path, _LABEL_ARRAYS)
+    labels = _read_array(path, "labels")
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise DataError(
             f"the labels in {show(path)} are {labels.dtype} {labels.shape}: whole numbers ({count},) are needed"
@@ -265,13 +269,26 @@ def _array_source(array: NDArray[np.generic], name: str) -> Source:
 
 def _folder_source(folder: Path, labels: bool) -> Source:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
-    paths = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in suffixes and p.is_file())
+    paths = sorted(p for p in _files(folder) if p.suffix.lower() in suffixes and p.is_file())
     if not paths:
         raise DataError(f"{show(folder)} holds no images: files such as .png, .jpg or .webp are needed")
     source = Source(
         len(paths), lambda i: _open(paths[i]), lambda i: show(paths[i]), partial(_all_grey, paths)
     )
     return _with_class_folders(source, folder, paths) if labels else source
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and its subfolders, links followed, but for what is hidden."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        status = Path(place).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _with_class_folders(source: Source, folder: Path, paths: Sequence[Path]) -> Source:

@@ -65,15 +65,27 @@ class Session:
                     note = f"step {step} · loss {loss:.4f} · {speed:.0f} images/s"
                 self._report(1, note)
                 if saves and step < settings.steps:
-                    trainer.checkpoint().save(self.output)
+                    self._save()
                 if draws:
                     self._draw(self.folder / f"samples-{step:06d}.png")
                 if note:
                     losses, started = [], time.perf_counter()
             self._require_finite(losses)
-            trainer.checkpoint().save(self.output)
+            self._save()
         metrics.close()
         return trainer.steps_done >= settings.steps
+
+    def _save(self) -> None:
+        """Raises BackendError where the weights are not finite: the loss that was checked is from before them."""
+        if not all(parameter.isfinite().all() for parameter in self.trainer.network.parameters()):
+            raise self._broken("weights are")
+        self.trainer.checkpoint().save(self.output)
+
+    def _broken(self, what: str) -> BackendError:
+        return BackendError(
+            f"the {what} not finite by step {self.trainer.steps_done}: lower --learning-rate; "
+            f"{show(self.output)}, if it was written, is from before"
+        )
 
     def _stop(self) -> None:
         self._stopped = True
@@ -106,10 +118,7 @@ class Session:
             return 0.0
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
-            raise BackendError(
-                f"the loss is not finite by step {self.trainer.steps_done}: lower --learning-rate; "
-                f"{show(self.output)}, if it was written, is from before"
-            )
+            raise self._broken("loss is")
         return loss
 
 
@@ -124,10 +133,9 @@ class _Metrics:
         self._board = _Board(folder, steps_done)
         kept: list[list[str]] = []
         if steps_done and path.is_file():
-            with path.open(newline="") as file:
-                kept = [
-                    row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= steps_done
-                ]
+            with path.open(newline="", errors="replace") as file:
+                rows = csv.reader(line.replace("\0", "") for line in file)
+                kept = [row for row in rows if len(row) == len(_COLUMNS) and _step(row[0]) <= steps_done]
         with atomic(path) as temporary, temporary.open("w", newline="") as file:
             csv.writer(file).writerows([_COLUMNS, *kept])
 
@@ -143,6 +151,10 @@ class _Metrics:
     def close(self) -> None:
         """Write what is waiting to be written."""
         self._board.close()
+
+
+def _step(text: str) -> float:
+    return int(text) if text.isascii() and text.isdecimal() else math.inf
 
 
 class _Board:

@@ -73,7 +73,8 @@ class Trainer:
             logger.warning("the images are not those that this model was trained on so far")
         trainer.network.load_state_dict(checkpoint.raw)
         trainer.average.load_state_dict(checkpoint.ema)
-        trainer.optimizer.load_state_dict(checkpoint.optimizer)
+        own = trainer.optimizer.state_dict()  # the groups' settings are ours, not the file's
+        trainer.optimizer.load_state_dict(own | {"state": checkpoint.optimizer["state"]})
         trainer.steps_done = checkpoint.step
         return trainer
 
@@ -175,4 +176,4 @@ def _seed(*entropy: int) -> int:
 
 
 def _on_cpu(state: dict[str, Any]) -> StateDict:
-    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}

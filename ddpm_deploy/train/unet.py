@@ -28,11 +28,11 @@ class Conv2d(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """A normalisation in float32, as squares above 256 overflow half precision; it gives what it got."""
+    """A normalisation in float32, as squares above 256 overflow half precision."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
-        return super().forward(x.float()).to(x.dtype)
+    def forward(self, x: Tensor, gives: torch.dtype = torch.float32) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W), in the type of the convolution that comes next."""
+        return super().forward(x.float()).to(gives)
 
 
 class ResBlock(nn.Module):
@@ -51,13 +51,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x (B, C_in, H, W) and this block's own slice of the projected temb → (B, C, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        temb = temb[:, :, None, None].to(h.dtype)  # (B, C or 2C, 1, 1)
+        first, second = self.conv1.weight.dtype, self.conv2.weight.dtype
+        h = self.conv1(F.silu(self.norm1(x, first)))
+        temb = temb[:, :, None, None]  # (B, C or 2C, 1, 1)
         if self.scale_shift:
-            scale, shift = temb.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            scale, shift = temb.to(second).chunk(2, dim=1)
+            h = self.norm2(h, second) * (1 + scale) + shift
         else:
-            h = self.norm2(h + temb)
+            h = self.norm2(h + temb.to(h.dtype), second)
         h = self.conv2(self.dropout(F.silu(h)))
         result: Tensor = (self.shortcut(x) + h).to(h.dtype)
         return result
@@ -77,7 +78,7 @@ class Attention(nn.Module):
         """(B, C, H, W) → (B, C, H, W)."""
         _, channels, height, width = x.shape
         head = channels // self.heads
-        qkv = self.qkv(self.norm(x)).reshape(-1, 3 * self.heads, head, height * width)
+        qkv = self.qkv(self.norm(x, self.qkv.weight.dtype)).reshape(-1, 3 * self.heads, head, height * width)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, heads, head, HW)
         q = q * head**-0.5
         weights = torch.softmax((q.transpose(2, 3) @ k).float(), dim=3).to(v.dtype)  # (B, heads, HW, HW)
@@ -214,5 +215,5 @@ class UNet(nn.Module):
                 h = module(torch.cat([h, skips.pop()], dim=1), next(projections))
             else:
                 h = module(h)
-        result: Tensor = self.conv_out(F.silu(self.norm_out(h.float())))
+        result: Tensor = self.conv_out(F.silu(self.norm_out(h, self.conv_out.weight.dtype)))
         return result
