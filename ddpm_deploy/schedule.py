@@ -25,6 +25,32 @@ class LinearBetas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_f
         return np.linspace(self.beta_start, self.beta_end, timesteps, dtype=np.float64)
 
 
+class ScaledLinearBetas(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="scaled_linear"
+):
+    """√β rises linearly (Rombach et al. 2022; diffusers' "scaled_linear")."""
+
+    beta_start: Beta = 1e-4
+    beta_end: Beta = 0.02
+
+    def betas(self, timesteps: int) -> NDArray[np.float64]:
+        """β_t, (T,)."""
+        betas: NDArray[np.float64] = np.linspace(self.beta_start**0.5, self.beta_end**0.5, timesteps) ** 2
+        return betas
+
+
+class SigmoidBetas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="sigmoid"):
+    """β rises along a logistic curve from -6 to 6 (diffusers' "sigmoid"; that of lucidrains is another, in ᾱ)."""
+
+    beta_start: Beta = 1e-4
+    beta_end: Beta = 0.02
+
+    def betas(self, timesteps: int) -> NDArray[np.float64]:
+        """β_t, (T,)."""
+        rise: NDArray[np.float64] = 1 / (1 + np.exp(-np.linspace(-6.0, 6.0, timesteps)))
+        return self.beta_start + rise * (self.beta_end - self.beta_start)
+
+
 class CosineBetas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="cosine"):
     """ᾱ falls as a squared cosine, β capped at `max_beta` (Nichol & Dhariwal 2021, equation 17)."""
 
@@ -39,7 +65,7 @@ class CosineBetas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_f
         return betas
 
 
-BetaSchedule = LinearBetas | CosineBetas
+BetaSchedule = LinearBetas | ScaledLinearBetas | CosineBetas | SigmoidBetas
 
 
 @dataclass(frozen=True, eq=False)

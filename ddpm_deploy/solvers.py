@@ -1,6 +1,6 @@
 """Every solver is a table: one row of numbers a step, one update rule for them all.
 
-    x̂0 = clip(a·x + b·out, lo, hi)              out: what the network predicts (ε, v or x0)
+    x̂0 = clip(a·x + b·out, lo, hi)              out: what the network predicts (ε, v, x0 or μ̃)
     x' = c·x̂0 + d·x + e·z + f·x̂0_prev + g·out   z: standard normal; x̂0_prev: the last step's x̂0
 
 A solver is a pure function from a Schedule to a StepTable, computed in float64. Chains, host and
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.schedule import Schedule
 
-Prediction = Literal["epsilon", "v", "x0"]
+Prediction = Literal["epsilon", "v", "x0", "mean"]
 Variance = Literal["fixed_small", "fixed_large"]
-Solver = Literal["ddpm"]
-Spacing = Literal["leading"]
+Solver = Literal["ddpm", "ddim", "dpmpp-2m"]
+Clip = tuple[float, float] | None
+Column = NDArray[np.float64]
 
 # The columns of a row, in the order in which the float32 rows hold them. The last two bound the
 # learned-range variance, ln β̃ and ln β; they are zero where the variance is fixed.
@@ -62,21 +63,99 @@ class StepTable:
         return np.concatenate([self.rows, [IDENTITY]]).astype(np.float32)
 
 
-def leading_timesteps(total: int, steps: int) -> NDArray[np.int64]:
-    """Timesteps (N - 1)·(T // N), …, T // N, 0: diffusers' `leading` spacing, and all of them at N = T."""
-    if not 1 <= steps <= total:
-        raise SettingError(
-            f"{steps} steps were asked for, but the model was trained with T = {total} timesteps: "
-            f"choose from 1 to {total}"
-        )
-    return np.arange(steps)[::-1] * (total // steps)
+def ddpm(
+    schedule: Schedule,
+    timesteps: Sequence[int] | NDArray[np.int64],
+    *,
+    prediction: Prediction = "epsilon",
+    variance: Variance = "fixed_large",
+    clip: Clip = (-1.0, 1.0),
+) -> StepTable:
+    """Ancestral sampling over `timesteps`, descending; full where they are all T of them.
+
+    Ho et al. 2020, algorithm 2, with the mean from x̂0 (equation 7) so that x̂0 can be clipped; a subset
+    of the timesteps is its own chain with β recomputed from the kept ᾱ (Nichol & Dhariwal 2021,
+    section 4). `variance` is β̃ ("fixed_small") or β ("fixed_large"); the last step adds no noise.
+    A predicted mean is used itself, unclipped, where the step is one of the full chain.
+    """
+    step = _Steps(schedule, timesteps)
+    k0, kt, posterior_variance = _posterior(step.here, step.there)
+    sigma = np.sqrt(posterior_variance if variance == "fixed_small" else 1 - step.here / step.there)
+    sigma[-1] = 0.0
+    itself = (prediction == "mean") & (step.there == _previous(schedule)[step.t])
+    return step.table(
+        prediction, clip, c=np.where(itself, 0.0, k0), d=np.where(itself, 0.0, kt), e=sigma, g=itself * 1.0
+    )
+
+
+def ddim(
+    schedule: Schedule,
+    timesteps: Sequence[int] | NDArray[np.int64],
+    *,
+    prediction: Prediction = "epsilon",
+    eta: float = 0.0,
+    clip: Clip = (-1.0, 1.0),
+    use_clipped_model_output: bool = True,
+) -> StepTable:
+    """Denoising diffusion implicit models over `timesteps`, descending (Song et al. 2021, equation 12).
+
+    eta: 0 (no noise) to 1 (ancestral sampling with "fixed_small"). use_clipped_model_output: whether ε is
+    taken from the clipped x̂0, as OpenAI's code does, or is the network's own, as is the default of diffusers,
+    which has this name for it; without clipping the two are the same.
+
+    Raises SettingError where eta is out of range.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise SettingError(f"eta must be from 0 to 1, not {eta}")
+    step = _Steps(schedule, timesteps)
+    _, _, posterior_variance = _posterior(step.here, step.there)
+    sigma = eta * np.sqrt(posterior_variance)
+    direction = np.sqrt(np.maximum(1 - step.there - sigma**2, 0.0))  # of ε
+    if use_clipped_model_output:  # ε = (x - √ᾱ x̂0)/√(1 - ᾱ)
+        d = direction / np.sqrt(1 - step.here)
+        c = np.sqrt(step.there) - d * np.sqrt(step.here)
+        return step.table(prediction, clip, c=c, d=d, e=sigma)
+    # ε = (x - √ᾱ (a·x + b·out))/√(1 - ᾱ)
+    a, b = denoised_coefficients(prediction, schedule, step.t)
+    ratio = direction / np.sqrt(1 - step.here)
+    d, g = ratio * (1 - np.sqrt(step.here) * a), -ratio * np.sqrt(step.here) * b
+    return step.table(prediction, clip, c=np.sqrt(step.there), d=d, e=sigma, g=g)
+
+
+def dpmpp_2m(
+    schedule: Schedule,
+    timesteps: Sequence[int] | NDArray[np.int64],
+    *,
+    prediction: Prediction = "epsilon",
+    clip: Clip = (-1.0, 1.0),
+) -> StepTable:
+    """DPM-Solver++(2M) over `timesteps`, descending (Lu et al. 2022, algorithm 2): no noise, second order.
+
+    The first step has no x̂0 before it, and the last one, to ᾱ = 1, no finite log-SNR: these are of first
+    order.
+    """
+    step = _Steps(schedule, timesteps)
+    half_log_snr = 0.5 * np.log(step.here / (1 - step.here))  # λ of each step
+    with np.errstate(divide="ignore"):
+        h = np.append(half_log_snr[1:], np.inf) - half_log_snr
+    fall = np.sqrt(step.there) * -np.expm1(-h)  # of x̂0
+    before = np.zeros_like(h)  # the share of the difference to the last x̂0
+    before[1:-1] = h[1:-1] / (2 * h[:-2])  # 1/(2r), r = h_before/h
+    return step.table(
+        prediction,
+        clip,
+        c=fall * (1 + before),
+        d=np.sqrt((1 - step.there) / (1 - step.here)),
+        f=-fall * before,
+    )
 
 
 def denoised_coefficients(
-    prediction: Prediction, alphas_cumprod: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(a, b) of x̂0 = a·x + b·out, for what the network predicts (Salimans & Ho 2022, section 4)."""
-    signal, noise = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+    prediction: Prediction, schedule: Schedule, timesteps: NDArray[np.int64]
+) -> tuple[Column, Column]:
+    """(a, b) of x̂0 = a·x + b·out, for what the network predicts (Salimans & Ho 2022, section 4; Ho's Table 2)."""
+    here = schedule.alphas_cumprod[timesteps]
+    signal, noise = np.sqrt(here), np.sqrt(1 - here)
     match prediction:
         case "epsilon":
             return 1 / signal, -noise / signal
@@ -84,44 +163,44 @@ def denoised_coefficients(
             return signal, -noise
         case "x0":
             return np.zeros_like(signal), np.ones_like(signal)
+        case "mean":  # of the full chain's posterior, whatever steps are taken
+            k0, kt, _ = _posterior(here, _previous(schedule)[timesteps])
+            return -kt / k0, 1 / k0
 
 
-def ddpm(
-    schedule: Schedule,
-    timesteps: Sequence[int] | NDArray[np.int64],
-    *,
-    prediction: Prediction = "epsilon",
-    variance: Variance = "fixed_large",
-    clip: tuple[float, float] | None = (-1.0, 1.0),
-) -> StepTable:
-    """Ancestral sampling over `timesteps`, descending; full where they are all T of them.
-
-    Ho et al. 2020, algorithm 2, with the mean from x̂0 (equation 7) so that x̂0 can be clipped; a subset
-    of the timesteps is its own chain with β recomputed from the kept ᾱ (Nichol & Dhariwal 2021,
-    section 4). `variance` is β̃ ("fixed_small") or β ("fixed_large"); the last step adds no noise.
-    """
-    here = schedule.alphas_cumprod[timesteps]
-    if here.min() < np.finfo(np.float32).tiny:
-        raise SettingError("this schedule has steps that float32 cannot hold: its ᾱ comes too near zero")
-    there = np.append(here[1:], 1.0)  # ᾱ after the step
+def _posterior(here: Column, there: Column) -> tuple[Column, Column, Column]:
+    """q(x_s | x_t, x_0) = N(k0·x_0 + kt·x_t, variance) for ᾱ_t = here, ᾱ_s = there (Ho et al. 2020, equation 7)."""
     beta = 1 - here / there
-    posterior_variance = beta * (1 - there) / (1 - here)
-    sigma = np.sqrt(posterior_variance if variance == "fixed_small" else beta)
-    sigma[-1] = 0.0
-    a, b = denoised_coefficients(prediction, here)
-    lo, hi = clip or (-np.inf, np.inf)
-    return StepTable.from_columns(
-        t=np.asarray(timesteps),
-        a=a,
-        b=b,
-        lo=lo,
-        hi=hi,
-        c=np.sqrt(there) * beta / (1 - here),
-        d=np.sqrt(here / there) * (1 - there) / (1 - here),
-        e=sigma,
-    )
+    k0 = np.sqrt(there) * beta / (1 - here)
+    kt = np.sqrt(here / there) * (1 - there) / (1 - here)
+    return k0, kt, beta * (1 - there) / (1 - here)
 
 
-# What a name on a command line or in `Sampler.sample` stands for.
-SOLVERS: Final = {"ddpm": ddpm}
-SPACINGS: Final = {"leading": leading_timesteps}
+def _previous(schedule: Schedule) -> Column:
+    """ᾱ_{t-1}, (T,): 1 at t = 0."""
+    return np.append(1.0, schedule.alphas_cumprod[:-1])
+
+
+class _Steps:
+    """The steps of a chain: t and ᾱ before each, and ᾱ after it."""
+
+    def __init__(self, schedule: Schedule, timesteps: Sequence[int] | NDArray[np.int64]) -> None:
+        self._schedule = schedule
+        self.t = np.asarray(timesteps, np.int64)
+        if (
+            not self.t.size
+            or self.t[0] >= schedule.timesteps
+            or self.t[-1] < 0
+            or (np.diff(self.t) >= 0).any()
+        ):
+            raise SettingError(f"timesteps must fall from at most {schedule.timesteps - 1} to 0 or more")
+        self.here = schedule.alphas_cumprod[self.t]
+        if self.here.min() < np.finfo(np.float32).tiny:
+            raise SettingError("this schedule has steps that float32 cannot hold: its ᾱ comes too near zero")
+        self.there = np.append(self.here[1:], 1.0)
+
+    def table(self, prediction: Prediction, clip: Clip, **columns: Column) -> StepTable:
+        """The rows, from the columns of the update."""
+        a, b = denoised_coefficients(prediction, self._schedule, self.t)
+        lo, hi = clip or (-np.inf, np.inf)
+        return StepTable.from_columns(t=self.t, a=a, b=b, lo=lo, hi=hi, **columns)

@@ -5,7 +5,7 @@ The same text is in the checkpoint (an entry), in the ONNX file (a metadata prop
 """
 
 import math
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 
@@ -14,7 +14,8 @@ from ddpm_deploy.errors import SettingError, SpecError, first_line
 from ddpm_deploy.files import show
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
-from ddpm_deploy.solvers import SOLVERS, SPACINGS, Prediction, Solver, Spacing, StepTable, Variance
+from ddpm_deploy.solvers import Prediction, Solver, StepTable, Variance, ddim, ddpm, dpmpp_2m
+from ddpm_deploy.spacings import Spacing, spaced
 
 SPEC_VERSION: Final = 1
 SPEC_KEY: Final = "ddpm_deploy.spec"  # its name in an ONNX file's metadata
@@ -28,6 +29,21 @@ _MAX_EMBEDDING_SIZE: Final = 2**26
 Precision = Literal["fp32", "fp16", "bf16"]
 Size = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
 Text = Annotated[str, msgspec.Meta(max_length=200)]
+
+
+class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Which reverse chain to run.
+
+    steps: 1 .. T (None: all T). solver, spacing: by name. eta: of ddim, 0 to 1 (None: 0).
+    """
+
+    steps: int | None = None
+    solver: Solver = "ddpm"
+    eta: float | None = None
+    spacing: Spacing = "leading"
+
+
+DEFAULT_CHAIN: Final = ChainSettings()
 
 
 class UNetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -179,23 +195,25 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """The forward process the model was trained on."""
         return Schedule(self.schedule.betas(self.timesteps))
 
-    def step_table(
-        self, steps: int | None = None, *, solver: Solver = "ddpm", spacing: Spacing = "leading"
-    ) -> StepTable:
-        """The rows of this model's reverse chain in `steps` steps, 1 .. T (None: all T).
+    def step_table(self, settings: ChainSettings = DEFAULT_CHAIN) -> StepTable:
+        """The rows of this model's reverse chain.
 
         Raises SettingError where a setting is out of range or not known.
         """
-        for name, value, known in (("solver", solver, SOLVERS), ("spacing", spacing, SPACINGS)):
-            if value not in known:
-                raise SettingError(f"{name} {value!r} is not known: choose from {', '.join(known)}")
-        timesteps = SPACINGS[spacing](self.timesteps, self.timesteps if steps is None else steps)
-        return SOLVERS[solver](
-            self.make_schedule(),
-            timesteps,
-            prediction=self.prediction,
-            variance=self.variance,
-            clip=self.value_range,
+        steps = self.timesteps if settings.steps is None else settings.steps
+        timesteps = spaced(settings.spacing, self.timesteps, steps)
+        schedule, prediction, clip = self.make_schedule(), self.prediction, self.value_range
+        if settings.eta is not None and settings.solver != "ddim":
+            raise SettingError(f"eta is of the solver ddim, and {settings.solver} has none: leave it out")
+        match settings.solver:
+            case "ddpm":
+                return ddpm(schedule, timesteps, prediction=prediction, variance=self.variance, clip=clip)
+            case "ddim":
+                return ddim(schedule, timesteps, prediction=prediction, eta=settings.eta or 0.0, clip=clip)
+            case "dpmpp-2m":
+                return dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
+        raise SettingError(
+            f"solver {settings.solver!r} is not known: choose from {', '.join(get_args(Solver))}"
         )
 
     @property

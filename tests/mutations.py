@@ -184,7 +184,7 @@ def use(kind: str, path: Path, onnx: Path) -> None:
     """Do with a file what people do with such files; raises SystemExit as the command lines do."""
     from ddpm_deploy.cli import main
     from ddpm_deploy.errors import DataError
-    from ddpm_deploy.spec import ModelSpec
+    from ddpm_deploy.spec import ChainSettings, ModelSpec
     from ddpm_deploy.train.checkpoint import Checkpoint
     from ddpm_deploy.train.data import find_images, read_images
     from ddpm_deploy.train.trainer import Trainer
@@ -208,7 +208,7 @@ def use(kind: str, path: Path, onnx: Path) -> None:
             main(["run", str(onnx), "--replay", str(path), "--threads", "1"])
         case ".json":
             spec = ModelSpec.from_json(path.read_bytes(), str(path))
-            spec.step_table(min(10, spec.timesteps))
+            spec.step_table(ChainSettings(steps=min(10, spec.timesteps)))
             spec.embedding.table(spec.timesteps)
 
 

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from ddpm_deploy import reference
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.schedule import Schedule
-from ddpm_deploy.solvers import COLUMNS, StepTable, ddpm, leading_timesteps
+from ddpm_deploy.solvers import COLUMNS, StepTable, ddpm
+from ddpm_deploy.spacings import spaced
 from tests.models import ArrayDenoiser, tiny_spec
 
 SPEC = tiny_spec((3, 4, 5), timesteps=30, network=None)
@@ -25,9 +26,9 @@ def every_column_table(seed: int, steps: int) -> StepTable:
 
 
 TABLES = {
-    "full": ddpm(SCHEDULE, leading_timesteps(30, 30)),
-    "strided": ddpm(SCHEDULE, leading_timesteps(30, 7), variance="fixed_small"),
-    "unclipped": ddpm(SCHEDULE, leading_timesteps(30, 5), clip=None),
+    "full": ddpm(SCHEDULE, spaced("leading", 30, 30)),
+    "strided": ddpm(SCHEDULE, spaced("leading", 30, 7), variance="fixed_small"),
+    "unclipped": ddpm(SCHEDULE, spaced("leading", 30, 5), clip=None),
     "every column": every_column_table(0, 12),
 }
 
@@ -112,7 +113,7 @@ def test_an_infinite_prediction_does_not_touch_an_idle_slot() -> None:
 
 def test_tables_of_finished_chains_are_dropped() -> None:
     chain = Chain(ArrayDenoiser(SPEC, 1))
-    tables = [ddpm(SCHEDULE, leading_timesteps(30, 1 + i % 30)) for i in range(90)]
+    tables = [ddpm(SCHEDULE, spaced("leading", 30, 1 + i % 30)) for i in range(90)]
     for table in tables:
         start(chain, 0, table, 1, 0)
         chain.step()
@@ -144,7 +145,7 @@ def test_a_step_allocates_less_than_an_image() -> None:
             """Predict zero, without allocating."""
 
     chain = Chain(Still(spec, 2))
-    table = ddpm(spec.make_schedule(), leading_timesteps(1000, 1000))
+    table = ddpm(spec.make_schedule(), spaced("leading", 1000, 1000))
     chain.start(slice(0, 2), table, np.zeros(2, np.uint64), np.arange(2, dtype=np.uint64))
     chain.step()
     tracemalloc.start()

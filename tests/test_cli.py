@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -56,11 +57,12 @@ def test_help_and_version(command: str) -> None:
 
 
 def test_names_on_the_command_line_are_all_there_are() -> None:
-    from ddpm_deploy.solvers import SOLVERS, SPACINGS
+    from ddpm_deploy.solvers import Solver
+    from ddpm_deploy.spacings import SPACINGS, Spacing
     from ddpm_deploy.train.settings import PRESETS
 
-    assert list(SOLVERS) == list(_SOLVERS)
-    assert list(SPACINGS) == list(_SPACINGS)
+    assert get_args(Solver) == _SOLVERS
+    assert get_args(Spacing) == tuple(SPACINGS) == _SPACINGS
 
     assert list(PRESETS) == list(_PRESETS)
 

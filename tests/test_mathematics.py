@@ -12,7 +12,8 @@ from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import CosineBetas, LinearBetas, Schedule
-from ddpm_deploy.solvers import COLUMNS, IDENTITY, Prediction, StepTable, Variance, ddpm, leading_timesteps
+from ddpm_deploy.solvers import COLUMNS, IDENTITY, Prediction, StepTable, Variance, ddpm
+from ddpm_deploy.spacings import spaced
 from ddpm_deploy.tolerances import TOLERANCES
 from tests.models import ArrayDenoiser, GaussianDenoiser, tiny_spec
 
@@ -99,7 +100,7 @@ def table_moments(table: StepTable, schedule: Schedule, mean: float, std: float)
 def test_table_gives_the_exact_moments_on_gaussian_data(
     schedule: Schedule, steps: int, variance: Variance
 ) -> None:
-    timesteps = leading_timesteps(1000, steps)
+    timesteps = spaced("leading", 1000, steps)
     table = ddpm(schedule, timesteps, variance=variance, clip=None)
     wanted = exact_moments(schedule, timesteps, variance, mean=0.3, std=0.4)
     got = table_moments(table, schedule, mean=0.3, std=0.4)
@@ -108,10 +109,10 @@ def test_table_gives_the_exact_moments_on_gaussian_data(
 
 def test_known_variances_of_the_chain() -> None:
     """For data variance 0.16: nearly that at 1000 steps, and well below it at 50."""
-    assert exact_moments(LINEAR, leading_timesteps(1000, 1000), "fixed_small", 0.0, 0.4)[1] == pytest.approx(
+    assert exact_moments(LINEAR, spaced("leading", 1000, 1000), "fixed_small", 0.0, 0.4)[1] == pytest.approx(
         0.157, abs=5e-4
     )
-    assert exact_moments(LINEAR, leading_timesteps(1000, 50), "fixed_small", 0.0, 0.4)[1] == pytest.approx(
+    assert exact_moments(LINEAR, spaced("leading", 1000, 50), "fixed_small", 0.0, 0.4)[1] == pytest.approx(
         0.121, abs=5e-4
     )
 
@@ -121,7 +122,7 @@ def test_running_chain_has_the_exact_moments(steps: int, variance: Variance) -> 
     """The real chain, in float32 on the addressed noise, within five standard errors."""
     spec = tiny_spec((1, 32, 32))
     denoiser = GaussianDenoiser(spec, 8, mean=0.3, std=0.4)
-    timesteps = leading_timesteps(1000, steps)
+    timesteps = spaced("leading", 1000, steps)
     table = ddpm(LINEAR, timesteps, variance=variance, clip=None)
     chain = Chain(denoiser)
     chain.start(slice(0, 8), table, np.full(8, 1, np.uint64), np.arange(8, dtype=np.uint64))
@@ -139,7 +140,7 @@ def test_running_chain_has_the_exact_moments(steps: int, variance: Variance) -> 
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("steps", [1000, 50, 1])
 def test_last_step_gives_x0_and_adds_no_noise(steps: int, variance: Variance) -> None:
-    table = ddpm(LINEAR, leading_timesteps(1000, steps), variance=variance)
+    table = ddpm(LINEAR, spaced("leading", 1000, steps), variance=variance)
     assert len(table) == steps
     assert table.timesteps[-1] == 0
     assert table["c"][-1] == 1.0
@@ -148,20 +149,20 @@ def test_last_step_gives_x0_and_adds_no_noise(steps: int, variance: Variance) ->
 
 
 def test_columns_that_ancestral_sampling_does_not_use_are_zero() -> None:
-    table = ddpm(LINEAR, leading_timesteps(1000, 10))
+    table = ddpm(LINEAR, spaced("leading", 1000, 10))
     for column in ("f", "g", "ln_var_min", "ln_var_max"):
         assert (table[column] == 0).all()
 
 
 def test_float32_rows_end_in_the_identity() -> None:
-    rows = ddpm(LINEAR, leading_timesteps(1000, 10)).float32_rows()
+    rows = ddpm(LINEAR, spaced("leading", 1000, 10)).float32_rows()
     assert rows.shape == (11, len(COLUMNS))
     assert rows.dtype == np.float32
     assert tuple(rows[-1]) == IDENTITY
 
 
 def test_table_rows_cannot_be_changed() -> None:
-    table = ddpm(LINEAR, leading_timesteps(1000, 10))
+    table = ddpm(LINEAR, spaced("leading", 1000, 10))
     with pytest.raises(ValueError, match="read-only"):
         table.rows[0] = 0
 
@@ -169,7 +170,7 @@ def test_table_rows_cannot_be_changed() -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_denoised_undoes_the_forward_process(prediction: Prediction) -> None:
     """x̂0 is x_0 when the network is right, whatever it predicts."""
-    table = ddpm(LINEAR, leading_timesteps(1000, 1000), prediction=prediction)
+    table = ddpm(LINEAR, spaced("leading", 1000, 1000), prediction=prediction)
     signal, noise = np.sqrt(LINEAR.alphas_cumprod[::-1]), np.sqrt(1 - LINEAR.alphas_cumprod[::-1])
     x0, epsilon = 0.7, -1.3
     x = signal * x0 + noise * epsilon
@@ -179,13 +180,13 @@ def test_denoised_undoes_the_forward_process(prediction: Prediction) -> None:
 
 def test_a_schedule_that_float32_cannot_hold() -> None:
     with pytest.raises(SettingError, match="comes too near zero"):
-        ddpm(Schedule(LinearBetas().betas(100_000)), leading_timesteps(100_000, 100))
+        ddpm(Schedule(LinearBetas().betas(100_000)), spaced("leading", 100_000, 100))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_out_of_range(steps: int) -> None:
     with pytest.raises(SettingError, match="choose from 1 to 1000"):
-        leading_timesteps(1000, steps)
+        spaced("leading", 1000, steps)
 
 
 # --- peers ----------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def test_chains_are_those_of_diffusers(
         prediction_type={"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[prediction],
     )
     peer.set_timesteps(steps)
-    timesteps = leading_timesteps(1000, steps)
+    timesteps = spaced("leading", 1000, steps)
     assert peer.timesteps.tolist() == timesteps.tolist()
     table = ddpm(
         schedule, timesteps, prediction=prediction, variance=variance, clip=(-1, 1) if clip else None

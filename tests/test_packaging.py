@@ -46,6 +46,7 @@ MODULES = [
     "runtime/sampler",
     "schedule",
     "solvers",
+    "spacings",
     "spec",
     "tolerances",
     "train/__init__",

@@ -16,11 +16,12 @@ from ddpm_deploy.version import __version__
 if TYPE_CHECKING:
     from ddpm_deploy.runtime.denoiser import Labels
     from ddpm_deploy.runtime.sampler import Sampler
-    from ddpm_deploy.solvers import Solver, Spacing
+    from ddpm_deploy.solvers import Solver
+    from ddpm_deploy.spacings import Spacing
 
-# Of solvers.SOLVERS and SPACINGS, named here without NumPy, so that --help is quick.
-_SOLVERS: Final = ("ddpm",)
-_SPACINGS: Final = ("leading",)
+# Of solvers.Solver and spacings.Spacing, named here without NumPy, so that --help is quick.
+_SOLVERS: Final = ("ddpm", "ddim", "dpmpp-2m")
+_SPACINGS: Final = ("leading", "trailing", "linspace", "openai")
 _WITH_REPLAY: Final = {"model", "replay", "weights", "device", "threads", "batch"}
 
 
@@ -29,6 +30,7 @@ _WITH_REPLAY: Final = {"model", "replay", "weights", "device", "threads", "batch
     """
   ddpm-run model.onnx                          16 images, the full chain, in samples.png
   ddpm-run model.onnx --steps 50 --seed 7      a strided chain of 50 steps, and a seed to repeat it
+  ddpm-run model.onnx --solver dpmpp-2m --steps 20 --spacing linspace
   ddpm-run model.onnx --count 5000 -o s.npz    uint8 (5000, H, W, C), as evaluators read it
   ddpm-run model.onnx --count 100 -o images/   a folder, one PNG an image
   ddpm-run pets.onnx --label cat --label dog   of these classes in turn; without it, of each class
@@ -70,7 +72,13 @@ _WITH_REPLAY: Final = {"model", "replay", "weights", "device", "threads", "batch
     show_default="each class in turn",
     help="Class of a conditional model, by its name, else its number; several: in turn.",
 )
-@click.option("--solver", type=click.Choice(_SOLVERS), default="ddpm", help="ddpm: ancestral sampling.")
+@click.option(
+    "--solver",
+    type=click.Choice(_SOLVERS),
+    default="ddpm",
+    help="ddpm: ancestral sampling; ddim: some 50 steps; dpmpp-2m: some 20.",
+)
+@click.option("--eta", type=click.FloatRange(0, 1), help="Of ddim: 0, no noise, to 1.  [default: 0]")
 @click.option(
     "--spacing",
     type=click.Choice(_SPACINGS),
@@ -98,6 +106,7 @@ def main(
     batch: int | None,
     labels: tuple[str, ...],
     solver: "Solver",
+    eta: float | None,
     spacing: "Spacing",
     weights: Literal["ema", "raw"],
     device: str | None,
@@ -111,6 +120,7 @@ def main(
     from ddpm_deploy.runtime.images import Destination
     from ddpm_deploy.runtime.proof import proof_path
     from ddpm_deploy.runtime.sampler import Sampler
+    from ddpm_deploy.spec import ChainSettings
 
     if replay:
         _refuse_settings(ctx)
@@ -128,13 +138,14 @@ def main(
             return
         spec = sampler.spec
         cycle = [spec.label(label) for label in labels]
-        table = sampler.table(steps, solver=solver, spacing=spacing)
+        table = sampler.table(ChainSettings(steps=steps, solver=solver, eta=eta, spacing=spacing))
         origin = {
             "model": spec.provenance.digest,
             "seed": seed,
             "solver": solver,
             "steps": len(table),
             "spacing": spacing,
+            "eta": eta,
             "labels": cycle,
             "ddpm_deploy": __version__,
         }
@@ -151,6 +162,7 @@ def main(
                 count,
                 steps=steps,
                 solver=solver,
+                eta=eta,
                 spacing=spacing,
                 seed=seed,
                 first_index=first_index,
@@ -201,6 +213,7 @@ def _replay(sampler: "Sampler", picture: Path) -> None:
         origin.count,
         steps=origin.steps,
         solver=origin.solver,
+        eta=origin.eta,
         spacing=origin.spacing,
         seed=origin.seed,
         first_index=first,

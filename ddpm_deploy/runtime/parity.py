@@ -18,7 +18,7 @@ from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
 from ddpm_deploy.solvers import StepTable
-from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.spec import ChainSettings, ModelSpec
 from ddpm_deploy.tolerances import PARITY, Parity
 
 _SPOTS: Final = 2  # timesteps of a spot check
@@ -156,7 +156,7 @@ def record(
 
     Raises SettingError where an argument is out of range.
     """
-    table = reference.spec.step_table(steps)
+    table = reference.spec.step_table(ChainSettings(steps=steps))
     kept = _spread(len(table), keep)
     shape = len(kept), count, *reference.spec.image_shape
     x, prediction = np.empty(shape, np.float32), np.empty(shape, np.float32)
@@ -180,7 +180,7 @@ def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = _no_
     """
     require_comparable(trajectory.spec, candidate.spec)
     errors = teacher_forced(trajectory, candidate, progress)
-    table = trajectory.spec.step_table(trajectory.steps)
+    table = trajectory.spec.step_table(ChainSettings(steps=trajectory.steps))
     images = _walk(candidate, table, trajectory.labels, trajectory.seed, lambda step: None, progress)
     lo, hi = trajectory.spec.value_range
     return Comparison(

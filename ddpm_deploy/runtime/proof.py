@@ -13,7 +13,7 @@ from ddpm_deploy.arrays import require_honest
 from ddpm_deploy.errors import ArtefactError, SettingError, first_line
 from ddpm_deploy.files import require_file, show
 from ddpm_deploy.runtime.parity import Trajectory
-from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.spec import ChainSettings, ModelSpec
 
 FORMAT: Final = 1
 _TIMESTEPS: Final = (4, 16)  # at least, at most
@@ -93,7 +93,7 @@ def _require_sound(proof: Trajectory) -> None:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, and {np.dtype(dtype)} {size} is needed")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} has numbers that are not finite")
-    if not np.isin(proof.timesteps, proof.spec.step_table(proof.steps).timesteps).all():
+    if not np.isin(proof.timesteps, proof.spec.step_table(ChainSettings(steps=proof.steps)).timesteps).all():
         raise ValueError("its timesteps are not those of its chain")
     if proof.labels.min() < 0 or proof.labels.max() >= max(1, proof.spec.num_labels):
         raise ValueError("its labels are not those of its model")

@@ -16,8 +16,9 @@ from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, Sett
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.runtime.chain import Chain, NoiseSource
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
-from ddpm_deploy.solvers import Solver, Spacing, StepTable
-from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.solvers import Solver, StepTable
+from ddpm_deploy.spacings import Spacing
+from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings, ModelSpec
 
 _MAX_TABLES: Final = 16
 Callback = Callable[[int, Array, Array], None]
@@ -62,7 +63,7 @@ class Sampler:
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
         self._chain = Chain(denoiser)
-        self._tables: dict[tuple[object, ...], StepTable] = {}
+        self._tables: dict[ChainSettings, StepTable] = {}
         self._busy = threading.Lock()
 
     @classmethod
@@ -91,16 +92,13 @@ class Sampler:
         """What the model says of itself."""
         return self.denoiser.spec
 
-    def table(
-        self, steps: int | None = None, *, solver: Solver = "ddpm", spacing: Spacing = "leading"
-    ) -> StepTable:
+    def table(self, settings: ChainSettings = DEFAULT_CHAIN) -> StepTable:
         """The rows that `sample` runs for these settings."""
-        key = steps, solver, spacing
-        if key not in self._tables:
+        if settings not in self._tables:
             if len(self._tables) >= _MAX_TABLES:
                 self._tables.clear()
-            self._tables[key] = self.spec.step_table(steps, solver=solver, spacing=spacing)
-        return self._tables[key]
+            self._tables[settings] = self.spec.step_table(settings)
+        return self._tables[settings]
 
     def sample(
         self,
@@ -108,6 +106,7 @@ class Sampler:
         *,
         steps: int | None = None,
         solver: Solver = "ddpm",
+        eta: float | None = None,
         spacing: Spacing = "leading",
         seed: int | None = None,
         first_index: int = 0,
@@ -117,7 +116,8 @@ class Sampler:
     ) -> Array:
         """Draw `count` images: float32 (count, C, H, W) in the model's value range.
 
-        steps: of the chain, 1 .. T (None: all T). solver, spacing: which table of steps.
+        steps: of the chain, 1 .. T (None: all T). solver: "ddpm", "ddim" or "dpmpp-2m". eta: of ddim, 0 to 1
+            (None: 0). spacing: of the timesteps: "leading", "trailing", "linspace" or "openai".
         seed: 0 .. 2⁶⁴ - 1 (None: a fresh one). Sample i of the call has sample index first_index + i.
         labels: of a class-conditional model, by name or number: one for all, or one for each sample. None:
             each class in turn, by sample index.
@@ -134,6 +134,7 @@ class Sampler:
             count,
             steps=steps,
             solver=solver,
+            eta=eta,
             spacing=spacing,
             seed=seed,
             first_index=first_index,
@@ -157,6 +158,7 @@ class Sampler:
         *,
         steps: int | None = None,
         solver: Solver = "ddpm",
+        eta: float | None = None,
         spacing: Spacing = "leading",
         seed: int | None = None,
         first_index: int = 0,
@@ -178,7 +180,7 @@ class Sampler:
             raise SettingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
         if not 0 <= first_index <= 2**64 - count:
             raise SettingError(f"first_index must be from 0 to 2^64 - count, not {first_index}")
-        table = self.table(steps, solver=solver, spacing=spacing)
+        table = self.table(ChainSettings(steps=steps, solver=solver, eta=eta, spacing=spacing))
         return self._run(count, table, seed, first_index, self._labels(labels, count), noise, callback)
 
     def _labels(self, labels: Label | Sequence[Label] | Labels | None, count: int) -> _LabelsOf:

@@ -1,0 +1,60 @@
+"""Which timesteps a chain of fewer steps than T visits: pure functions (T, N) → (N,), descending.
+
+Each is a peer's, by its name there, so that its chains can be repeated.
+"""
+
+from collections.abc import Callable
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.errors import SettingError
+
+Spacing = Literal["leading", "trailing", "linspace", "openai"]
+Timesteps = NDArray[np.int64]
+
+
+def leading(total: int, steps: int) -> Timesteps:
+    """(N - 1)·(T // N), …, T // N, 0 (diffusers' "leading"): ends at 0, and begins below T - 1."""
+    return np.arange(steps)[::-1] * (total // steps)
+
+
+def trailing(total: int, steps: int) -> Timesteps:
+    """T - 1, and from there down by T / N, rounded (diffusers' "trailing"): begins at T - 1, and ends above 0."""
+    return np.arange(total, 0, -total / steps)[:steps].round().astype(np.int64) - 1
+
+
+def linspace(total: int, steps: int) -> Timesteps:
+    """From T - 1 to 0 evenly, rounded (diffusers' "linspace"); a single step is at 0."""
+    return np.linspace(0, total - 1, steps).round()[::-1].astype(np.int64)
+
+
+def openai(total: int, steps: int) -> Timesteps:
+    """From T - 1 to 0 by (T - 1)/(N - 1), summed and rounded as in `space_timesteps` of improved-diffusion."""
+    stride = (total - 1) / (steps - 1) if steps > 1 else 1.0
+    return np.cumsum([0.0, *[stride] * (steps - 1)]).round()[::-1].astype(np.int64)
+
+
+# What a name on a command line or in `Sampler.sample` stands for.
+SPACINGS: Final[dict[Spacing, Callable[[int, int], Timesteps]]] = {
+    "leading": leading,
+    "trailing": trailing,
+    "linspace": linspace,
+    "openai": openai,
+}
+
+
+def spaced(spacing: Spacing, total: int, steps: int) -> Timesteps:
+    """The timesteps of a chain of `steps` steps, by the name of the spacing.
+
+    Raises SettingError where there is no such spacing, or not 1 ≤ steps ≤ T.
+    """
+    if spacing not in SPACINGS:
+        raise SettingError(f"spacing {spacing!r} is not known: choose from {', '.join(SPACINGS)}")
+    if not 1 <= steps <= total:
+        raise SettingError(
+            f"{steps} steps were asked for, but the model was trained with T = {total} timesteps: "
+            f"choose from 1 to {total}"
+        )
+    return SPACINGS[spacing](total, steps)

@@ -1,0 +1,362 @@
+"""Solvers, spacings and predictions: theory on Gaussian data, orders of convergence, then the peers."""
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ddpm_deploy.errors import SettingError
+from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.schedule import CosineBetas, LinearBetas, ScaledLinearBetas, Schedule, SigmoidBetas
+from ddpm_deploy.solvers import COLUMNS, Prediction, StepTable, ddim, ddpm, dpmpp_2m
+from ddpm_deploy.spacings import SPACINGS, Spacing, spaced
+from ddpm_deploy.spec import ChainSettings
+from ddpm_deploy.tolerances import TOLERANCES
+from tests.models import GaussianDenoiser, tiny_spec
+
+SCHEDULES = {
+    "linear": Schedule(LinearBetas().betas(1000)),
+    "scaled_linear": Schedule(ScaledLinearBetas().betas(1000)),
+    "cosine": Schedule(CosineBetas().betas(1000)),
+    "sigmoid": Schedule(SigmoidBetas().betas(1000)),
+}
+LINEAR = SCHEDULES["linear"]
+PREDICTIONS: list[Prediction] = ["epsilon", "v", "x0"]
+MEAN, STD = 0.3, 0.4  # of the data
+
+Vector = NDArray[np.float64]
+
+
+def denoised(x: Any, ac: Any) -> Any:
+    """E[x_0 | x_t] for the data, by Bayes."""
+    return MEAN + np.sqrt(ac) * STD**2 / (ac * STD**2 + 1 - ac) * (x - np.sqrt(ac) * MEAN)
+
+
+def noise_of(x: Any, ac: Any) -> Any:
+    """E[ε | x_t]."""
+    return (x - np.sqrt(ac) * denoised(x, ac)) / np.sqrt(1 - ac)
+
+
+def network(prediction: Prediction, x: Any, t: int, schedule: Schedule) -> Any:
+    """The optimal network for the data, whatever it predicts."""
+    ac = schedule.alphas_cumprod[t]
+    x0, epsilon = denoised(x, ac), noise_of(x, ac)
+    if prediction == "mean":  # of q(x_{t-1} | x_t, x_0), by conditioning the joint Gaussian
+        before = schedule.alphas_cumprod[t - 1] if t else 1.0
+        kt = np.sqrt(ac / before) * (1 - before) / (1 - ac)
+        return kt * x + (np.sqrt(before) - kt * np.sqrt(ac)) * x0
+    return {"epsilon": epsilon, "v": np.sqrt(ac) * epsilon - np.sqrt(1 - ac) * x0, "x0": x0}[prediction]
+
+
+def run(
+    table: StepTable,
+    prediction: Prediction,
+    schedule: Schedule,
+    x: Any,
+    noise: Callable[[int], Any] = lambda step: 0.0,
+) -> Any:
+    """The table's rows in float64."""
+    x0 = np.zeros_like(x)
+    for step, row in enumerate(table.rows):
+        r = dict(zip(COLUMNS, row, strict=True))
+        out = network(prediction, x, int(r["t"]), schedule)
+        before, x0 = x0, np.clip(r["a"] * x + r["b"] * out, r["lo"], r["hi"])
+        x = r["c"] * x0 + r["d"] * x + r["e"] * noise(step) + r["f"] * before + r["g"] * out
+    return x
+
+
+# --- theory ---------------------------------------------------------------------------------------
+
+
+def exact_ddim(schedule: Schedule, timesteps: NDArray[np.int64], eta: float) -> tuple[float, float]:
+    """Mean and variance of DDIM's output on the data, by equation 12 of Song et al.: every step is affine."""
+    ac = schedule.alphas_cumprod
+    m, v = 0.0, 1.0
+    for i, t in enumerate(timesteps):
+        here, there = ac[t], ac[timesteps[i + 1]] if i + 1 < len(timesteps) else 1.0
+        sigma = eta * np.sqrt((1 - there) / (1 - here)) * np.sqrt(1 - here / there)
+
+        def step(x: float, here: float = here, there: float = there, sigma: float = sigma) -> float:
+            epsilon = noise_of(x, here)
+            return float(
+                np.sqrt(there) * (x - np.sqrt(1 - here) * epsilon) / np.sqrt(here)
+                + np.sqrt(1 - there - sigma**2) * epsilon
+            )
+
+        m, slope = step(m), step(1.0) - step(0.0)
+        v = slope**2 * v + sigma**2
+    return m, v
+
+
+def exact_2m(schedule: Schedule, timesteps: NDArray[np.int64]) -> tuple[float, float]:
+    """The same of DPM-Solver++(2M), by algorithm 2 of Lu et al.: the output is affine in x_T."""
+
+    def solve(x: float) -> float:
+        alpha = np.sqrt(schedule.alphas_cumprod[timesteps])
+        sigma = np.sqrt(1 - alpha**2)
+        lam = np.log(alpha / sigma)
+        q: list[float] = []
+        for i, t in enumerate(timesteps):
+            q.append(float(denoised(x, schedule.alphas_cumprod[t])))
+            if i + 1 == len(timesteps):
+                return q[-1]
+            h = lam[i + 1] - lam[i]
+            d = q[-1]
+            if i:
+                r = (lam[i] - lam[i - 1]) / h
+                d = (1 + 1 / (2 * r)) * q[-1] - 1 / (2 * r) * q[-2]
+            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * (np.exp(-h) - 1) * d
+        return x
+
+    offset = solve(0.0)
+    return offset, (solve(1.0) - offset) ** 2
+
+
+def moments(table: StepTable, prediction: Prediction, schedule: Schedule) -> tuple[float, float]:
+    """Mean and variance of a table's output: it is affine in x_T and in the noise of each step."""
+    size = len(table) + 1
+    unit = np.eye(size + 1)  # all zero but one, last: all zero
+    out = run(table, prediction, schedule, unit[0], lambda step: unit[step + 1])
+    gains = out[:size] - out[size]
+    return float(out[size]), float((gains**2).sum())
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("prediction", [*PREDICTIONS, "mean"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [250, 50, 7])
+def test_tables_give_the_exact_moments_on_gaussian_data(
+    kind: str, prediction: Prediction, spacing: Spacing, steps: int
+) -> None:
+    schedule, timesteps = SCHEDULES[kind], spaced(spacing, 1000, steps)
+    limit = TOLERANCES["gaussian_table"].limit
+    for eta, raw in itertools.product((0.0, 0.5, 1.0), (False, True)):
+        table = ddim(
+            schedule, timesteps, prediction=prediction, eta=eta, clip=None, use_clipped_model_output=not raw
+        )
+        np.testing.assert_allclose(
+            moments(table, prediction, schedule), exact_ddim(schedule, timesteps, eta), rtol=limit
+        )
+    table = dpmpp_2m(schedule, timesteps, prediction=prediction, clip=None)
+    np.testing.assert_allclose(
+        moments(table, prediction, schedule), exact_2m(schedule, timesteps), rtol=limit
+    )
+
+
+def test_ddim_at_eta_1_is_ancestral_sampling() -> None:
+    timesteps = spaced("leading", 1000, 50)
+    wanted = ddpm(LINEAR, timesteps, variance="fixed_small")
+    np.testing.assert_allclose(ddim(LINEAR, timesteps, eta=1.0).rows, wanted.rows, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1000, 50])
+def test_a_predicted_mean_is_ancestral_sampling(steps: int) -> None:
+    """Unclipped it is the chain of a predicted ε, full or strided."""
+    timesteps = spaced("leading", 1000, steps)
+    results = [
+        moments(ddpm(LINEAR, timesteps, prediction=prediction, clip=None), prediction, LINEAR)
+        for prediction in ("epsilon", "mean")
+    ]
+    np.testing.assert_allclose(*results, rtol=1e-9)
+    full = ddpm(LINEAR, spaced("leading", 1000, 1000), prediction="mean")
+    assert (full["g"] == 1).all()
+    assert (full["c"] == 0).all()
+    assert (full["d"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("solver", "least", "most"), [(ddim, 0.95, 1.02), (dpmpp_2m, 1.85, 2.15)], ids=["ddim", "2m"]
+)
+def test_orders_of_convergence(solver: Any, least: float, most: float) -> None:
+    """Against the exact solution of the probability-flow ODE, which for Gaussian data scales x_t - √ᾱ·mean.
+
+    The last row, the jump to ᾱ = 1, is left out.
+    """
+    ac = LINEAR.alphas_cumprod
+    variance = ac * STD**2 + 1 - ac
+    errors, counts = [], [50, 100, 200, 500]
+    for count in counts:
+        timesteps = np.linspace(0, 999, count + 1).round()[::-1].astype(np.int64)
+        rows = solver(LINEAR, timesteps, clip=None).rows[:-1]
+        got = run(StepTable(rows), "epsilon", LINEAR, np.array(1.0))
+        exact = np.sqrt(ac[0]) * MEAN + (1.0 - np.sqrt(ac[-1]) * MEAN) * np.sqrt(variance[0] / variance[-1])
+        errors.append(abs(float(got) - exact))
+    slopes = -np.diff(np.log(errors)) / np.diff(np.log(counts))
+    assert (slopes >= least).all(), slopes
+    assert (slopes <= most).all(), slopes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver": "ddim", "steps": 50},
+        {"solver": "ddim", "steps": 50, "eta": 0.7, "spacing": "trailing"},
+        {"solver": "dpmpp-2m", "steps": 20, "spacing": "linspace"},
+    ],
+)
+def test_running_chains_have_the_exact_moments(settings: dict[str, Any]) -> None:
+    """The Sampler in float32, on the addressed noise, within five standard errors."""
+    spec = msgspec.structs.replace(tiny_spec((1, 32, 32)), value_range=(-1e6, 1e6))  # as good as unclipped
+    sampler = Sampler(GaussianDenoiser(spec, 8, mean=MEAN, std=STD))
+    x = sampler.sample(8, seed=1, **settings).astype(np.float64)
+    timesteps = sampler.table(ChainSettings(**settings)).timesteps
+    mean, variance = (
+        exact_2m(LINEAR, timesteps)
+        if settings["solver"] == "dpmpp-2m"
+        else exact_ddim(LINEAR, timesteps, settings.get("eta", 0.0))
+    )
+    assert abs(x.mean() - mean) < 5 * (variance / x.size) ** 0.5
+    assert abs(x.var() - variance) < 5 * variance * (2 / x.size) ** 0.5
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("total", [1, 2, 10, 1000, 4000])
+def test_spacings_fall_within_their_range(spacing: Spacing, total: int) -> None:
+    for steps in sorted({1, 2, 3, 7, total // 3 or 1, total - 1 or 1, total}):
+        if steps <= total:
+            timesteps = spaced(spacing, total, steps)
+            assert len(timesteps) == steps
+            assert (np.diff(timesteps) < 0).all()
+            assert 0 <= timesteps[-1] <= timesteps[0] < total
+    assert spaced(spacing, total, total).tolist() == list(range(total))[::-1]
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "problem"),
+    [
+        ([], "must fall"),
+        ([3, 3, 0], "must fall"),
+        ([0, 5], "must fall"),
+        ([1000, 0], "at most 999"),
+        ([5, -1], "0 or more"),
+    ],
+)
+def test_timesteps_that_are_no_chain(timesteps: list[int], problem: str) -> None:
+    for solver in (ddpm, ddim, dpmpp_2m):
+        with pytest.raises(SettingError, match=problem):
+            solver(LINEAR, timesteps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"solver": "euler"}, "solver 'euler' is not known: choose from ddpm, ddim, dpmpp-2m"),
+        ({"spacing": "even"}, "spacing 'even' is not known: choose from leading"),
+        ({"eta": 0.5}, "eta is of the solver ddim, and ddpm has none"),
+        ({"solver": "ddim", "eta": 1.5}, "eta must be from 0 to 1, not 1.5"),
+        ({"solver": "ddim", "eta": float("nan")}, "eta must be from 0 to 1"),
+        ({"steps": 1001}, "choose from 1 to 1000"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SettingError, match=problem):
+        tiny_spec().step_table(ChainSettings(**settings))
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def diffusers() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("diffusers")
+
+
+PEER_SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+    "sigmoid": "sigmoid",
+}
+PEER_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_betas_are_those_of_diffusers(diffusers: Any, kind: str) -> None:
+    peer = diffusers.DDPMScheduler(beta_schedule=PEER_SCHEDULES[kind])
+    np.testing.assert_allclose(
+        SCHEDULES[kind].betas, peer.betas.numpy(), rtol=TOLERANCES["diffusers_betas"].limit
+    )
+
+
+@pytest.mark.parametrize("steps", [1000, 250, 50, 20, 10, 7])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_spacings_are_those_of_diffusers(diffusers: Any, spacing: Spacing, steps: int) -> None:
+    peer = diffusers.DDPMScheduler(timestep_spacing=spacing)
+    peer.set_timesteps(steps)
+    assert peer.timesteps.tolist() == spaced(spacing, 1000, steps).tolist()
+
+
+@pytest.mark.parametrize("steps", [1000, 250, 50, 20, 10, 7])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_ddim_is_that_of_diffusers(diffusers: Any, kind: str, prediction: Prediction, steps: int) -> None:
+    """Whole chains on shared noise; leading, the only spacing whose steps its scheduler follows."""
+    import torch
+
+    schedule, timesteps = SCHEDULES[kind], spaced("leading", 1000, steps)
+    rng = np.random.default_rng(0)
+    start, noise = rng.standard_normal((2, 1, 4, 4)), rng.standard_normal((steps, 2, 1, 4, 4))
+    for eta, clip, clipped_output in itertools.product((0.0, 0.6), (True, False), (True, False)):
+        peer = diffusers.DDIMScheduler(
+            trained_betas=schedule.betas, clip_sample=clip, prediction_type=PEER_PREDICTIONS[prediction]
+        )
+        peer.set_timesteps(steps)
+        theirs = start
+        for step, t in enumerate(timesteps.tolist()):
+            theirs = peer.step(
+                torch.from_numpy(network(prediction, theirs, t, schedule)),
+                t,
+                torch.from_numpy(theirs),
+                eta=eta,
+                use_clipped_model_output=clipped_output,
+                variance_noise=torch.from_numpy(noise[step]) if eta else None,
+            ).prev_sample.numpy()
+        table = ddim(
+            schedule,
+            timesteps,
+            prediction=prediction,
+            eta=eta,
+            clip=(-1, 1) if clip else None,
+            use_clipped_model_output=clipped_output,
+        )
+        mine = run(table, prediction, schedule, start, lambda step: noise[step])
+        assert np.abs(mine - theirs).max() <= TOLERANCES[f"diffusers_ddim_{kind}"].limit
+
+
+@pytest.mark.filterwarnings("ignore:__array__")  # of diffusers about itself
+@pytest.mark.parametrize(
+    ("spacing", "steps"),
+    [*itertools.product(["linspace", "trailing"], [250, 50, 20, 10, 7]), ("trailing", 1000)],
+)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_dpmpp_2m_is_that_of_diffusers(
+    diffusers: Any, kind: str, prediction: Prediction, spacing: str, steps: int
+) -> None:
+    """On its own timesteps: its linspace is one of N + 1 without the last."""
+    import torch
+
+    peer = diffusers.DPMSolverMultistepScheduler(
+        trained_betas=SCHEDULES[kind].betas,
+        prediction_type=PEER_PREDICTIONS[prediction],
+        timestep_spacing=spacing,
+    )
+    peer.set_timesteps(steps)
+    timesteps, schedule = peer.timesteps.numpy(), SCHEDULES[kind]
+    start = theirs = np.random.default_rng(0).standard_normal((2, 1, 4, 4))
+    for t in timesteps.tolist():
+        out = torch.from_numpy(network(prediction, theirs, t, schedule))
+        theirs = peer.step(out, t, torch.from_numpy(theirs)).prev_sample.numpy()
+    table = dpmpp_2m(schedule, timesteps, prediction=prediction, clip=None)
+    mine = run(table, prediction, schedule, start)
+    assert np.abs(mine - theirs).max() <= TOLERANCES[f"diffusers_2m_{kind}"].limit
