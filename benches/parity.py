@@ -1,12 +1,16 @@
 """The exported network against PyTorch, on the model that `make demo` trained."""
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from benches.table import Row
+from ddpm_deploy.export.graph import export_onnx
+from ddpm_deploy.export.precision import calibrate
 from ddpm_deploy.runtime.ort import OrtDenoiser
-from ddpm_deploy.runtime.parity import judge, record
+from ddpm_deploy.runtime.parity import StepErrors, Trajectory, judge, record
+from ddpm_deploy.train.checkpoint import load_network
 from ddpm_deploy.train.denoiser import TorchDenoiser
 
 _DEMO: Final = Path(__file__).parent.parent / "demo"
@@ -33,3 +37,29 @@ def measure() -> Iterator[Row]:
     psnr = float(result.psnr.min())
     label = f"trained digits, full chain: PSNR of the worst of {_IMAGES} images"
     yield Row(label, f"{psnr:.0f} dB", f"≥ {result.tolerance.psnr:.0f} dB", psnr >= result.tolerance.psnr)
+    yield from _half(checkpoint, trajectory)
+
+
+def _half(checkpoint: Path, trajectory: Trajectory) -> Iterator[Row]:
+    """Rows for float16: as the oracle of its hardware computes, and the exported file in ONNX Runtime."""
+    network, spec = load_network(checkpoint)
+    calibration = calibrate(network, trajectory, "fp16")
+    yield from _by_range("oracle", calibration.steps, low=1e-2, high=2e-3)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "digits.fp16.onnx"
+        export_onnx(network, spec, path, precision="fp16")
+        result = judge(trajectory, OrtDenoiser(path))
+    yield from _by_range("file in ONNX Runtime", result.steps, low=3e-3, high=1e-3)
+    psnr = float(result.psnr.min())
+    label = f"trained digits, fp16 file, full chain: PSNR of the worst of {_IMAGES} images"
+    yield Row(label, f"{psnr:.0f} dB", "≥ 60 dB", psnr >= 60)
+
+
+def _by_range(what: str, steps: Sequence[StepErrors], *, low: float, high: float) -> Iterator[Row]:
+    for label, limit, inside in (
+        ("t < 10", low, [s for s in steps if s.timestep < 10]),
+        ("t ≥ 100", high, [s for s in steps if s.timestep >= 100]),
+    ):
+        error = max(step.relative_rms for step in inside)
+        name = f"trained digits, fp16 {what}, {label}: RMS error of ε ÷ RMS of ε"
+        yield Row(name, f"{error:.1e}", f"≤ {limit:.0e}", error <= limit)

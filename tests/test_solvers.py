@@ -129,7 +129,7 @@ def moments(table: StepTable, prediction: Prediction, schedule: Schedule) -> tup
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("prediction", [*PREDICTIONS, "mean"])
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("steps", [250, 50, 7])
+@pytest.mark.parametrize("steps", [50, 7])
 def test_tables_give_the_exact_moments_on_gaussian_data(
     kind: str, prediction: Prediction, spacing: Spacing, steps: int
 ) -> None:
@@ -306,7 +306,8 @@ def test_ddim_is_that_of_diffusers(diffusers: Any, kind: str, prediction: Predic
     schedule, timesteps = SCHEDULES[kind], spaced("leading", 1000, steps)
     rng = np.random.default_rng(0)
     start, noise = rng.standard_normal((2, 1, 4, 4)), rng.standard_normal((steps, 2, 1, 4, 4))
-    for eta, clip, clipped_output in itertools.product((0.0, 0.6), (True, False), (True, False)):
+    etas = (0.0, 0.6) if steps < 1000 else (0.6,)
+    for eta, clip, clipped_output in itertools.product(etas, (True, False), (True, False)):
         peer = diffusers.DDIMScheduler(
             trained_betas=schedule.betas, clip_sample=clip, prediction_type=PEER_PREDICTIONS[prediction]
         )
@@ -330,7 +331,7 @@ def test_ddim_is_that_of_diffusers(diffusers: Any, kind: str, prediction: Predic
             use_clipped_model_output=clipped_output,
         )
         mine = run(table, prediction, schedule, start, lambda step: noise[step])
-        assert np.abs(mine - theirs).max() <= TOLERANCES[f"diffusers_ddim_{kind}"].limit
+        assert np.abs(mine - theirs).max() <= TOLERANCES["diffusers_ddim"].limit
 
 
 @pytest.mark.filterwarnings("ignore:__array__")  # of diffusers about itself
@@ -359,4 +360,5 @@ def test_dpmpp_2m_is_that_of_diffusers(
         theirs = peer.step(out, t, torch.from_numpy(theirs)).prev_sample.numpy()
     table = dpmpp_2m(schedule, timesteps, prediction=prediction, clip=None)
     mine = run(table, prediction, schedule, start)
-    assert np.abs(mine - theirs).max() <= TOLERANCES[f"diffusers_2m_{kind}"].limit
+    limit = TOLERANCES["diffusers_2m_cosine" if kind == "cosine" else "diffusers_2m"].limit
+    assert np.abs(mine - theirs).max() <= limit
