@@ -20,7 +20,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.cli import main as ddpm_deploy
+from ddpm_deploy.cli.export import _require_same_model
 from ddpm_deploy.cli.run import _SOLVERS, _SPACINGS
 from ddpm_deploy.cli.train import _PRESETS
 from ddpm_deploy.version import __version__
@@ -528,12 +530,16 @@ def test_bad_arguments_of_export(checkpoint_path: Path, arguments: list[object],
 
 
 def test_export_does_not_replace_another_model(tmp_path: Path, checkpoint_path: Path) -> None:
-    output = tmp_path / "x.onnx"
+    """Without --force; and names with spaces can be pasted."""
+    output = tmp_path / "my model.onnx"
     output.write_text("another")
     refused(call("export", checkpoint_path, "-o", output), 1, "holds another model", "--force")
     assert output.read_text() == "another"
-    assert call("export", checkpoint_path, "-o", output, "--force").exit_code == 0
-    assert call("export", checkpoint_path, "-o", output).exit_code == 0
+    exported = call("export", checkpoint_path, "-o", output, "--force")
+    assert exported.exit_code == 0
+    assert f"ddpm-run '{output}'" in exported.stdout
+    refused(call("export", checkpoint_path, "-o", output, "--fp16"), 1, "holds another model or precision")
+    _require_same_model(output, read_spec(checkpoint_path).provenance.digest, "fp32")
 
 
 def test_training_does_not_replace_a_model(tmp_path: Path, checkpoint_path: Path) -> None:
@@ -564,12 +570,6 @@ def test_raw_weights_are_verified_as_such(tmp_path: Path, checkpoint_path: Path)
     averaged = call("verify", checkpoint_path, raw, "--steps", 10)
     assert averaged.exit_code == 1
     assert "its weights are others than the reference's" in averaged.stderr
-
-
-def test_names_with_spaces_can_be_pasted(tmp_path: Path, checkpoint_path: Path) -> None:
-    model = tmp_path / "my model.pt"
-    model.write_bytes(checkpoint_path.read_bytes())
-    assert f"ddpm-run '{tmp_path}/my model.onnx'" in call("export", model).stdout
 
 
 def test_a_mistake_names_the_command_that_was_typed() -> None:
