@@ -48,13 +48,13 @@ PARITY: Final[dict[str, Parity]] = {
     "fp16": Parity(
         prediction=((0.0, 1e-2), (0.1, 5e-3)),
         psnr=60.0,
-        measured="2026-11-25, the oracle, trained digits, 4 images, every t: 2.7e-3 (below 10), 4.0e-4 (from 100 up), 69 dB; "
+        measured="2026-11-25, the oracle, trained digits, every t: 2.7e-3 (below 10), 4.0e-4 (from 100 up), 69 dB; "
         "random weights of the cifar10 network: 2.1e-3 at any t, 71 dB",
     ),
     "bf16": Parity(
         prediction=((0.0, 8e-2), (0.1, 4e-2)),
         psnr=42.0,
-        measured="2026-11-25, the oracle, trained digits, 4 images, every t: 2.5e-2 (below 10), 3.1e-3 (from 100 up), 57 dB; "
+        measured="2026-11-25, the oracle, trained digits, every t: 2.5e-2 (below 10), 3.1e-3 (from 100 up), 57 dB; "
         "random weights of the cifar10 network: 1.8e-2 at any t, 52 dB",
     ),
 }
