@@ -239,7 +239,7 @@ def test_a_replayed_picture_takes_no_settings_of_its_own(onnx_path: Path) -> Non
     refused(
         call("run", onnx_path, "--replay", "x.png", "--steps", 3, "-o", "y.png"),
         2,
-        "--output, --steps: a picture to --replay",
+        "--output, --steps cannot be given with --replay",
     )
 
 

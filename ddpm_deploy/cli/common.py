@@ -4,7 +4,7 @@ import errno
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -188,15 +188,33 @@ def open_denoiser(
 
 
 def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path]) -> None:
-    """Refuse outputs that cannot be written, or that would replace one another or what is read."""
-    from ddpm_deploy.files import require_output, show
+    """Refuse files that cannot be written, or that would replace one another or what is read."""
+    from ddpm_deploy.files import require_output
 
-    taken = {path.resolve() for path in inputs}
+    taken = list(inputs)
     for path in filter(None, outputs):
         require_output(path)
-        if path.resolve() in taken:
-            raise SettingError(f"{show(path)} is another file of this command: name the output otherwise")
-        taken.add(path.resolve())
+        require_apart(path, taken)
+        taken.append(path)
+
+
+def require_apart(output: Path, others: Iterable[Path]) -> None:
+    """Refuse an output, a file or a folder, that is one of the other files of a command."""
+    from ddpm_deploy.files import show
+
+    if output.resolve() in {path.resolve() for path in others}:
+        raise SettingError(f"{show(output)} is another file of this command: name the output otherwise")
+
+
+def refuse_given(ctx: click.Context, allowed: Container[str], why: str) -> None:
+    """A mistake in the command line where options were typed other than the allowed ones."""
+    given = sorted(
+        "--" + name.replace("_", "-")
+        for name in ctx.params
+        if name not in allowed and ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+    )
+    if given:
+        raise click.UsageError(f"{', '.join(given)} {why}")
 
 
 weights_option = click.option(

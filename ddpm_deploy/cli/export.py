@@ -14,7 +14,7 @@ from ddpm_deploy.cli.progress import stage
 if TYPE_CHECKING:
     from ddpm_deploy.export.graph import Export
     from ddpm_deploy.runtime.parity import StepErrors
-    from ddpm_deploy.spec import Precision
+    from ddpm_deploy.spec import ModelSpec, Precision
 
 
 @command(
@@ -72,16 +72,13 @@ def main(
     from ddpm_deploy.artefact import read_spec
     from ddpm_deploy.dependencies import require, require_onnxruntime
     from ddpm_deploy.errors import SettingError
-    from ddpm_deploy.files import quoted, show
+    from ddpm_deploy.files import show
     from ddpm_deploy.runtime.proof import proof_path
 
     if fp16:
-        if (
-            ctx.get_parameter_source("precision") == click.core.ParameterSource.COMMANDLINE
-            and precision != "fp16"
-        ):
-            raise click.UsageError(f"--fp16 and --precision {precision} exclude each other")
-        precision = "fp16"
+        precision = _half(ctx, precision)
+    if every and precision == "fp32":
+        raise click.UsageError("--all is of the calibration of bf16 and fp16")
     read_spec(checkpoint)  # a broken or foreign file is refused before torch is loaded
     output = output or checkpoint.with_suffix(".onnx" if precision == "fp32" else f".{precision}.onnx")
     if engine or output.suffix.lower() == ".plan":
@@ -104,23 +101,38 @@ def main(
     export = export_onnx(network, spec, output, precision=precision, every=every, stages=stage)
     if report:
         _write_report(export, report)
+    _tell(export, checkpoint, output, spec)
+
+
+def _half(ctx: click.Context, precision: "Precision") -> "Precision":
+    """What --fp16 stands for, where --precision says nothing else."""
+    typed = ctx.get_parameter_source("precision") == click.core.ParameterSource.COMMANDLINE
+    if typed and precision != "fp16":
+        raise click.UsageError(f"--fp16 and --precision {precision} exclude each other")
+    return "fp16"
+
+
+def _tell(export: "Export", checkpoint: Path, output: Path, spec: "ModelSpec") -> None:
+    """What was written, how it was checked, and what comes next."""
+    from ddpm_deploy.files import quoted, show
+
+    weights, step = spec.provenance.weights, spec.provenance.step
+    precision = export.calibration.precision if export.calibration else "fp32"
     size = output.stat().st_size / 1e6
-    click.echo(
-        f"wrote {show(output)} ({precision}, {size:.1f} MB, {weights} weights of step {spec.provenance.step})"
-    )
-    _tell(export)
+    click.echo(f"wrote {show(output)} ({precision}, {size:.1f} MB, {weights} weights of step {step})")
+    _tell_checks(export)
     if precision == "bf16":
         click.echo(
             "it is for building engines: ONNX Runtime has no bfloat16 on a CPU, and cannot run it there"
         )
         return
-    click.echo("next:")
     raw = " --weights raw" if weights == "raw" else ""
+    click.echo("next:")
     click.echo(f"  ddpm-verify {quoted(checkpoint)} {quoted(output)}{raw}")
     click.echo(f"  ddpm-run {quoted(output)} --steps {spec.timesteps} -o samples.png")
 
 
-def _tell(export: "Export") -> None:
+def _tell_checks(export: "Export") -> None:
     worst, psnr = _largest(export.comparison.steps), float(export.comparison.psnr.min())
     click.echo(
         f"checked against PyTorch in ONNX Runtime: error at most {worst.relative_rms:.1e} of the prediction's RMS "
@@ -150,14 +162,13 @@ def _largest(steps: "Sequence[StepErrors]") -> "StepErrors":
 
 
 def _write_report(export: "Export", path: Path) -> None:
+    from ddpm_deploy.cli.report import predictions_json
     from ddpm_deploy.files import atomic
 
     found = export.calibration
     content = {
         "within_tolerance": export.comparison.within,
-        "onnxruntime": [
-            asdict(step) | {"relative_rms": step.relative_rms} for step in export.comparison.steps
-        ],
+        "onnxruntime": predictions_json(export.comparison.steps),
         "psnr": [None if value == float("inf") else value for value in export.comparison.psnr.tolist()],
     }
     if found:
@@ -166,7 +177,7 @@ def _write_report(export: "Export", path: Path) -> None:
             "islands": found.islands,
             "convolutions": found.convolutions,
             "ranges": {name: asdict(seen) for name, seen in found.ranges.items()},
-            "oracle": [asdict(step) | {"relative_rms": step.relative_rms} for step in found.steps],
+            "oracle": predictions_json(found.steps),
         }
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -11,7 +11,7 @@ from ddpm_deploy.cli.progress import plural
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import OutputError
 from ddpm_deploy.files import atomic, show
-from ddpm_deploy.runtime.parity import Comparison, Trajectory, summarise
+from ddpm_deploy.runtime.parity import Comparison, StepErrors, Trajectory, summarise
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.version import __version__
 
@@ -116,15 +116,17 @@ def _rung_json(rung: Rung) -> dict[str, Any]:
         "milliseconds": rung.milliseconds,
         "megabytes": rung.megabytes,
         "psnr": [_finite(value) for value in comparison.psnr],
-        "predictions": [
-            {
-                name: _finite(value)
-                for name, value in (asdict(step) | {"relative_rms": step.relative_rms}).items()
-            }
-            for step in comparison.steps
-        ],
+        "predictions": predictions_json(comparison.steps),
         "spec": rung.spec.to_builtins(),
     }
+
+
+def predictions_json(steps: Sequence[StepErrors]) -> list[dict[str, float | None]]:
+    """The errors of predictions, one of them a timestep."""
+    return [
+        {name: _finite(value) for name, value in (asdict(step) | {"relative_rms": step.relative_rms}).items()}
+        for step in steps
+    ]
 
 
 def _finite(value: float) -> float | None:

@@ -4,20 +4,29 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from ddpm_deploy.cli.common import FilePath, command, logger, open_denoiser, weights_option
-from ddpm_deploy.cli.progress import duration, peak_memory, plural, progress, time_step
-from ddpm_deploy.errors import SettingError
+from ddpm_deploy.cli.common import (
+    FilePath,
+    command,
+    logger,
+    open_denoiser,
+    refuse_given,
+    require_apart,
+    weights_option,
+)
+from ddpm_deploy.cli.progress import duration, peak_memory, plural, stage, time_step
 from ddpm_deploy.version import __version__
 
 if TYPE_CHECKING:
     from ddpm_deploy.runtime.denoiser import Labels
+    from ddpm_deploy.runtime.images import Destination
     from ddpm_deploy.runtime.sampler import Sampler
     from ddpm_deploy.solvers import Solver
     from ddpm_deploy.spacings import Spacing
+    from ddpm_deploy.spec import ChainSettings
 
 # Of solvers.Solver and spacings.Spacing, named here without NumPy, so that --help is quick.
 _SOLVERS: Final = ("ddpm", "ddim", "dpmpp-2m")
@@ -116,19 +125,18 @@ def main(
 ) -> None:
     """Draw images from MODEL, an exported .onnx file (or a .pt checkpoint, run in PyTorch)."""
     from ddpm_deploy.artefact import read_spec, require_intact
-    from ddpm_deploy.files import show
     from ddpm_deploy.runtime.images import Destination
     from ddpm_deploy.runtime.proof import proof_path
     from ddpm_deploy.runtime.sampler import Sampler
     from ddpm_deploy.spec import ChainSettings
 
-    if replay:
-        _refuse_settings(ctx)
     read_spec(model)
     require_intact(model)
-    if output.resolve() in (model.resolve(), proof_path(model).resolve()):
-        raise SettingError(f"{show(output)} is another file of this command: name the output otherwise")
+    if replay:
+        refuse_given(ctx, _WITH_REPLAY, "cannot be given with --replay: the picture has its own settings")
+    require_apart(output, [model, proof_path(model)])
     seed = secrets.randbits(32) if seed is None else seed
+    settings = ChainSettings(steps=steps, solver=solver, eta=eta, spacing=spacing)
     denoiser = open_denoiser(
         model, weights=weights, device=device, threads=threads, max_batch=batch and min(batch, count)
     )
@@ -136,55 +144,54 @@ def main(
         if replay:
             _replay(sampler, replay)
             return
-        spec = sampler.spec
-        cycle = [spec.label(label) for label in labels]
-        table = sampler.table(ChainSettings(steps=steps, solver=solver, eta=eta, spacing=spacing))
-        origin = {
-            "model": spec.provenance.digest,
-            "seed": seed,
-            "solver": solver,
-            "steps": len(table),
-            "spacing": spacing,
-            "eta": eta,
-            "labels": cycle,
-            "ddpm_deploy": __version__,
-        }
-        destination = Destination(output, count, first_index, spec, origin, as_float)
+        cycle = [sampler.spec.label(label) for label in labels]
+        origin = _origin(sampler, settings, seed, cycle)
+        destination = Destination(output, count, first_index, sampler.spec, origin, as_float)
         destination.check()
-        in_flight = min(count, denoiser.max_batch)
-        batches = -(-count // in_flight)
-        forecast = time_step(denoiser, in_flight) * len(table) * count / in_flight
-        images, chain = plural(count, "image"), plural(len(table), "step")
-        logger.info("%s · %s · about %s%s", images, chain, duration(forecast), peak_memory())
-        start = time.perf_counter()
-        with progress("sampling", length=batches * len(table)) as advance, destination.open() as write:
-            for samples in sampler.iter_samples(
-                count,
-                steps=steps,
-                solver=solver,
-                eta=eta,
-                spacing=spacing,
-                seed=seed,
-                first_index=first_index,
-                labels=_in_turn(cycle, first_index, count),
-                callback=lambda step, x, x0: advance(1, None),
-            ):
-                write(samples)
-        took = time.perf_counter() - start
-    click.echo(f"{show(output)}: {images}, {chain}, seed {seed}, in {duration(took)}")
+        _sample(sampler, settings, seed, cycle, destination)
 
 
-def _refuse_settings(ctx: click.Context) -> None:
-    given = sorted(
-        "--" + name.replace("_", "-")
-        for name in ctx.params
-        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        and name not in _WITH_REPLAY
-    )
-    if given:
-        raise click.UsageError(
-            f"{', '.join(given)}: a picture to --replay has its own settings, and none is written"
-        )
+def _origin(sampler: "Sampler", settings: "ChainSettings", seed: int, cycle: list[int]) -> dict[str, Any]:
+    """What a picture says of where it came from."""
+    return {
+        "model": sampler.spec.provenance.digest,
+        "seed": seed,
+        "solver": settings.solver,
+        "steps": len(sampler.table(settings)),
+        "spacing": settings.spacing,
+        "eta": settings.eta,
+        "labels": cycle,
+        "ddpm_deploy": __version__,
+    }
+
+
+def _sample(
+    sampler: "Sampler", settings: "ChainSettings", seed: int, cycle: list[int], destination: "Destination"
+) -> None:
+    """Draw what the destination takes, with a word before and after."""
+    from ddpm_deploy.files import show
+
+    count, steps = destination.count, len(sampler.table(settings))
+    in_flight = min(count, sampler.denoiser.max_batch)
+    forecast = time_step(sampler.denoiser, in_flight) * steps * count / in_flight
+    images, chain = plural(count, "image"), plural(steps, "step")
+    logger.info("%s · %s · about %s%s", images, chain, duration(forecast), peak_memory())
+    start = time.perf_counter()
+    with stage("sampling", -(-count // in_flight) * steps) as advance, destination.open() as write:
+        for samples in sampler.iter_samples(
+            count,
+            steps=settings.steps,
+            solver=settings.solver,
+            eta=settings.eta,
+            spacing=settings.spacing,
+            seed=seed,
+            first_index=destination.first_index,
+            labels=_in_turn(cycle, destination.first_index, count),
+            callback=lambda step, x, x0: advance(1),
+        ):
+            write(samples)
+    took = duration(time.perf_counter() - start)
+    click.echo(f"{show(destination.path)}: {images}, {chain}, seed {seed}, in {took}")
 
 
 def _in_turn(cycle: Sequence[int], first_index: int, count: int) -> "Labels | None":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ddpm_deploy.cli.common import FilePath, command, logger
+from ddpm_deploy.cli.common import FilePath, command, logger, refuse_given
 from ddpm_deploy.cli.progress import progress
 from ddpm_deploy.errors import OutputError, SettingError
 
@@ -147,7 +147,7 @@ def main(
     require("torch", "train")
     require("PIL.Image", "train")
     if resume:
-        _refuse_settings(ctx)
+        refuse_given(ctx, _NEW_ON_RESUME, "cannot change on --resume: the checkpoint holds the settings")
         trainer = _resumed(resume, data, options)
     else:
         assert data is not None
@@ -190,18 +190,6 @@ def _train(trainer: "Trainer", output: Path) -> None:
         f"wrote {show(output)} (step {trainer.steps_done}); metrics and samples are in {show(session.folder)}"
     )
     click.echo(f"next: ddpm-export {quoted(output)}")
-
-
-def _refuse_settings(ctx: click.Context) -> None:
-    given = [
-        parameter
-        for parameter in ctx.params
-        if ctx.get_parameter_source(parameter) == click.core.ParameterSource.COMMANDLINE
-        and parameter not in _NEW_ON_RESUME
-    ]
-    if given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise click.UsageError(f"{names} cannot change on --resume: the checkpoint holds the settings")
 
 
 def _resumed(path: Path, data: str | None, options: dict[str, Any]) -> "Trainer":

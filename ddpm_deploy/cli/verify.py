@@ -11,6 +11,7 @@ from ddpm_deploy.cli.common import FilePath, check_outputs, command, logger, ope
 from ddpm_deploy.cli.progress import duration, plural, stage, time_step
 
 if TYPE_CHECKING:
+    from ddpm_deploy.cli.report import Rung
     from ddpm_deploy.runtime.denoiser import Denoiser
     from ddpm_deploy.runtime.parity import Trajectory
 
@@ -70,7 +71,6 @@ def main(
     """
     from ddpm_deploy.cli import report as reporting
     from ddpm_deploy.files import show
-    from ddpm_deploy.runtime.parity import judge
     from ddpm_deploy.runtime.proof import proof_path
 
     check_outputs([report, plot], [*models, *map(proof_path, models), *([proof] if proof else [])])
@@ -90,6 +90,26 @@ def main(
         first = open_denoiser(models[0], weights=weights, threads=threads, max_batch=count or 4)
         trajectory = _recorded(first, count or 4, steps, seed or 0, every, len(candidates))
         first.close()
+    rungs = _climb(candidates, trajectory, weights, threads)
+    click.echo(reporting.as_table(rungs, trajectory, reference))
+    if report:
+        reporting.write_json(rungs, trajectory, report)
+    if plot:
+        reporting.write_plot(rungs, plot)
+    ctx.exit(0 if all(rung.comparison.within for rung in rungs) else 1)
+
+
+def _climb(
+    candidates: "Sequence[Path]",
+    trajectory: "Trajectory",
+    weights: Literal["ema", "raw"],
+    threads: int | None,
+) -> "list[Rung]":
+    """Judge and time each candidate."""
+    from ddpm_deploy.cli.report import Rung
+    from ddpm_deploy.files import show
+    from ddpm_deploy.runtime.parity import judge
+
     denoisers = [
         open_denoiser(path, weights=weights, threads=threads, max_batch=trajectory.count)
         for path in candidates
@@ -101,16 +121,10 @@ def main(
         with stage(show(path), len(trajectory.timesteps) + trajectory.steps) as advance:
             comparisons.append(judge(trajectory, denoiser, advance))
     times = _milliseconds(denoisers, trajectory.count)
-    rungs = [
-        reporting.Rung(show(path), denoiser.spec, comparison, time, path.stat().st_size / 1e6)
+    return [
+        Rung(show(path), denoiser.spec, comparison, time, path.stat().st_size / 1e6)
         for path, denoiser, comparison, time in zip(candidates, denoisers, comparisons, times, strict=True)
     ]
-    click.echo(reporting.as_table(rungs, trajectory, reference))
-    if report:
-        reporting.write_json(rungs, trajectory, report)
-    if plot:
-        reporting.write_plot(rungs, plot)
-    ctx.exit(0 if all(comparison.within for comparison in comparisons) else 1)
 
 
 def _look_at(model: Path) -> None:

@@ -20,7 +20,7 @@ from ddpm_deploy.files import atomic, require_file, require_output, show
 from ddpm_deploy.runtime.denoiser import Array
 from ddpm_deploy.solvers import Solver
 from ddpm_deploy.spacings import Spacing
-from ddpm_deploy.spec import ChainSettings, ModelSpec
+from ddpm_deploy.spec import ModelSpec
 
 PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
 _LARGEST_GRID: Final = 4096  # images
@@ -88,11 +88,6 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     first_index: Annotated[int, msgspec.Meta(ge=0)] = 0
     count: Annotated[int, msgspec.Meta(ge=1, le=_LARGEST_GRID)] = 1
     labels: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
-
-    @property
-    def chain(self) -> ChainSettings:
-        """The chain that drew it."""
-        return ChainSettings(steps=self.steps, solver=self.solver, eta=self.eta, spacing=self.spacing)
 
 
 def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:

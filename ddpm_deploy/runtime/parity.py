@@ -327,7 +327,6 @@ class RangeErrors:
 
     top: int
     bottom: int
-    max: float
     relative_rms: float
     within: bool
 
@@ -344,7 +343,6 @@ def summarise(comparison: Comparison) -> list[RangeErrors]:
                 RangeErrors(
                     top - 1,
                     bottom,
-                    max(step.max for step in inside),
                     max(step.relative_rms for step in inside),
                     all(step.relative_rms <= comparison.limit(step) for step in inside),
                 )
