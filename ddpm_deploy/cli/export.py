@@ -69,9 +69,9 @@ def main(
     In half precision, what must stay in float32 is found by running real chains on an oracle of
     half-precision hardware; the report says what, and why.
     """
-    from ddpm_deploy.artefact import read_spec
+    from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec
     from ddpm_deploy.dependencies import require, require_onnxruntime
-    from ddpm_deploy.errors import SettingError
+    from ddpm_deploy.errors import ArtefactError, SettingError
     from ddpm_deploy.files import show
     from ddpm_deploy.runtime.proof import proof_path
 
@@ -79,6 +79,10 @@ def main(
         precision = _half(ctx, precision)
     if every and precision == "fp32":
         raise click.UsageError("--all is of the calibration of bf16 and fp16")
+    if checkpoint.suffix.lower() not in CHECKPOINT_SUFFIXES:
+        raise ArtefactError(
+            f"{show(checkpoint)} is not a checkpoint by its name: a .pt of ddpm-train is needed"
+        )
     read_spec(checkpoint)  # a broken or foreign file is refused before torch is loaded
     output = output or checkpoint.with_suffix(".onnx" if precision == "fp32" else f".{precision}.onnx")
     if engine or output.suffix.lower() == ".plan":
