@@ -9,7 +9,7 @@ device, run the rows in float32 and do not know which solver made them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +77,13 @@ def ddpm(
     of the timesteps is its own chain with β recomputed from the kept ᾱ (Nichol & Dhariwal 2021,
     section 4). `variance` is β̃ ("fixed_small") or β ("fixed_large"); the last step adds no noise.
     A predicted mean is used itself, unclipped, where the step is one of the full chain.
+
+    Raises SettingError where the variance is of another kind, as a learned one.
     """
+    if variance not in get_args(Variance):
+        raise SettingError(
+            f"variance {variance!r} is not supported: choose from {', '.join(get_args(Variance))}"
+        )
     step = _Steps(schedule, timesteps)
     k0, kt, posterior_variance = _posterior(step.here, step.there)
     sigma = np.sqrt(posterior_variance if variance == "fixed_small" else 1 - step.here / step.there)

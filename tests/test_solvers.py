@@ -261,6 +261,14 @@ def test_settings_out_of_range(settings: dict[str, Any], problem: str) -> None:
         tiny_spec().step_table(ChainSettings(**settings))
 
 
+@pytest.mark.parametrize("variance", ["learned", "learned_range", "fixed_small_log"])
+def test_other_variances_are_refused_by_name(variance: Any) -> None:
+    with pytest.raises(
+        SettingError, match=f"variance '{variance}' is not supported: choose from fixed_small"
+    ):
+        ddpm(LINEAR, [5, 0], variance=variance)
+
+
 # --- peers ----------------------------------------------------------------------------------------
 
 
