@@ -102,18 +102,22 @@ def ddim(
     eta: float = 0.0,
     clip: Clip = (-1.0, 1.0),
     use_clipped_model_output: bool = True,
+    stride: int | None = None,
 ) -> StepTable:
     """Denoising diffusion implicit models over `timesteps`, descending (Song et al. 2021, equation 12).
 
     eta: 0 (no noise) to 1 (ancestral sampling with "fixed_small"). use_clipped_model_output: whether ε is
     taken from the clipped x̂0, as OpenAI's code does, or is the network's own, as is the default of diffusers,
     which has this name for it; without clipping the two are the same.
+    stride: take each step to t - stride, whatever timestep comes next, as diffusers' DDIM scheduler does with
+    T // N, so that its chains can be replayed where their spacing makes the two differ ("linspace"); None is
+    the consistent chain.
 
-    Raises SettingError where eta is out of range.
+    Raises SettingError where eta or stride is out of range.
     """
     if not 0.0 <= eta <= 1.0:
         raise SettingError(f"eta must be from 0 to 1, not {eta}")
-    step = _Steps(schedule, timesteps)
+    step = _Steps(schedule, timesteps, stride)
     _, _, posterior_variance = _posterior(step.here, step.there)
     sigma = eta * np.sqrt(posterior_variance)
     direction = np.sqrt(np.maximum(1 - step.there - sigma**2, 0.0))  # of ε
@@ -188,9 +192,17 @@ def _previous(schedule: Schedule) -> Column:
 
 
 class _Steps:
-    """The steps of a chain: t and ᾱ before each, and ᾱ after it."""
+    """The steps of a chain: t and ᾱ before each, and ᾱ after it.
 
-    def __init__(self, schedule: Schedule, timesteps: Sequence[int] | NDArray[np.int64]) -> None:
+    stride: where given, each step goes to t - stride.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        timesteps: Sequence[int] | NDArray[np.int64],
+        stride: int | None = None,
+    ) -> None:
         self._schedule = schedule
         self.t = np.asarray(timesteps, np.int64)
         if (
@@ -204,6 +216,11 @@ class _Steps:
         if self.here.min() < np.finfo(np.float32).tiny:
             raise SettingError("this schedule has steps that float32 cannot hold: its ᾱ comes too near zero")
         self.there = np.append(self.here[1:], 1.0)
+        if stride is not None:
+            if stride < 1:
+                raise SettingError(f"stride must be 1 or more, not {stride}")
+            before = self.t - stride
+            self.there = np.where(before >= 0, schedule.alphas_cumprod[np.maximum(before, 0)], 1.0)
 
     def table(self, prediction: Prediction, clip: Clip, **columns: Column) -> StepTable:
         """The rows, from the columns of the update."""

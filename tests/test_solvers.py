@@ -304,6 +304,49 @@ def test_spacings_are_those_of_diffusers(diffusers: Any, spacing: Spacing, steps
     assert peer.timesteps.tolist() == spaced(spacing, 1000, steps).tolist()
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("steps", [250, 50, 7])
+def test_stride_replays_ddim_of_diffusers_in_any_spacing(
+    diffusers: Any, spacing: Spacing, steps: int
+) -> None:
+    """It steps to t - T // N, which in "linspace" is not the next timestep: then ours is another chain."""
+    import torch
+
+    timesteps = spaced(spacing, 1000, steps)
+    start = theirs = np.random.default_rng(0).standard_normal((2, 1, 4, 4))
+    peer = diffusers.DDIMScheduler(trained_betas=LINEAR.betas, timestep_spacing=spacing)
+    peer.set_timesteps(steps)
+    for t in timesteps.tolist():
+        out = torch.from_numpy(network("epsilon", theirs, t, LINEAR))
+        theirs = peer.step(out, t, torch.from_numpy(theirs)).prev_sample.numpy()
+    replayed, consistent = (
+        np.abs(
+            run(
+                ddim(LINEAR, timesteps, use_clipped_model_output=False, stride=stride),
+                "epsilon",
+                LINEAR,
+                start,
+            )
+            - theirs
+        ).max()
+        for stride in (1000 // steps, None)
+    )
+    assert replayed <= TOLERANCES["diffusers_ddim"].limit
+    if spacing == "linspace":
+        assert consistent > 10 * TOLERANCES["diffusers_ddim"].limit
+
+
+def test_a_stride_past_the_start_goes_to_the_image() -> None:
+    np.testing.assert_array_equal(
+        ddim(LINEAR, [5, 0], stride=5000)["c"][0], ddim(LINEAR, [5], stride=6)["c"][0]
+    )
+
+
+def test_stride_out_of_range() -> None:
+    with pytest.raises(SettingError, match="stride must be 1 or more, not 0"):
+        ddim(LINEAR, [5, 0], stride=0)
+
+
 @pytest.mark.parametrize("steps", [1000, 250, 50, 20, 10, 7])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("kind", SCHEDULES)
