@@ -110,8 +110,8 @@ def ddim(
     taken from the clipped x̂0, as OpenAI's code does, or is the network's own, as is the default of diffusers,
     which has this name for it; without clipping the two are the same.
     stride: take each step to t - stride, whatever timestep comes next, as diffusers' DDIM scheduler does with
-    T // N, so that its chains can be replayed where their spacing makes the two differ ("linspace"); None is
-    the consistent chain.
+    T // N, so that its chains can be replayed where the two differ (linspace; trailing where N does not divide
+    T); None is the consistent chain.
 
     Raises SettingError where eta or stride is out of range.
     """
@@ -163,7 +163,10 @@ def dpmpp_2m(
 def denoised_coefficients(
     prediction: Prediction, schedule: Schedule, timesteps: NDArray[np.int64]
 ) -> tuple[Column, Column]:
-    """(a, b) of x̂0 = a·x + b·out, for what the network predicts (Salimans & Ho 2022, section 4; Ho's Table 2)."""
+    """(a, b) of x̂0 = a·x + b·out, for what the network predicts (Salimans & Ho 2022, section 4; Ho's Table 2).
+
+    Raises SettingError where it is none of Prediction.
+    """
     here = schedule.alphas_cumprod[timesteps]
     signal, noise = np.sqrt(here), np.sqrt(1 - here)
     match prediction:
@@ -176,6 +179,9 @@ def denoised_coefficients(
         case "mean":  # of the full chain's posterior, whatever steps are taken
             k0, kt, _ = _posterior(here, _previous(schedule)[timesteps])
             return -kt / k0, 1 / k0
+    raise SettingError(
+        f"prediction {prediction!r} is not supported: choose from {', '.join(get_args(Prediction))}"
+    )
 
 
 def _posterior(here: Column, there: Column) -> tuple[Column, Column, Column]:
