@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy import noise
+from ddpm_deploy.exponential import EXP_SERIES, LARGEST, LOG2_E
 from ddpm_deploy.solvers import COLUMNS, StepTable
 
 Array = NDArray[np.float32]
@@ -66,12 +67,25 @@ def normal(seed: int, index: int, draw: int, shape: tuple[int, ...]) -> Array:
     return np.array(values[:count], np.float32).reshape(shape)
 
 
-def update(row: Array, x: Array, out: Array, z: Array, x0_previous: Array) -> tuple[Array, Array]:
-    """One step by one float32 row of a table: (x', x̂0)."""
+def exponential(w: np.float32) -> np.float32:
+    """exp w, as `exponential` defines it."""
+    w64 = min(max(float(w), -LARGEST), LARGEST)
+    k = round(w64 * LOG2_E)  # to even, as rint
+    return np.float32(math.ldexp(_polynomial(EXP_SERIES, w64 - k * noise.LN_2), k))
+
+
+def update(row: Array, x: Array, prediction: Array, z: Array, x0_previous: Array) -> tuple[Array, Array]:
+    """One step by one float32 row of a table: (x', x̂0). prediction: out, and v behind it where it was learned."""
     r = dict(zip(COLUMNS, row, strict=True))
+    out, v = prediction[: len(x)], prediction[len(x) :]
+    noise_term = r["e"] * z
+    if r["ln_var_min"] or r["ln_var_max"]:
+        span = r["ln_var_max"] - r["ln_var_min"]
+        w = ((v + np.float32(1)) * np.float32(0.5) * span + r["ln_var_min"]) * np.float32(0.5)
+        noise_term = noise_term * np.vectorize(exponential, otypes=[np.float32])(w)
     x0 = np.minimum(np.maximum(r["a"] * x + r["b"] * out, r["lo"]), r["hi"])
     # The last + 0 makes -0 a +0, so that a term whose coefficient is zero may as well not be computed.
-    x = r["c"] * x0 + r["d"] * x + r["e"] * z + r["f"] * x0_previous + r["g"] * out + np.float32(0)
+    x = r["c"] * x0 + r["d"] * x + noise_term + r["f"] * x0_previous + r["g"] * out + np.float32(0)
     return x, x0
 
 

@@ -1,7 +1,11 @@
 """Every solver is a table: one row of numbers a step, one update rule for them all.
 
     x̂0 = clip(a·x + b·out, lo, hi)              out: what the network predicts (ε, v, x0 or μ̃)
-    x' = c·x̂0 + d·x + e·z + f·x̂0_prev + g·out   z: standard normal; x̂0_prev: the last step's x̂0
+    x' = c·x̂0 + d·x + e·s·z + f·x̂0_prev + g·out   z: standard normal; x̂0_prev: the last step's x̂0
+    s  = exp(½·(ln_var_min + ½(v + 1)·(ln_var_max - ln_var_min)))
+
+v is what a network with a learned-range variance predicts beside `out` (Nichol & Dhariwal 2021, equation 15);
+where the variance is fixed both bounds are 0, and s is 1.
 
 A solver is a pure function from a Schedule to a StepTable, computed in float64. Chains, host and
 device, run the rows in float32 and do not know which solver made them.
@@ -18,13 +22,12 @@ from ddpm_deploy.errors import SettingError
 from ddpm_deploy.schedule import Schedule
 
 Prediction = Literal["epsilon", "v", "x0", "mean"]
-Variance = Literal["fixed_small", "fixed_large"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Solver = Literal["ddpm", "ddim", "dpmpp-2m"]
 Clip = tuple[float, float] | None
 Column = NDArray[np.float64]
 
-# The columns of a row, in the order in which the float32 rows hold them. The last two bound the
-# learned-range variance, ln β̃ and ln β; they are zero where the variance is fixed.
+# The columns of a row, in the order in which the float32 rows hold them.
 COLUMNS: Final = ("t", "a", "b", "lo", "hi", "c", "d", "e", "f", "g", "ln_var_min", "ln_var_max")
 # What a slot with nothing to do executes: x' = x.
 IDENTITY: Final = tuple(1.0 if name == "d" else 0.0 for name in COLUMNS)
@@ -75,10 +78,11 @@ def ddpm(
 
     Ho et al. 2020, algorithm 2, with the mean from x̂0 (equation 7) so that x̂0 can be clipped; a subset
     of the timesteps is its own chain with β recomputed from the kept ᾱ (Nichol & Dhariwal 2021,
-    section 4). `variance` is β̃ ("fixed_small") or β ("fixed_large"); the last step adds no noise.
+    section 4). `variance` is β̃ ("fixed_small"), β ("fixed_large"), or between the two by what the network says
+    ("learned_range"); the last step adds no noise.
     A predicted mean is used itself, unclipped, where the step is one of the full chain.
 
-    Raises SettingError where the variance is of another kind, as a learned one.
+    Raises SettingError where the variance is of another kind, as one that is learned without a range.
     """
     if variance not in get_args(Variance):
         raise SettingError(
@@ -86,12 +90,24 @@ def ddpm(
         )
     step = _Steps(schedule, timesteps)
     k0, kt, posterior_variance = _posterior(step.here, step.there)
-    sigma = np.sqrt(posterior_variance if variance == "fixed_small" else 1 - step.here / step.there)
-    sigma[-1] = 0.0
     itself = (prediction == "mean") & (step.there == _previous(schedule)[step.t])
     return step.table(
-        prediction, clip, c=np.where(itself, 0.0, k0), d=np.where(itself, 0.0, kt), e=sigma, g=itself * 1.0
+        prediction,
+        clip,
+        c=np.where(itself, 0.0, k0),
+        d=np.where(itself, 0.0, kt),
+        g=itself * 1.0,
+        **_deviation(variance, posterior_variance, 1 - step.here / step.there),
     )
+
+
+def _deviation(variance: Variance, smallest: Column, largest: Column) -> dict[str, Column]:
+    """The columns of the noise, from the variance's bounds β̃ and β; none on the last step."""
+    noise = np.append(np.ones(len(smallest) - 1), 0.0)
+    if variance == "learned_range":
+        last_apart = np.append(smallest[:-1], 1.0), np.append(largest[:-1], 1.0)
+        return {"e": noise, "ln_var_min": np.log(last_apart[0]), "ln_var_max": np.log(last_apart[1])}
+    return {"e": noise * np.sqrt(smallest if variance == "fixed_small" else largest)}
 
 
 def ddim(

@@ -114,7 +114,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """What the runtime must know of a model.
 
     image_shape: (C, H, W). value_range: of the images the model was trained on.
-    timesteps: T. prediction: what the network gives. variance: of the reverse steps, by default.
+    timesteps: T. prediction: what the network gives. variance: of the reverse steps of ancestral sampling; for
+        "learned_range" the network gives 2C channels, the second half of them v (see `solvers`).
     num_classes: 0 for an unconditional model. class_names: of each, or none. null_class: whether the label
         num_classes stands for "no class", as in a model trained with label dropout.
     precision: of the network's insides; what goes in and out is always float32.
@@ -215,6 +216,12 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         raise SettingError(
             f"solver {settings.solver!r} is not known: choose from {', '.join(get_args(Solver))}"
         )
+
+    @property
+    def prediction_shape(self) -> tuple[int, int, int]:
+        """Of what the network gives for one image: (C, H, W), or (2C, H, W) where it learned the variance."""
+        channels, height, width = self.image_shape
+        return channels * (2 if self.variance == "learned_range" else 1), height, width
 
     @property
     def num_labels(self) -> int:

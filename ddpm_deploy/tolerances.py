@@ -69,6 +69,10 @@ TOLERANCES: Final = {
     "diffusers_ddim": Tolerance(5e-5, 2.7e-5, "whole chains on shared noise, any schedule, clipping and η"),
     "diffusers_2m": Tolerance(6e-6, 2.9e-6, "whole chains of its DPMSolverMultistepScheduler"),
     "diffusers_2m_cosine": Tolerance(4e-4, 2.0e-4, "the same; 1/√ᾱ reaches 20,291"),
+    "improved_diffusion_linear": Tolerance(
+        6e-7, 3.2e-7, "whole respaced chains, every variance; its tables are float32"
+    ),
+    "improved_diffusion_cosine": Tolerance(1.3e-6, 6.6e-7, "the same"),
     "diffusers_replay": Tolerance(8e-5, 3.9e-5, "our float32 chain on its noise, through Sampler"),
     "diffusers_pipeline": Tolerance(
         3e-5, 8.1e-6, "whole chains of its DDPMPipeline on our noise, images in [0, 1]"

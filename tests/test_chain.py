@@ -2,12 +2,16 @@
 
 import tracemalloc
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from ddpm_deploy import reference
+from ddpm_deploy.errors import SettingError
+from ddpm_deploy.exponential import Exponential
 from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.runtime.denoiser import Array
 from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.solvers import COLUMNS, StepTable, ddpm
 from ddpm_deploy.spacings import spaced
@@ -33,8 +37,32 @@ TABLES = {
 }
 
 
-def reference_images(table: StepTable, seed: int, index: int) -> NDArray[np.float32]:
-    denoiser = ArrayDenoiser(SPEC, 1)
+LEARNED_SPEC = msgspec.structs.replace(SPEC, variance="learned_range")
+LEARNED_TABLES = {
+    "learned": ddpm(SCHEDULE, spaced("leading", 30, 30), variance="learned_range"),
+    # Bounds that no schedule has: past what exp takes, the wrong way about, one of them zero.
+    "any bounds": StepTable.from_columns(
+        **{name: every_column_table(1, 20)[name] for name in COLUMNS[:10]},
+        ln_var_min=np.linspace(-200, 20, 20).round(2),
+        ln_var_max=np.roll(np.linspace(-10, 0, 20), 7),
+    ),
+    "fixed": ddpm(SCHEDULE, spaced("leading", 30, 7)),
+}
+
+
+class LearnedDenoiser(ArrayDenoiser):
+    """One that says a variance as well."""
+
+    def predict(self, x: Array, t: NDArray[np.int64]) -> Array:
+        """As any, and v within [-1.2, 1.2]."""
+        out = super().predict(x, t)
+        return np.concatenate([out, np.float32(1.2) * np.clip(np.roll(out, 2, axis=2), -1, 1)], axis=1)
+
+
+def reference_images(
+    table: StepTable, seed: int, index: int, denoiser: ArrayDenoiser | None = None
+) -> NDArray[np.float32]:
+    denoiser = denoiser or ArrayDenoiser(SPEC, 1)
     *_, last = reference.chain(
         lambda x, t: denoiser.predict(x[None], np.array([t]))[0], table, SPEC.image_shape, seed, index
     )
@@ -57,6 +85,37 @@ def test_batch_equals_the_reference_bit_for_bit(name: str) -> None:
         np.testing.assert_array_equal(
             chain.x[slot].view(np.uint32), reference_images(table, 7, 5 + slot).view(np.uint32)
         )
+
+
+@pytest.mark.parametrize("name", LEARNED_TABLES)
+def test_a_learned_variance_equals_the_reference_bit_for_bit(name: str) -> None:
+    """Each table beside the others, so that rows with and without one share a step."""
+    chain = Chain(LearnedDenoiser(LEARNED_SPEC, 3))
+    start(chain, 1, LEARNED_TABLES[name], 7, 5)
+    start(chain, 0, LEARNED_TABLES["learned"], 8, 0)
+    start(chain, 2, LEARNED_TABLES["fixed"], 8, 1)
+    while chain.active[1]:
+        chain.step()
+    wanted = reference_images(LEARNED_TABLES[name], 7, 5, LearnedDenoiser(LEARNED_SPEC, 1))
+    assert np.isfinite(wanted).all()
+    np.testing.assert_array_equal(chain.x[1].view(np.uint32), wanted.view(np.uint32))
+
+
+def test_a_learned_variance_needs_a_model_that_has_one() -> None:
+    with pytest.raises(SettingError, match="needs a learned variance, and the model has none"):
+        start(Chain(ArrayDenoiser(SPEC, 1)), 0, LEARNED_TABLES["learned"], 1, 0)
+
+
+def test_exp_is_the_reference_bit_for_bit_and_within_a_rounding() -> None:
+    rng = np.random.default_rng(0)
+    ends = [0.0, -0.0, 80, -80, 1e30, np.inf, -np.inf, np.finfo(np.float32).tiny]
+    w = np.concatenate([rng.uniform(-85, 85, 3000), rng.normal(size=1000), ends]).astype(np.float32)
+    got = w[None].copy()
+    Exponential(2, w.size).apply(got)
+    wanted = np.array([reference.exponential(number) for number in w])
+    np.testing.assert_array_equal(got[0].view(np.uint32), wanted.view(np.uint32))
+    np.testing.assert_allclose(got[0], np.exp(np.clip(w.astype(np.float64), -80, 80)), rtol=6e-8)
+    assert got[0, 4000] == 1
 
 
 def test_slots_are_independent() -> None:

@@ -29,6 +29,7 @@ MODULES = [
     "cli/verify",
     "dependencies",
     "embedding",
+    "exponential",
     "errors",
     "export/__init__",
     "export/graph",

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import CosineBetas, LinearBetas, ScaledLinearBetas, Schedule, SigmoidBetas
-from ddpm_deploy.solvers import COLUMNS, Prediction, StepTable, ddim, ddpm, dpmpp_2m
+from ddpm_deploy.solvers import COLUMNS, Prediction, StepTable, Variance, ddim, ddpm, dpmpp_2m
 from ddpm_deploy.spacings import SPACINGS, Spacing, spaced
 from ddpm_deploy.spec import ChainSettings
 from ddpm_deploy.tolerances import TOLERANCES
+from tests.golden import improved_diffusion
 from tests.models import GaussianDenoiser, tiny_spec
 
 SCHEDULES = {
@@ -59,14 +60,17 @@ def run(
     schedule: Schedule,
     x: Any,
     noise: Callable[[int], Any] = lambda step: 0.0,
+    learned: Callable[[Any], Any] = lambda x: 0.0,
 ) -> Any:
-    """The table's rows in float64."""
+    """The table's rows in float64. learned: v at x, of a learned-range variance."""
     x0 = np.zeros_like(x)
     for step, row in enumerate(table.rows):
         r = dict(zip(COLUMNS, row, strict=True))
         out = network(prediction, x, int(r["t"]), schedule)
         before, x0 = x0, np.clip(r["a"] * x + r["b"] * out, r["lo"], r["hi"])
-        x = r["c"] * x0 + r["d"] * x + r["e"] * noise(step) + r["f"] * before + r["g"] * out
+        log_variance = r["ln_var_min"] + (learned(x) + 1) / 2 * (r["ln_var_max"] - r["ln_var_min"])
+        z = np.exp(log_variance / 2) * noise(step)
+        x = r["c"] * x0 + r["d"] * x + r["e"] * z + r["f"] * before + r["g"] * out
     return x
 
 
@@ -261,7 +265,7 @@ def test_settings_out_of_range(settings: dict[str, Any], problem: str) -> None:
         tiny_spec().step_table(ChainSettings(**settings))
 
 
-@pytest.mark.parametrize("variance", ["learned", "learned_range", "fixed_small_log"])
+@pytest.mark.parametrize("variance", ["learned", "fixed_small_log"])
 def test_other_variances_are_refused_by_name(variance: Any) -> None:
     with pytest.raises(
         SettingError, match=f"variance '{variance}' is not supported: choose from fixed_small"
@@ -276,6 +280,23 @@ def test_other_predictions_are_refused_by_name(solver: Any) -> None:
 
 
 # --- peers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("total", "steps"), improved_diffusion.SPACED)
+def test_spacing_is_that_of_improved_diffusion(total: int, steps: int) -> None:
+    golden = np.load(improved_diffusion.FILE)[f"spaced {total} {steps}"]
+    assert golden.tolist() == spaced("openai", total, steps).tolist()[::-1]
+
+
+@pytest.mark.parametrize("case", improved_diffusion.CHAINS, ids=str)
+def test_chains_are_those_of_improved_diffusion(case: tuple[str, Variance, int, bool]) -> None:
+    """Respaced, each variance, whole chains on shared noise."""
+    kind, variance, steps, clip = case
+    noise, schedule = improved_diffusion.given(steps + 1), SCHEDULES[kind]
+    table = ddpm(schedule, spaced("openai", 1000, steps), variance=variance, clip=(-1, 1) if clip else None)
+    mine = run(table, "epsilon", schedule, noise[0], lambda step: noise[step + 1], improved_diffusion.learned)
+    golden = np.load(improved_diffusion.FILE)[f"chain {case}"]
+    assert np.abs(mine - golden).max() <= TOLERANCES[f"improved_diffusion_{kind}"].limit
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,14 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm_deploy.errors import SettingError
+from ddpm_deploy.exponential import Exponential
 from ddpm_deploy.noise import AddressedNoise
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
 from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable
 
-T, A, B, LO, HI, C, D, E, F, G = (COLUMNS.index(name) for name in COLUMNS[:10])
-_ZERO: Final = np.zeros((), np.float32)
+T, A, B, LO, HI, C, D, E, F, G, LN_VAR_MIN, LN_VAR_MAX = range(len(COLUMNS))
+_ZERO, _HALF, _ONE = np.array([0.0, 0.5, 1.0], np.float32)
 _MAX_TABLES: Final = 32  # kept before those of finished chains are dropped
 IDLE: Final = 0  # the row pointer of a slot with nothing to do
 
@@ -57,8 +59,9 @@ class Chain:
         self._current = np.zeros((slots, len(COLUMNS)), np.float32)
         self._timestep = np.zeros(slots, np.int64)
         self._ahead = np.empty((0, slots, elements), np.float32)  # noise of the steps to come
-        # Whether any table so far uses x̂0_prev or the raw prediction: few do.
+        # Whether any table so far uses x̂0_prev or the raw prediction, or a learned variance: few do.
         self._uses_previous = self._uses_prediction = False
+        self._exponential: Exponential | None = None
 
     @property
     def x(self) -> Array:
@@ -106,6 +109,8 @@ class Chain:
     def _first_row(self, table: StepTable) -> int:
         known = self._tables.get(id(table))
         if known is None:
+            if table["ln_var_max"].any() and self.denoiser.spec.variance != "learned_range":
+                raise SettingError("this table needs a learned variance, and the model has none")
             if len(self._tables) >= _MAX_TABLES and not self.active.any():
                 self._tables, self._rows = {}, self._rows[:1]
             known = table, len(self._rows)
@@ -113,6 +118,8 @@ class Chain:
             self._tables[id(table)] = known
             self._uses_previous |= bool(table["f"].any())
             self._uses_prediction |= bool(table["g"].any())
+            if table["ln_var_max"].any() and not self._exponential:
+                self._exponential = Exponential(*self._x0.shape)
         return known[1]
 
     def clear(self) -> None:
@@ -141,7 +148,9 @@ class Chain:
     def update(self, batch: int) -> None:
         """x ← x', x̂0 and the row pointers, by the rows that `predict` looked up."""
         row = self._current[:batch, :, None]  # (B, columns, 1)
-        x, out = self._flat(self.denoiser.x)[:batch], self._flat(self.denoiser.prediction)[:batch]
+        elements = self._x0.shape[1]
+        prediction = self._flat(self.denoiser.prediction)[:batch]
+        x, out, v = self._flat(self.denoiser.x)[:batch], prediction[:, :elements], prediction[:, elements:]
         x0, x0_previous, scratch = self._x0[:batch], self._x0_previous[:batch], self._scratch[:batch]
 
         np.multiply(x, row[:, A], x0)
@@ -155,6 +164,8 @@ class Chain:
         np.add(x, scratch, x)
         if row[:, E].any():
             np.multiply(self._next_noise(batch), row[:, E], scratch)
+            if self._exponential and row[:, LN_VAR_MAX].any():
+                np.multiply(scratch, self._deviation(row, v), scratch)
             np.add(x, scratch, x)
         else:
             self._ahead = self._ahead[1:]
@@ -171,6 +182,17 @@ class Chain:
         pointer = self._pointer[:batch]
         pointer += pointer != IDLE
         pointer[pointer == self._end[:batch]] = IDLE
+
+    def _deviation(self, row: Array, v: Array) -> Array:
+        """s of the rule, (B, C·H·W), in the memory of v, which the next prediction fills anew."""
+        assert self._exponential
+        np.add(v, _ONE, v)
+        np.multiply(v, _HALF, v)
+        np.multiply(v, row[:, LN_VAR_MAX] - row[:, LN_VAR_MIN], v)
+        np.add(v, row[:, LN_VAR_MIN], v)
+        np.multiply(v, _HALF, v)
+        self._exponential.apply(v)
+        return v
 
     def _next_noise(self, batch: int) -> Array:
         """z of the leading slots at their steps, (B, C·H·W), made for some steps to come as well."""

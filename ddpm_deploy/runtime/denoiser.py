@@ -12,12 +12,13 @@ Labels = NDArray[np.int64]
 
 
 class Denoiser(Protocol):
-    """A network that owns its input and output memory: the chain writes x and temb, and reads prediction.
+    """A network that owns its input and output memory: the chain writes x and temb, and reads
+    prediction, which is its to overwrite until the next run.
 
     spec: the model's. device: where it runs, for people ("cpu", "cuda:0"). max_batch: B.
     x: (B, C, H, W). temb: (B, D), the timestep embedding. y: (B,) int64, the labels, which only a
-    class-conditional model reads. prediction: (B, C, H, W). All others float32, and the same memory from
-    the first call to the last.
+    class-conditional model reads. prediction: (B, *spec.prediction_shape). All others float32, and the same
+    memory from the first call to the last.
     """
 
     spec: ModelSpec
@@ -46,10 +47,9 @@ def default_max_batch(spec: ModelSpec) -> int:
 
 def allocate(spec: ModelSpec, max_batch: int) -> tuple[Array, Array, Labels, Array]:
     """Host buffers (x, temb, y, prediction) of a Denoiser; the system gives memory only where they are used."""
-    image = (max_batch, *spec.image_shape)
     return (
-        np.zeros(image, np.float32),
+        np.zeros((max_batch, *spec.image_shape), np.float32),
         np.zeros((max_batch, spec.embedding.dim), np.float32),
         np.zeros(max_batch, np.int64),
-        np.zeros(image, np.float32),
+        np.zeros((max_batch, *spec.prediction_shape), np.float32),
     )

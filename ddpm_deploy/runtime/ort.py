@@ -62,11 +62,14 @@ class OrtDenoiser:
 
     def _check_interface(self, path: Path) -> None:
         """The graph must have the inputs and the output of the contract, in the shapes of the spec."""
-        image, floats = list(self.spec.image_shape), "tensor(float)"
-        inputs: _Side = {"x": (floats, image), "temb": (floats, [self.spec.embedding.dim])}
+        floats = "tensor(float)"
+        inputs: _Side = {
+            "x": (floats, list(self.spec.image_shape)),
+            "temb": (floats, [self.spec.embedding.dim]),
+        }
         if self.spec.num_classes:
             inputs["y"] = "tensor(int64)", []
-        wanted = inputs, {"prediction": (floats, image)}
+        wanted = inputs, {"prediction": (floats, list(self.spec.prediction_shape))}
         sides = self._session.get_inputs(), self._session.get_outputs()
         got = tuple({a.name: (a.type, a.shape[1:]) for a in side if a.shape} for side in sides)
         if got != wanted or any(len(side) != len(named) for side, named in zip(sides, wanted, strict=True)):

@@ -116,8 +116,8 @@ class Trajectory:
 
     spec: the reference's. seed, steps: of the chains, on samples 0 .. count - 1.
     labels: (count,), 0 for an unconditional model. timesteps: (K,), those that were kept, in the order of the
-    chain. x, prediction: (K, count, C, H, W), x_t and the reference's prediction there. images: (count, C, H, W),
-    the last x.
+    chain. x: (K, count, C, H, W), x_t. prediction: (K, count, *spec.prediction_shape), the reference's there.
+    images: (count, C, H, W), the last x.
     """
 
     spec: ModelSpec
@@ -158,8 +158,9 @@ def record(
     """
     table = reference.spec.step_table(ChainSettings(steps=steps))
     kept = _spread(len(table), keep)
-    shape = len(kept), count, *reference.spec.image_shape
-    x, prediction = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    each = len(kept), count
+    x = np.empty((*each, *reference.spec.image_shape), np.float32)
+    prediction = np.empty((*each, *reference.spec.prediction_shape), np.float32)
     place = {int(step): i for i, step in enumerate(kept)}
 
     def visit(step: int) -> None:

@@ -84,7 +84,7 @@ def _require_sound(proof: Trajectory) -> None:
         "labels": (np.int64, (proof.count,)),
         "timesteps": (np.int64, (len(proof.timesteps),)),
         "x": (np.float32, (len(proof.timesteps), *shape)),
-        "prediction": (np.float32, (len(proof.timesteps), *shape)),
+        "prediction": (np.float32, (len(proof.timesteps), proof.count, *proof.spec.prediction_shape)),
         "images": (np.float32, shape),
     }
     for name, (dtype, size) in wanted.items():

@@ -135,8 +135,8 @@ def new_network(spec: ModelSpec) -> UNet:
     """
     if spec.network is None:
         raise ValueError("its ModelSpec has no network configuration")
-    channels = spec.image_shape[0]
-    return UNet(spec.network, channels, spec.embedding.dim, channels, spec.num_labels)
+    channels, out_channels = spec.image_shape[0], spec.prediction_shape[0]
+    return UNet(spec.network, channels, spec.embedding.dim, out_channels, spec.num_labels)
 
 
 def build_network(spec: ModelSpec, state: StateDict) -> UNet:

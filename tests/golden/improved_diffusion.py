@@ -1,0 +1,125 @@
+"""What improved-diffusion computes, kept so that the tests need no checkout of it.
+
+    git clone https://github.com/openai/improved-diffusion      # 1bc7bbb, the last one
+    python -m tests.golden.improved_diffusion improved-diffusion
+
+writes improved_diffusion.npz beside this file: the timesteps of its respacing, whole chains, and its losses.
+The peer keeps its tables in float32; everything else here is float64.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.solvers import Prediction
+
+FILE: Final = Path(__file__).with_suffix(".npz")
+SHAPE: Final = (2, 1, 4, 4)
+SPACED: Final = [(1000, 250), (1000, 50), (1000, 20), (1000, 7), (1000, 1), (4000, 100), (300, 299)]
+SCHEDULES: Final = ("linear", "cosine")
+VARIANCES: Final = ("fixed_small", "fixed_large", "learned_range")
+PREDICTIONS: Final[tuple[Prediction, ...]] = ("epsilon", "x0", "mean")
+CHAINS: Final = list(itertools.product(SCHEDULES, VARIANCES, (1000, 250, 50, 7), (True, False)))
+LOSSES: Final = list(
+    itertools.product(SCHEDULES, PREDICTIONS, ("fixed_small", "learned_range"), ("vlb", "hybrid"))
+)
+LOSS_TIMESTEPS: Final = [0, 1, 2, 17, 500, 999]
+
+
+def learned(x: Any) -> Any:
+    """v of the golden networks: all of [-1, 1], and some way past it."""
+    return 1.2 - (x * 0.7) ** 2
+
+
+def given(count: int) -> NDArray[np.float64]:
+    """The normal numbers of a case, (count, *SHAPE)."""
+    return np.random.default_rng(0).standard_normal((count, *SHAPE))
+
+
+def loss_inputs() -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """x_0 with numbers at both ends of [-1, 1], ε, and what the network says, each (len(LOSS_TIMESTEPS), 1, 4, 4)."""
+    rng = np.random.default_rng(1)
+    shape = len(LOSS_TIMESTEPS), *SHAPE[1:]
+    x0 = (rng.integers(-3, 260, shape).clip(0, 255) / 127.5) - 1
+    return x0, rng.standard_normal(shape), rng.standard_normal(shape)
+
+
+class _Peer:
+    """improved-diffusion, imported from a checkout."""
+
+    def __init__(self, checkout: str) -> None:
+        sys.path.insert(0, checkout)
+        import torch
+        from improved_diffusion import gaussian_diffusion, respace  # type: ignore[import-not-found]
+
+        self.torch, self.module, self.respace = torch, gaussian_diffusion, respace
+
+    def diffusion(
+        self, schedule: str, steps: int, prediction: Prediction, variance: str, loss: str = "MSE"
+    ) -> Any:
+        """One of its processes, T = 1000."""
+        mean = {"epsilon": "EPSILON", "x0": "START_X", "mean": "PREVIOUS_X"}[prediction]
+        return self.respace.SpacedDiffusion(
+            use_timesteps=self.respace.space_timesteps(1000, [steps]),
+            betas=self.module.get_named_beta_schedule(schedule, 1000),
+            model_mean_type=self.module.ModelMeanType[mean],
+            model_var_type=self.module.ModelVarType[variance.upper()],
+            loss_type=self.module.LossType[loss],
+        )
+
+    def chain(self, schedule: str, variance: str, steps: int, clip: bool) -> NDArray[np.float64]:
+        """The last x of a chain whose ε is the optimal one of the tests' Gaussian data."""
+        from tests.test_solvers import SCHEDULES as OURS
+        from tests.test_solvers import network
+
+        def model(x: Any, t: Any) -> Any:
+            out = network("epsilon", x.numpy(), int(t[0]), OURS[schedule])
+            both = np.concatenate([out, learned(x.numpy())], axis=1) if variance == "learned_range" else out
+            return self.torch.from_numpy(both)
+
+        noise = self.torch.from_numpy(given(steps + 1))
+        draws = iter(noise[1:])
+        self.module.th.randn_like = lambda x: next(draws)
+        diffusion = self.diffusion(schedule, steps, "epsilon", variance)
+        x: NDArray[np.float64] = diffusion.p_sample_loop(
+            model, SHAPE, noise=noise[0], clip_denoised=clip, device="cpu"
+        ).numpy()
+        return x
+
+    def loss(self, schedule: str, prediction: Prediction, variance: str, kind: str) -> NDArray[np.float64]:
+        """L_vlb, or the vlb term of L_hybrid before its weight, at LOSS_TIMESTEPS: bits a dimension."""
+        x0, epsilon, out = map(self.torch.from_numpy, loss_inputs())
+        both = self.torch.cat([out, learned(out)], dim=1) if variance == "learned_range" else out
+        diffusion = self.diffusion(
+            schedule, 1000, prediction, variance, "KL" if kind == "vlb" else "RESCALED_MSE"
+        )
+        terms = diffusion.training_losses(
+            lambda x, t: both, x0, self.torch.tensor(LOSS_TIMESTEPS), noise=epsilon
+        )
+        value: NDArray[np.float64] = terms["loss"].numpy()
+        return value
+
+
+def main(checkout: str) -> None:
+    """Write the file."""
+    peer = _Peer(checkout)
+    content = {
+        f"spaced {total} {steps}": np.array(sorted(peer.respace.space_timesteps(total, [steps])))
+        for total, steps in SPACED
+    }
+    for case in CHAINS:
+        content[f"chain {case}"] = peer.chain(*case)
+    for schedule, prediction, variance, kind in LOSSES:
+        if kind == "vlb" or variance == "learned_range":
+            content[f"loss {(schedule, prediction, variance, kind)}"] = peer.loss(
+                schedule, prediction, variance, kind
+            )
+    np.savez_compressed(FILE, **content)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
