@@ -5,7 +5,7 @@ t runs 0 .. T-1 as in Ho's code: t = 0 is an image diffused for one step.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
@@ -66,6 +66,13 @@ class CosineBetas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_f
 
 
 BetaSchedule = LinearBetas | ScaledLinearBetas | CosineBetas | SigmoidBetas
+# Each with its usual constants, by name.
+SCHEDULES: Final[dict[str, BetaSchedule]] = {
+    "linear": LinearBetas(),
+    "cosine": CosineBetas(),
+    "sigmoid": SigmoidBetas(),
+    "scaled_linear": ScaledLinearBetas(),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,3 +90,21 @@ class Schedule:
     def alphas_cumprod(self) -> NDArray[np.float64]:
         """ᾱ_t = ∏ (1 - β_s) for s ≤ t, (T,)."""
         return np.cumprod(1.0 - self.betas, dtype=np.float64)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> NDArray[np.float64]:
+        """ᾱ_{t-1}, (T,): 1 at t = 0."""
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+
+def posterior(
+    here: NDArray[np.float64], there: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """(k0, kt, variance) of q(x_s | x_t, x_0) = N(k0·x_0 + kt·x_t, variance I), for ᾱ_t = here and ᾱ_s = there.
+
+    Ho et al. 2020, equation 7.
+    """
+    beta = 1 - here / there
+    k0 = np.sqrt(there) * beta / (1 - here)
+    kt = np.sqrt(here / there) * (1 - there) / (1 - here)
+    return k0, kt, beta * (1 - there) / (1 - here)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.errors import SettingError
-from ddpm_deploy.schedule import Schedule
+from ddpm_deploy.schedule import Schedule, posterior
 
 Prediction = Literal["epsilon", "v", "x0", "mean"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
@@ -89,8 +89,8 @@ def ddpm(
             f"variance {variance!r} is not supported: choose from {', '.join(get_args(Variance))}"
         )
     step = _Steps(schedule, timesteps)
-    k0, kt, posterior_variance = _posterior(step.here, step.there)
-    itself = (prediction == "mean") & (step.there == _previous(schedule)[step.t])
+    k0, kt, posterior_variance = posterior(step.here, step.there)
+    itself = (prediction == "mean") & (step.there == schedule.alphas_cumprod_prev[step.t])
     return step.table(
         prediction,
         clip,
@@ -134,7 +134,7 @@ def ddim(
     if not 0.0 <= eta <= 1.0:
         raise SettingError(f"eta must be from 0 to 1, not {eta}")
     step = _Steps(schedule, timesteps, stride)
-    _, _, posterior_variance = _posterior(step.here, step.there)
+    _, _, posterior_variance = posterior(step.here, step.there)
     sigma = eta * np.sqrt(posterior_variance)
     direction = np.sqrt(np.maximum(1 - step.there - sigma**2, 0.0))  # of ε
     if use_clipped_model_output:  # ε = (x - √ᾱ x̂0)/√(1 - ᾱ)
@@ -176,41 +176,42 @@ def dpmpp_2m(
     )
 
 
-def denoised_coefficients(
+def prediction_coefficients(
     prediction: Prediction, schedule: Schedule, timesteps: NDArray[np.int64]
 ) -> tuple[Column, Column]:
-    """(a, b) of x̂0 = a·x + b·out, for what the network predicts (Salimans & Ho 2022, section 4; Ho's Table 2).
+    """(p, q) of out = p·x_0 + q·ε: what the network is trained to say at x_t.
+
+    v: Salimans & Ho 2022, section 4; the mean, of the full chain's posterior whatever steps are taken: Ho et al.
+    2020, Table 2.
 
     Raises SettingError where it is none of Prediction.
     """
     here = schedule.alphas_cumprod[timesteps]
-    signal, noise = np.sqrt(here), np.sqrt(1 - here)
+    signal, noise, nothing, one = np.sqrt(here), np.sqrt(1 - here), np.zeros_like(here), np.ones_like(here)
     match prediction:
         case "epsilon":
-            return 1 / signal, -noise / signal
-        case "v":
-            return signal, -noise
+            return nothing, one
         case "x0":
-            return np.zeros_like(signal), np.ones_like(signal)
-        case "mean":  # of the full chain's posterior, whatever steps are taken
-            k0, kt, _ = _posterior(here, _previous(schedule)[timesteps])
-            return -kt / k0, 1 / k0
+            return one, nothing
+        case "v":
+            return -noise, signal
+        case "mean":  # k0·x_0 + kt·x_t
+            k0, kt, _ = posterior(here, schedule.alphas_cumprod_prev[timesteps])
+            return k0 + kt * signal, kt * noise
     raise SettingError(
         f"prediction {prediction!r} is not supported: choose from {', '.join(get_args(Prediction))}"
     )
 
 
-def _posterior(here: Column, there: Column) -> tuple[Column, Column, Column]:
-    """q(x_s | x_t, x_0) = N(k0·x_0 + kt·x_t, variance) for ᾱ_t = here, ᾱ_s = there (Ho et al. 2020, equation 7)."""
-    beta = 1 - here / there
-    k0 = np.sqrt(there) * beta / (1 - here)
-    kt = np.sqrt(here / there) * (1 - there) / (1 - here)
-    return k0, kt, beta * (1 - there) / (1 - here)
-
-
-def _previous(schedule: Schedule) -> Column:
-    """ᾱ_{t-1}, (T,): 1 at t = 0."""
-    return np.append(1.0, schedule.alphas_cumprod[:-1])
+def denoised_coefficients(
+    prediction: Prediction, schedule: Schedule, timesteps: NDArray[np.int64]
+) -> tuple[Column, Column]:
+    """(a, b) of x̂0 = a·x + b·out: x_t = √ᾱ·x_0 + √(1 - ᾱ)·ε and out = p·x_0 + q·ε, solved for x_0."""
+    here = schedule.alphas_cumprod[timesteps]
+    signal, noise = np.sqrt(here), np.sqrt(1 - here)
+    p, q = prediction_coefficients(prediction, schedule, timesteps)
+    determinant = signal * q - noise * p
+    return q / determinant, -noise / determinant
 
 
 class _Steps:

@@ -24,7 +24,7 @@ from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.cli import main as ddpm_deploy
 from ddpm_deploy.cli.export import _require_same_model
 from ddpm_deploy.cli.run import _SOLVERS, _SPACINGS
-from ddpm_deploy.cli.train import _PRESETS
+from ddpm_deploy.cli.train import _LOSSES, _PREDICTIONS, _PRESETS, _SCHEDULES, _VARIANCES
 from ddpm_deploy.version import __version__
 
 BIN = Path(sys.executable).parent
@@ -59,14 +59,19 @@ def test_help_and_version(command: str) -> None:
 
 
 def test_names_on_the_command_line_are_all_there_are() -> None:
-    from ddpm_deploy.solvers import Solver
+    from ddpm_deploy.schedule import SCHEDULES
+    from ddpm_deploy.solvers import Prediction, Solver, Variance
     from ddpm_deploy.spacings import SPACINGS, Spacing
-    from ddpm_deploy.train.settings import PRESETS
+    from ddpm_deploy.train.settings import PRESETS, Loss
 
     assert get_args(Solver) == _SOLVERS
     assert get_args(Spacing) == tuple(SPACINGS) == _SPACINGS
 
     assert list(PRESETS) == list(_PRESETS)
+    assert get_args(Prediction) == _PREDICTIONS
+    assert get_args(Variance) == _VARIANCES
+    assert get_args(Loss) == _LOSSES
+    assert tuple(SCHEDULES) == _SCHEDULES
 
 
 def test_train_export_verify_run(tmp_path: Path) -> None:
@@ -243,23 +248,38 @@ def test_a_replayed_picture_takes_no_settings_of_its_own(onnx_path: Path) -> Non
     )
 
 
-def test_class_conditional_models(tmp_path: Path) -> None:
-    """From folders of classes to images of one of them, and what a label changes."""
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pets/cat and pets/dog, m.pt trained on them and m.onnx: labels, v, and a learned variance."""
+    folder = tmp_path_factory.mktemp("pets")
     for name in ("cat", "dog"):
-        (tmp_path / "pets" / name).mkdir(parents=True)
+        (folder / "pets" / name).mkdir(parents=True)
         for i in range(6):
-            Image.new("L", (8, 8), 255 * (name == "dog")).save(tmp_path / "pets" / name / f"{i}.png")
-    model, onnx, size = tmp_path / "m.pt", tmp_path / "m.onnx", ("--preset", "digits", "--steps", 30)
-    trained = call(
-        "train", tmp_path / "pets", "--labels", "-o", model, *size, "--batch-size", 8, "--sample-every", 0
-    )
+            Image.new("L", (8, 8), 255 * (name == "dog")).save(folder / "pets" / name / f"{i}.png")
+    kind = ("--labels", "--loss", "hybrid", "--prediction", "v", "--schedule", "cosine")
+    size = ("--preset", "digits", "--steps", 30, "--batch-size", 8, "--sample-every", 0)
+    trained = call("train", folder / "pets", *kind, "-o", folder / "m.pt", *size)
     assert trained.exit_code == 0, trained.output
-    spec = json.loads(call("inspect", model, "--json").stdout)
-    assert (spec["num_classes"], spec["class_names"], spec["null_class"]) == (2, ["cat", "dog"], True)
-    exported = call("export", model)
+    exported = call("export", folder / "m.pt")
     assert exported.exit_code == 0, exported.output
-    verified = call("verify", onnx)
+    return folder
+
+
+def test_what_was_trained_is_in_the_model(pets: Path) -> None:
+    spec = json.loads(call("inspect", pets / "m.onnx", "--json").stdout)
+    assert (spec["num_classes"], spec["class_names"], spec["null_class"]) == (2, ["cat", "dog"], True)
+    assert (spec["prediction"], spec["variance"], spec["schedule"]["kind"]) == (
+        "v",
+        "learned_range",
+        "cosine",
+    )
+    verified = call("verify", pets / "m.onnx")
     assert verified.exit_code == 0, verified.output
+
+
+def test_class_conditional_models(tmp_path: Path, pets: Path) -> None:
+    """Images of one class, and what a label changes."""
+    model, onnx = pets / "m.pt", pets / "m.onnx"
 
     def images(*arguments: object, source: Path = onnx) -> np.ndarray:
         ran = call("run", source, *arguments, "--steps", 20, "--seed", 3, "--float", "-o", tmp_path / "x.npz")
@@ -281,9 +301,17 @@ def test_class_conditional_models(tmp_path: Path) -> None:
     assert "the same again" in call("run", onnx, "--replay", tmp_path / "dogs.png").stdout
     refused(call("run", onnx, "--label", "cow"), 1, "no class 'cow': choose cat, dog, or 0 to 1, or none")
     refused(call("run", onnx, "--label", "-1"), 1, "no class '-1'")
+    shutil.copytree(pets / "pets", tmp_path / "pets")
+    shutil.copy(model, tmp_path)
     (tmp_path / "pets" / "cow").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "pets" / "cow" / "0.png")
-    refused(call("train", "--resume", model, "--steps", 40), 1, "the classes in", "are not those")
+    model = tmp_path / model.name
+    refused(
+        call("train", tmp_path / "pets", "--resume", model, "--steps", 40),
+        1,
+        "the classes in",
+        "are not those",
+    )
 
 
 def test_pictures_that_cannot_be_made_again(tmp_path: Path, onnx_path: Path) -> None:
@@ -499,6 +527,11 @@ def test_bad_arguments_of_run(
         (["--resume", "missing.pt"], 1, "does not exist"),
         (["digits", "--label-dropout", 0.1], 2, "--label-dropout is for a model with --labels"),
         (["digits", "--accumulate", 33], 1, "does not make 33 parts"),
+        (["digits", "--loss", "hybrid", "--variance", "fixed-small"], 1, "this one is fixed_small"),
+        (["digits", "--variance", "learned_range"], 1, "simple does not train a learned_range variance"),
+        (["digits", "--variance", "learned"], 2, "'learned' is not one of"),
+        (["digits", "--prediction", "score"], 2, "'score' is not one of"),
+        (["--resume", "x.pt", "--loss", "vlb"], 2, "--loss cannot change"),
         (["empty", "--labels"], 1, "holds no images"),
     ],
 )

@@ -3,7 +3,7 @@
 import io
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -13,8 +13,11 @@ from PIL import Image
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import ArtefactError, BackendError, DataError, OutputError, SettingError
 from ddpm_deploy.runtime.sampler import Sampler
-from ddpm_deploy.spec import UNetConfig
+from ddpm_deploy.schedule import SCHEDULES
+from ddpm_deploy.solvers import Prediction, Variance, denoised_coefficients
+from ddpm_deploy.spec import ModelSpec, UNetConfig
 from ddpm_deploy.tolerances import TOLERANCES
+from tests.golden import improved_diffusion
 from tests.models import TINY_UNET, tiny_spec
 
 torch = pytest.importorskip("torch")
@@ -25,7 +28,7 @@ from ddpm_deploy.train.data import find_images, fit, read_images  # noqa: E402
 from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
 from ddpm_deploy.train.diffusion import Diffusion  # noqa: E402
 from ddpm_deploy.train.noise import AddressedRandn  # noqa: E402
-from ddpm_deploy.train.settings import PRESETS, Settings  # noqa: E402
+from ddpm_deploy.train.settings import PRESETS, Loss, Settings  # noqa: E402
 from ddpm_deploy.train.trainer import Trainer, learning_rate  # noqa: E402
 from ddpm_deploy.train.unet import UNet  # noqa: E402
 
@@ -218,16 +221,91 @@ def test_q_sample_has_the_forward_moments() -> None:
         assert row.std().item() == pytest.approx((1 - ac[t]) ** 0.5, rel=0.05)
 
 
-def test_loss_of_the_right_prediction_is_zero() -> None:
-    diffusion = Diffusion(tiny_spec())
-    epsilon = torch.randn(2, 1, 8, 8)
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+def test_loss_of_the_right_prediction_is_zero(prediction: Prediction) -> None:
+    """What the network is to say is what `denoised_coefficients` takes back to x_0."""
+    spec = msgspec.structs.replace(tiny_spec(), prediction=prediction)
+    x0, epsilon = torch.rand(2, 3, 1, 8, 8).sub(0.5).double().unbind()
+    t = np.array([0, 1, 700])
+    a, b = denoised_coefficients(prediction, spec.make_schedule(), t)
 
-    class Right(torch.nn.Module):
-        def forward(self, x: "torch.Tensor", temb: "torch.Tensor", y: None) -> "torch.Tensor":
-            """ε itself."""
-            return epsilon
+    def right(x: "torch.Tensor", temb: "torch.Tensor", y: object) -> "torch.Tensor":
+        return (x0 - torch.from_numpy(a)[:, None, None, None] * x) / torch.from_numpy(b)[:, None, None, None]
 
-    assert diffusion.loss(Right(), torch.zeros(2, 1, 8, 8), torch.tensor([1, 2]), epsilon) == 0
+    loss = Diffusion(spec).loss(right, x0, torch.from_numpy(t), epsilon)
+    assert loss.item() < 1e-9
+
+
+def golden_spec(schedule: str, prediction: Prediction, variance: Variance) -> ModelSpec:
+    return msgspec.structs.replace(
+        tiny_spec((1, 4, 4)), schedule=SCHEDULES[schedule], prediction=prediction, variance=variance
+    )
+
+
+@pytest.mark.parametrize("case", improved_diffusion.LOSSES, ids=str)
+def test_losses_are_those_of_improved_diffusion(case: tuple[str, Prediction, Variance, Loss]) -> None:
+    """Except at t = 0 to the rounding of float32; there it takes a tanh for the normal distribution."""
+    *of_spec, kind = case
+    diffusion = Diffusion(golden_spec(*of_spec), kind)
+    x0, epsilon, out = (torch.from_numpy(array).float() for array in improved_diffusion.loss_inputs())
+    if "learned_range" in case:
+        out = torch.cat([out, improved_diffusion.learned(out)], dim=1)
+    mine = [
+        diffusion.loss(lambda x, temb, y, i=i: out[i, None], x0[i, None], torch.tensor([t]), epsilon[i, None])
+        for i, t in enumerate(improved_diffusion.LOSS_TIMESTEPS)
+    ]
+    golden = np.load(improved_diffusion.FILE)[f"loss {case}"]
+    limit = TOLERANCES["improved_diffusion_loss"].limit
+    assert mine[0].item() == pytest.approx(golden[0], rel=TOLERANCES["improved_diffusion_nll"].limit)
+    np.testing.assert_allclose(mine[1:], golden[1:], rtol=limit, atol=limit)
+
+
+def test_the_values_of_a_pixel_share_one_probability() -> None:
+    """exp of minus the loss at t = 0, summed over what the pixel could be, is 1, wherever the mean is."""
+    diffusion = Diffusion(golden_spec("linear", "x0", "fixed_small"), "vlb")
+    values = torch.arange(256)[:, None, None, None] / 127.5 - 1
+    for mean in (-1.02, -0.999, 0.1, 1.0):
+        nats = [
+            diffusion.loss(
+                lambda x, temb, y, mean=mean: torch.full_like(x, mean),
+                value[None],
+                torch.tensor([0]),
+                torch.zeros(1, 1, 1, 1),
+            )
+            * np.log(2)
+            for value in values
+        ]
+        assert torch.exp(-torch.stack(nats).double()).sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_bound_in_hybrid_trains_the_variance_alone() -> None:
+    spec = golden_spec("cosine", "epsilon", "learned_range")
+    gradients = {}
+    for loss in ("hybrid", "vlb", "simple"):
+        diffusion = Diffusion(
+            msgspec.structs.replace(spec, variance="fixed_large") if loss == "simple" else spec, loss
+        )
+        prediction = torch.full((1, 2, 4, 4), 0.3, requires_grad=True)
+        some = prediction if loss != "simple" else prediction[:, :1]
+        x0, epsilon = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+        diffusion.loss(lambda x, temb, y, some=some: some, x0, torch.tensor([20]), epsilon).backward()
+        assert prediction.grad is not None
+        gradients[loss] = prediction.grad
+    assert torch.equal(gradients["hybrid"][:, :1], gradients["simple"][:, :1])
+    torch.testing.assert_close(gradients["hybrid"][:, 1:], gradients["vlb"][:, 1:])  # λ·T = 1
+    assert (gradients["hybrid"][:, 1:] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "variance", "problem"),
+    [
+        ("simple", "learned_range", "simple does not train a learned_range variance: choose hybrid or vlb"),
+        ("hybrid", "fixed_small", "this one is fixed_small: choose simple or vlb"),
+    ],
+)
+def test_losses_that_do_not_train_the_variance(loss: Loss, variance: Variance, problem: str) -> None:
+    with pytest.raises(SettingError, match=problem):
+        Diffusion(golden_spec("linear", "epsilon", variance), loss)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
@@ -294,6 +372,20 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(
     for key, state in a.optimizer["state"].items():
         for name, value in state.items():
             assert torch.equal(value, b.optimizer["state"][key][name])
+
+
+@pytest.mark.parametrize(
+    ("loss", "prediction", "variance"),
+    [("hybrid", "v", "learned_range"), ("vlb", "x0", "fixed_small"), ("simple", "mean", "fixed_large")],
+)
+def test_every_loss_falls(loss: Loss, prediction: Prediction, variance: Variance) -> None:
+    plain = digits_trainer(steps=60, batch_size=32, learning_rate=3e-3, warmup_steps=5)
+    spec = msgspec.structs.replace(plain.spec, prediction=prediction, variance=variance)
+    data = read_images(find_images("digits"), 8, 1)
+    settings = msgspec.structs.replace(plain.settings, loss=loss)
+    trainer = Trainer(spec, settings, data, torch.device("cpu"))
+    losses = [trainer.advance().item() for _ in range(60)]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
 
 
 def test_training_learns() -> None:

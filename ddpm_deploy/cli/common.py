@@ -33,6 +33,14 @@ class _FilePath(click.Path):
 FilePath = _FilePath(path_type=Path)
 
 
+class Words(click.Choice[str]):
+    """A choice whose words may be typed with a hyphen for an underscore."""
+
+    def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
+        """As it is compared."""
+        return super().normalize_choice(str(choice), ctx).replace("-", "_")
+
+
 class Refusal(click.ClickException):
     """An error as a user sees it: one line, and an exit code."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ddpm_deploy.cli.common import FilePath, command, logger, refuse_given
+from ddpm_deploy.cli.common import FilePath, Words, command, logger, refuse_given
 from ddpm_deploy.cli.progress import progress
 from ddpm_deploy.errors import OutputError, SettingError
 
@@ -17,9 +17,15 @@ if TYPE_CHECKING:
     from ddpm_deploy.train.trainer import Trainer
 
 _PRESETS: Final = ("digits", "small", "cifar10", "256")  # of train.settings.PRESETS, named here without torch
+# Of solvers, train.settings and schedule, likewise.
+_PREDICTIONS: Final = ("epsilon", "v", "x0", "mean")
+_LOSSES: Final = ("simple", "vlb", "hybrid")
+_VARIANCES: Final = ("fixed_small", "fixed_large", "learned_range")
+_SCHEDULES: Final = ("linear", "cosine", "sigmoid", "scaled_linear")
 _LABEL_DROPOUT: Final = 0.1
 _PROVENANCE_BYTES: Final = 300  # what training and export may yet add to a spec
 _SETTINGS: Final = (
+    "loss",
     "steps",
     "batch_size",
     "learning_rate",
@@ -54,6 +60,8 @@ _NEW_ON_RESUME: Final = {
   ddpm-train digits -o digits.pt                 handwritten digits, minutes on a CPU
   ddpm-train photos/ -o model.pt --steps 20000   your own images, scaled and cropped to 32×32
   ddpm-train pets/ --labels -o pets.pt           class-conditional: pets/cat/*.jpg, pets/dog/*.jpg
+  ddpm-train digits -o v.pt --prediction v --schedule cosine
+  ddpm-train digits -o h.pt --loss hybrid        learns its variance too, for chains of few steps
   ddpm-train cifar.npz -o model.pt --preset cifar10 --device cuda --amp --compile
   ddpm-train --resume model.pt                   go on after Ctrl-C
   ddpm-train --resume model.pt --steps 40000     train a finished model further (its learning rate
@@ -84,6 +92,19 @@ _NEW_ON_RESUME: Final = {
 @click.option("--steps", type=click.IntRange(1, 10**9), help="Training steps.  [default: the preset's]")
 @click.option("--batch-size", type=click.IntRange(1, 65_536), help="Images a step.  [default: the preset's]")
 @click.option("--learning-rate", type=click.FloatRange(0, 1, min_open=True), help="[default: the preset's]")
+@click.option("--prediction", type=Words(_PREDICTIONS), default="epsilon", help="What the network predicts.")
+@click.option(
+    "--loss",
+    type=Words(_LOSSES),
+    default="simple",
+    help="simple: squared error; vlb: the variational bound; hybrid: both, with a learned variance.",
+)
+@click.option(
+    "--variance",
+    type=Words(_VARIANCES),
+    help="Of the reverse steps.  [default: fixed_large; learned_range with hybrid]",
+)
+@click.option("--schedule", type=Words(_SCHEDULES), default="linear", help="Of β, the noise.")
 @click.option("--labels", is_flag=True, help="A class-conditional model: a class for each folder in DATA.")
 @click.option(
     "--label-dropout",
@@ -227,8 +248,10 @@ def _resumed(path: Path, data: str | None, options: dict[str, Any]) -> "Trainer"
 
 
 def _new(data: str, options: dict[str, Any]) -> "Trainer":
+    from ddpm_deploy.schedule import SCHEDULES
     from ddpm_deploy.train.data import DIGITS, find_images
     from ddpm_deploy.train.denoiser import torch_device
+    from ddpm_deploy.train.diffusion import require_trainable
     from ddpm_deploy.train.settings import PRESETS
     from ddpm_deploy.train.trainer import Trainer
 
@@ -242,7 +265,15 @@ def _new(data: str, options: dict[str, Any]) -> "Trainer":
     channels = (
         {"grey": 1, "rgb": 3}.get(options["channels"]) or preset.channels or (1 if source.grey() else 3)
     )
-    spec = preset.spec(Path(data).name, channels, options["image_size"] or preset.image_size)
+    spec = preset.spec(
+        Path(data).name,
+        channels,
+        options["image_size"] or preset.image_size,
+        prediction=options["prediction"],
+        schedule=SCHEDULES[options["schedule"]],
+        variance=options["variance"] or ("learned_range" if options["loss"] == "hybrid" else "fixed_large"),
+    )
+    require_trainable(spec, options["loss"])
     spec = _with_classes(spec, source, bool(options["label_dropout"]))
     settings = preset.settings(
         data=data,

@@ -1,33 +1,78 @@
-"""The forward process in torch, and the loss."""
+"""The forward process in torch, and the losses."""
 
+import math
 from collections.abc import Callable
+from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.special import log_ndtr, ndtr
 
 from ddpm_deploy.errors import SettingError
+from ddpm_deploy.schedule import posterior
+from ddpm_deploy.solvers import denoised_coefficients, prediction_coefficients
 from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.train.settings import Loss
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
+_SMALLEST_PROBABILITY: Final = 1e-12  # of a pixel's value, so that its logarithm is finite
+
 
 class Diffusion(nn.Module):
-    """q(x_t | x_0) and L_simple of a model's schedule, its constants on one device."""
+    """q(x_t | x_0) of a model, and what its network is trained on, its constants on one device.
+
+    The loss, for timesteps t drawn evenly, is one of
+      simple  L_simple: mean squared error of the prediction (Ho et al. 2020, equation 14).
+      vlb     L_t of the variational bound (equation 5), in bits a dimension; T times its mean is the bound, but
+              for L_T, which nothing is trained on.
+      hybrid  L_simple + λ·L_vlb with λ = 0.001, where the bound trains the variance alone (Nichol & Dhariwal
+              2021, equation 16).
+
+    Raises SettingError where the loss does not train the variance that the spec has.
+    """
 
     sqrt_alphas_cumprod: Tensor
     sqrt_one_minus_alphas_cumprod: Tensor
+    x0_share: Tensor
+    epsilon_share: Tensor
+    mean_scale: Tensor
+    ln_var_posterior: Tensor
+    ln_var_min: Tensor
+    ln_var_max: Tensor
     embedding: Tensor
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, loss: Loss = "simple") -> None:
         super().__init__()
-        if spec.prediction != "epsilon":
-            raise SettingError(
-                f"training a network that predicts {spec.prediction} is not supported: use epsilon"
-            )
-        alphas_cumprod = torch.from_numpy(spec.make_schedule().alphas_cumprod)
-        self.register_buffer("sqrt_alphas_cumprod", alphas_cumprod.sqrt().float())
-        self.register_buffer("sqrt_one_minus_alphas_cumprod", (1 - alphas_cumprod).sqrt().float())
+        require_trainable(spec, loss)
+        self._loss = loss
+        self._channels = spec.image_shape[0]
+        self._range = spec.value_range
+        schedule, every = spec.make_schedule(), np.arange(spec.timesteps)
+        x0_share, epsilon_share = prediction_coefficients(spec.prediction, schedule, every)
+        _, b = denoised_coefficients(spec.prediction, schedule, every)
+        k0, _, smallest = posterior(schedule.alphas_cumprod, schedule.alphas_cumprod_prev)
+        # β̃ is zero at t = 0, where its place is taken by that of t = 1, as in Ho's code.
+        smallest[0] = smallest[1] if spec.timesteps > 1 else schedule.betas[0]
+        bounds = {
+            "fixed_small": (smallest, smallest),
+            "fixed_large": 2 * (np.append(smallest[0], schedule.betas[1:]),),
+            "learned_range": (smallest, schedule.betas),
+        }[spec.variance]
+        constants = {
+            "sqrt_alphas_cumprod": np.sqrt(schedule.alphas_cumprod),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - schedule.alphas_cumprod),
+            "x0_share": x0_share,
+            "epsilon_share": epsilon_share,
+            "mean_scale": k0 * b,  # x̂0 = a·x + b·out, and k0 times that is in the mean
+            "ln_var_posterior": np.log(smallest),
+            "ln_var_min": np.log(bounds[0]),
+            "ln_var_max": np.log(bounds[1]),
+        }
+        for name, values in constants.items():
+            self.register_buffer(name, torch.from_numpy(values).float())
         self.register_buffer("embedding", torch.from_numpy(spec.embedding.table(spec.timesteps)))
 
     @property
@@ -37,12 +82,62 @@ class Diffusion(nn.Module):
 
     def q_sample(self, x0: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε, for x0 and ε (B, C, H, W) and t (B,)."""
-        signal = self.sqrt_alphas_cumprod[t][:, None, None, None]
-        noise = self.sqrt_one_minus_alphas_cumprod[t][:, None, None, None]
-        return signal * x0 + noise * epsilon
+        return _at(self.sqrt_alphas_cumprod, t) * x0 + _at(self.sqrt_one_minus_alphas_cumprod, t) * epsilon
 
     def loss(
         self, network: Network, x0: Tensor, t: Tensor, epsilon: Tensor, y: Tensor | None = None
     ) -> Tensor:
-        """L_simple (Ho et al. 2020, equation 14): mean squared error of the predicted ε; y (B,) of conditional ones."""
-        return F.mse_loss(network(self.q_sample(x0, t, epsilon), self.embedding[t], y), epsilon)
+        """The mean loss of x0 (B, C, H, W) at t (B,) with the noise ε (B, C, H, W); y (B,) of conditional models."""
+        prediction = network(self.q_sample(x0, t, epsilon), self.embedding[t], y).float()
+        out, v = prediction[:, : self._channels], prediction[:, self._channels :]
+        target = _at(self.x0_share, t) * x0 + _at(self.epsilon_share, t) * epsilon
+        if self._loss == "simple":
+            return F.mse_loss(out, target)
+        if self._loss == "vlb":
+            return self._bound(x0, t, out - target, v)
+        bound = self._bound(x0, t, (out - target).detach(), v)
+        return F.mse_loss(out, target) + 0.001 * self.timesteps * bound
+
+    def _bound(self, x0: Tensor, t: Tensor, error: Tensor, v: Tensor) -> Tensor:
+        """L_t in bits a dimension, meaned over the batch, from the error of the prediction.
+
+        The mean of p(x_{t-1} | x_t) is then off by mean_scale · error, whatever is predicted.
+        """
+        error = _at(self.mean_scale, t) * error
+        ln_var = _at(self.ln_var_min, t).expand_as(error)
+        if v.shape[1]:
+            ln_var = ln_var + (v + 1) / 2 * (_at(self.ln_var_max, t) - ln_var)
+        difference = _at(self.ln_var_posterior, t) - ln_var
+        divergence = 0.5 * (torch.expm1(difference) - difference + error**2 * torch.exp(-ln_var))
+        first = (t == 0)[:, None, None, None]
+        nats = torch.where(first, -self._log_likelihood(x0, error, ln_var), divergence)
+        return nats.mean() / math.log(2)
+
+    def _log_likelihood(self, x0: Tensor, error: Tensor, ln_var: Tensor) -> Tensor:
+        """ln p(x_0 | x_1), each of the 256 values of a pixel a bin (Ho et al. 2020, equation 13)."""
+        lo, hi = self._range
+        half_bin = (hi - lo) / 510
+        inverse = torch.exp(-0.5 * ln_var)
+        # The normal distribution is even: left of its mean, small probabilities keep their digits.
+        inside = ndtr((half_bin - error.abs()) * inverse) - ndtr((-half_bin - error.abs()) * inverse)
+        inside = inside.clamp(min=_SMALLEST_PROBABILITY).log()
+        # Towards the ends the two outermost bins take all that is left.
+        lowest = log_ndtr((half_bin - error) * inverse)
+        highest = log_ndtr((half_bin + error) * inverse)
+        return torch.where(x0 < lo + half_bin, lowest, torch.where(x0 > hi - half_bin, highest, inside))
+
+
+def _at(constants: Tensor, t: Tensor) -> Tensor:
+    """Those of t (B,), to go with images."""
+    return constants[t][:, None, None, None]
+
+
+def require_trainable(spec: ModelSpec, loss: Loss) -> None:
+    """Raise SettingError where the loss does not train the variance that the spec has."""
+    learned = spec.variance == "learned_range"
+    if learned and loss == "simple":
+        raise SettingError("the loss simple does not train a learned_range variance: choose hybrid or vlb")
+    if loss == "hybrid" and not learned:
+        raise SettingError(
+            f"the loss hybrid trains a learned_range variance, and this one is {spec.variance}: choose simple or vlb"
+        )

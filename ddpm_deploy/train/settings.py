@@ -11,6 +11,7 @@ from ddpm_deploy.spec import ModelSpec, Provenance, UNetConfig
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1e6)]
+Loss = Literal["simple", "vlb", "hybrid"]
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -19,6 +20,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     data: what was trained on, as it was named on the command line. data_digest: SHA-256 of the images as
     they were read; empty if not known. skip_broken: whether unreadable
     images were left out.
+    loss: what is minimised, see `train.diffusion`.
     steps: where training ends. learning_rate: its peak, reached after `warmup_steps`; from there it
     stays ("none") or falls to zero along a half cosine at the last step ("cosine").
     grad_clip: largest norm of the gradient. ema_decay: of the average. flip: mirror images at random.
@@ -32,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     data: str
     data_digest: str = ""
     skip_broken: bool = False
+    loss: Loss = "simple"
     steps: Positive
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
     learning_rate: Rate
@@ -73,8 +76,8 @@ class Preset:
     ema_decay: float
     flip: bool
 
-    def spec(self, data: str, channels: int, image_size: int) -> ModelSpec:
-        """The spec of a new model of this kind, for images of one size.
+    def spec(self, data: str, channels: int, image_size: int, **overrides: Any) -> ModelSpec:
+        """The spec of a new model of this kind, for images of one size, some of its fields in place of the defaults.
 
         Raises SettingError where the network cannot halve the size as often as it must.
         """
@@ -88,6 +91,7 @@ class Preset:
             embedding=SinusoidalEmbedding(dim=self.network.channels),
             network=self.network,
             provenance=Provenance(digest="0" * 64, data=data[:200]),
+            **overrides,
         )
 
     def settings(self, data: str, **overrides: Any) -> Settings:

@@ -55,7 +55,7 @@ class Trainer:
         # Walking a network for its parameters takes longer than what is done with them.
         self._parameters: list[Tensor] = list(self.network.parameters())
         self._averages: list[Tensor] = list(self.average.parameters())
-        self.diffusion = Diffusion(spec).to(device)
+        self.diffusion = Diffusion(spec, settings.loss).to(device)
         self.optimizer = torch.optim.Adam(self._parameters, lr=settings.learning_rate, fused=True)
         self._predict = torch.compile(self.network) if compiled else self.network
         self._images = torch.from_numpy(data.images)

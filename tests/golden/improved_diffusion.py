@@ -24,9 +24,11 @@ SCHEDULES: Final = ("linear", "cosine")
 VARIANCES: Final = ("fixed_small", "fixed_large", "learned_range")
 PREDICTIONS: Final[tuple[Prediction, ...]] = ("epsilon", "x0", "mean")
 CHAINS: Final = list(itertools.product(SCHEDULES, VARIANCES, (1000, 250, 50, 7), (True, False)))
-LOSSES: Final = list(
-    itertools.product(SCHEDULES, PREDICTIONS, ("fixed_small", "learned_range"), ("vlb", "hybrid"))
-)
+LOSSES: Final = [
+    (schedule, prediction, variance, loss)
+    for schedule, prediction in itertools.product(SCHEDULES, PREDICTIONS)
+    for variance, loss in (("fixed_small", "vlb"), ("learned_range", "vlb"), ("learned_range", "hybrid"))
+]
 LOSS_TIMESTEPS: Final = [0, 1, 2, 17, 500, 999]
 
 
@@ -113,11 +115,8 @@ def main(checkout: str) -> None:
     }
     for case in CHAINS:
         content[f"chain {case}"] = peer.chain(*case)
-    for schedule, prediction, variance, kind in LOSSES:
-        if kind == "vlb" or variance == "learned_range":
-            content[f"loss {(schedule, prediction, variance, kind)}"] = peer.loss(
-                schedule, prediction, variance, kind
-            )
+    for case in LOSSES:
+        content[f"loss {case}"] = peer.loss(*case)
     np.savez_compressed(FILE, **content)
 
 
