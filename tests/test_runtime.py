@@ -24,7 +24,8 @@ from ddpm_deploy.runtime.images import Destination, grid
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.parity import judge, psnr, record, spot_check, summarise, teacher_forced
 from ddpm_deploy.runtime.proof import as_proof, load_proof, write_proof
-from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.solvers import StepTable, ddpm
+from ddpm_deploy.spec import ChainSettings, ModelSpec
 from ddpm_deploy.tolerances import PARITY
 from tests.models import ArrayDenoiser, tiny_spec
 
@@ -75,6 +76,58 @@ def test_callback_sees_every_step_and_may_stop_the_run() -> None:
     with pytest.raises(KeyboardInterrupt):
         sampler.sample(3, steps=5, seed=0, callback=stop)
     np.testing.assert_array_equal(sampler.sample(3, steps=5, seed=0), wanted)
+
+
+def test_a_stream_shows_every_step_of_sample() -> None:
+    sampler = Sampler(ArrayDenoiser(tiny_spec(), 4))
+    seen: list[Any] = []
+    wanted = sampler.sample(
+        3, steps=5, seed=0, callback=lambda step, x, x0: seen.append((step, x.copy(), x0.copy()))
+    )
+    got = list(sampler.stream(3, steps=5, seed=0))
+    for mine, theirs in zip(got, seen, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(got[-1][1], wanted)
+    with pytest.raises(SettingError, match="5 images are more than one batch.*choose 1 to 4"):
+        sampler.stream(5)
+
+
+def test_a_stream_holds_the_sampler_until_it_is_closed() -> None:
+    sampler = Sampler(ArrayDenoiser(tiny_spec(), 4))
+    wanted = sampler.sample(3, steps=5, seed=0)
+    stream = sampler.stream(3, steps=5, seed=0)
+    next(stream)
+    with pytest.raises(OwnershipError):
+        sampler.sample(1)
+    stream.close()  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(sampler.sample(3, steps=5, seed=0), wanted)
+
+
+def test_a_table_of_the_callers_own() -> None:
+    sampler = Sampler(ArrayDenoiser(tiny_spec(), 2))
+    table = sampler.table(ChainSettings(steps=5, solver="ddim"))
+    np.testing.assert_array_equal(
+        sampler.sample(2, table=StepTable(table.rows.copy()), seed=0),
+        sampler.sample(2, steps=5, solver="ddim", seed=0),
+    )
+    columns = {"a": 1.0, "hi": 1.0}
+    for bad, problem in (
+        ({"table": table, "steps": 5}, "instead of steps"),
+        (
+            {"table": StepTable.from_columns(t=np.array([1000, 3]), **columns)},
+            "not within the model's 0 to 999",
+        ),
+        (
+            {"table": StepTable.from_columns(t=np.array([3, -1]), **columns)},
+            "not within the model's 0 to 999",
+        ),
+        ({"table": StepTable.from_columns(t=np.array([3, 3]), **columns)}, "must fall"),
+        ({"table": ddpm(tiny_spec().make_schedule(), [5, 0], variance="learned_range")}, "has none"),
+    ):
+        with pytest.raises(SettingError, match=problem):
+            sampler.sample(1, **bad)
+    sampler.sample(1, steps=2)  # free again
 
 
 def test_given_noise_replaces_the_addressed_noise() -> None:

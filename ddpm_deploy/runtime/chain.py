@@ -92,25 +92,52 @@ class Chain:
         labels: (k,), of a class-conditional model.
 
         The slots must have nothing to do. An image is whole when its slot is not `active` any more, and
-        stays in `x` until the slot is started again.
+        stays in `x` until the slot is started again. Raises SettingError where the model has not what the
+        table needs.
         """
-        assert not self.active[slots].any()
-        self._ahead = self._ahead[:0]  # the noise made ahead was of other slots
-        self.noise.assign(slots, seeds, indices)
+        self._occupy(slots, table, 0, seeds, indices, labels)
         x_T = self.noise.fill(np.zeros((1, slots.stop), np.int64))[0]  # noqa: N806  (the paper's name)
         self._flat(self.denoiser.x)[slots] = x_T[slots]
         self._x0_previous[slots] = 0
+
+    def restore(
+        self,
+        slots: slice,
+        table: StepTable,
+        step: int,
+        x: Array,
+        x0: Array,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.uint64],
+        labels: Labels | None = None,
+    ) -> None:
+        """Take chains up again after `step` of their steps: as `start`, from x and the last x̂0, (k, C, H, W)."""
+        self._occupy(slots, table, step, seeds, indices, labels)
+        self.denoiser.x[slots], self.x0[slots] = x, x0
+
+    def _occupy(
+        self,
+        slots: slice,
+        table: StepTable,
+        step: int,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.uint64],
+        labels: Labels | None,
+    ) -> None:
+        """All that the slots' chains are, but for their numbers."""
+        assert not self.active[slots].any()
+        first = self._first_row(table)
+        self._ahead = self._ahead[:0]  # the noise made ahead was of other slots
+        self.noise.assign(slots, seeds, indices)
         if labels is not None:
             self.denoiser.y[slots] = labels
-        first = self._first_row(table)
-        self._pointer[slots] = first
+        self._pointer[slots] = first + step if step < len(table) else IDLE
         self._end[slots] = first + len(table)
 
     def _first_row(self, table: StepTable) -> int:
         known = self._tables.get(id(table))
         if known is None:
-            if table["ln_var_max"].any() and self.denoiser.spec.variance != "learned_range":
-                raise SettingError("this table needs a learned variance, and the model has none")
+            self._require_runs(table)
             if len(self._tables) >= _MAX_TABLES and not self.active.any():
                 self._tables, self._rows = {}, self._rows[:1]
             known = table, len(self._rows)
@@ -121,6 +148,13 @@ class Chain:
             if table["ln_var_max"].any() and not self._exponential:
                 self._exponential = Exponential(*self._x0.shape)
         return known[1]
+
+    def _require_runs(self, table: StepTable) -> None:
+        if table["ln_var_max"].any() and self.denoiser.spec.variance != "learned_range":
+            raise SettingError("this table needs a learned variance, and the model has none")
+        last = self.denoiser.spec.timesteps - 1
+        if not len(table) or table["t"].min() < 0 or table["t"].max() > last:
+            raise SettingError(f"the timesteps of this table are not within the model's 0 to {last}")
 
     def clear(self) -> None:
         """Leave every slot with nothing to do."""

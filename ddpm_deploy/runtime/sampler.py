@@ -4,9 +4,10 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, Sett
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.runtime.chain import Chain, NoiseSource
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
+from ddpm_deploy.runtime.guidance import GuidedDenoiser
+from ddpm_deploy.runtime.snapshot import Batch, Snapshot
 from ddpm_deploy.solvers import Solver, StepTable
 from ddpm_deploy.spacings import Spacing
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings, ModelSpec
@@ -24,7 +27,23 @@ _MAX_TABLES: Final = 16
 Callback = Callable[[int, Array, Array], None]
 Noise = Callable[[int], Array]
 Label = int | str
+Guidance = float | Sequence[float] | NDArray[Any] | None
 _LabelsOf = Callable[[slice, NDArray[np.uint64]], Labels | None]
+
+
+class SampleSettings(TypedDict, total=False):
+    """What to draw, as `Sampler.sample` says of each."""
+
+    steps: int | None
+    solver: Solver
+    eta: float | None
+    spacing: Spacing
+    table: StepTable | None
+    seed: int | None
+    first_index: int
+    labels: Label | Sequence[Label] | Labels | None
+    guidance: Guidance
+    noise: Noise | None
 
 
 def load_denoiser(
@@ -63,6 +82,8 @@ class Sampler:
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
         self._chain = Chain(denoiser)
+        self._guided_chain: Chain | None = None
+        self._under_way: tuple[Batch, Chain, int] | None = None  # and the steps that are done
         self._tables: dict[ChainSettings, StepTable] = {}
         self._busy = threading.Lock()
 
@@ -92,6 +113,10 @@ class Sampler:
         """What the model says of itself."""
         return self.denoiser.spec
 
+    def max_batch(self, guidance: Guidance = None) -> int:
+        """Images in flight at once: half as many with guidance, which takes two rows of the batch for each."""
+        return self.denoiser.max_batch if guidance is None else self.denoiser.max_batch // 2
+
     def table(self, settings: ChainSettings = DEFAULT_CHAIN) -> StepTable:
         """The rows that `sample` runs for these settings."""
         if settings not in self._tables:
@@ -101,26 +126,18 @@ class Sampler:
         return self._tables[settings]
 
     def sample(
-        self,
-        count: int,
-        *,
-        steps: int | None = None,
-        solver: Solver = "ddpm",
-        eta: float | None = None,
-        spacing: Spacing = "leading",
-        seed: int | None = None,
-        first_index: int = 0,
-        labels: Label | Sequence[Label] | Labels | None = None,
-        noise: Noise | None = None,
-        callback: Callback | None = None,
+        self, count: int, *, callback: Callback | None = None, **settings: Unpack[SampleSettings]
     ) -> Array:
         """Draw `count` images: float32 (count, C, H, W) in the model's value range.
 
-        steps: of the chain, 1 .. T (None: all T). solver: "ddpm", "ddim" or "dpmpp-2m". eta: of ddim, 0 to 1
-            (None: 0). spacing: of the timesteps: "leading", "trailing", "linspace" or "openai".
-        seed: 0 .. 2⁶⁴ - 1 (None: a fresh one). Sample i of the call has sample index first_index + i.
+        steps: of the chain, 1 .. T (None: all T). solver: "ddpm", "ddim" or "dpmpp-2m" ("ddpm"). eta: of ddim,
+            0 to 1 (None: 0). spacing: of the timesteps: "leading", "trailing", "linspace" or "openai" ("leading").
+        table: a StepTable of your own in place of these four, as of `solvers.ddim(…, stride=…)`.
+        seed: 0 .. 2⁶⁴ - 1 (None: a fresh one). Sample i of the call has sample index first_index + i (0).
         labels: of a class-conditional model, by name or number: one for all, or one for each sample. None:
             each class in turn, by sample index.
+        guidance: scale of classifier-free guidance, for a model with a null class: one for all, or one for each
+            sample; 1 is the plain model (None: without). It halves the images in flight.
         noise: `noise(draw) -> (count, C, H, W)` in place of the addressed noise, draw 0 for x_T and
             t + 1 for the step from t. A count over the batch asks again for each part of it, so it
             must give the same numbers for the same draw.
@@ -130,18 +147,7 @@ class Sampler:
         Raises SettingError for an argument out of range, BackendError where the backend fails or the
         network gives numbers that are not finite, OwnershipError where the Sampler is already in use.
         """
-        parts = self.iter_samples(
-            count,
-            steps=steps,
-            solver=solver,
-            eta=eta,
-            spacing=spacing,
-            seed=seed,
-            first_index=first_index,
-            labels=labels,
-            noise=noise,
-            callback=callback,
-        )
+        parts = self.iter_samples(count, callback=callback, **settings)
         try:
             images = np.empty((count, *self.spec.image_shape), np.float32)
         except (MemoryError, ValueError) as error:
@@ -153,6 +159,82 @@ class Sampler:
         return images
 
     def iter_samples(
+        self, count: int, *, callback: Callback | None = None, **settings: Unpack[SampleSettings]
+    ) -> Iterator[Array]:
+        """As `sample`, giving the images in order as batches finish, for counts that don't fit in memory.
+
+        Arguments are checked at once; the work happens as the result is read.
+        """
+        return self._images(self._draw(count, **settings), callback)
+
+    def _images(self, draw: "_Draw", callback: Callback | None) -> Iterator[Array]:
+        with self._owned():
+            for batch in draw.batches(self.max_batch(draw.guidance)):
+                yield self._finished(batch, self._started(draw, batch), 0, callback)
+
+    def stream(self, count: int, **settings: Unpack[SampleSettings]) -> Iterator[tuple[int, Array, Array]]:
+        """One batch step by step: yields (step, x_t, x̂0) after each, step from 0, as copies (count, C, H, W).
+
+        The x of the last step is what `sample` gives. count: at most `max_batch`. The Sampler is in use until
+        the last step was read, or the iterator is closed.
+        """
+        draw = self._draw(count, **settings)
+        most = self.max_batch(draw.guidance)
+        if count > most:
+            raise SettingError(
+                f"{count} images are more than one batch, which a stream is of: choose 1 to {most}"
+            )
+        return self._copies(draw)
+
+    def _copies(self, draw: "_Draw") -> Iterator[tuple[int, Array, Array]]:
+        with self._owned():
+            (batch,) = draw.batches(draw.count)
+            for step, x, x0 in self._steps(batch, self._started(draw, batch), 0):
+                yield step, x.copy(), x0.copy()
+
+    def snapshot(self) -> Snapshot:
+        """The batch that is under way, as it is after its last step: ask in a callback, or between a stream's steps.
+
+        Raises SettingError where none is, or its noise is a caller's own, which a file cannot hold.
+        """
+        if self._under_way is None:
+            raise SettingError(
+                "no chain is under way: ask in the callback of sample, or while reading a stream"
+            )
+        batch, chain, step = self._under_way
+        if isinstance(chain.noise, _GivenNoise):
+            raise SettingError("a chain on noise of the caller's own cannot be resumed: leave noise out")
+        part = slice(0, batch.count)
+        return Snapshot(batch, self.spec.provenance.digest, step, chain.x[part].copy(), chain.x0[part].copy())
+
+    def resume(self, snapshot: Snapshot, *, callback: Callback | None = None) -> Array:
+        """Go on from a snapshot to its images, (k, C, H, W), on whatever backend this model runs.
+
+        callback: as of `sample`; its first step is the snapshot's.
+
+        Raises SettingError where it is of another model, or of a larger batch than this Sampler's.
+        """
+        batch = snapshot.batch
+        snapshot.require_fits(self.spec)
+        if batch.count > self.max_batch(batch.guidance):
+            raise SettingError(
+                f"the snapshot has {batch.count} images in flight: load the model with max_batch "
+                f"{batch.count if batch.guidance is None else 2 * batch.count}"
+            )
+        with self._owned():
+            chain = self._chain_of(batch)
+            chain.restore(
+                slice(0, batch.count),
+                batch.table,
+                snapshot.step,
+                snapshot.x,
+                snapshot.x0,
+                *batch.addresses(),
+                batch.labels,
+            )
+            return self._finished(batch, chain, snapshot.step, callback)
+
+    def _draw(
         self,
         count: int,
         *,
@@ -160,16 +242,14 @@ class Sampler:
         solver: Solver = "ddpm",
         eta: float | None = None,
         spacing: Spacing = "leading",
+        table: StepTable | None = None,
         seed: int | None = None,
         first_index: int = 0,
         labels: Label | Sequence[Label] | Labels | None = None,
+        guidance: Guidance = None,
         noise: Noise | None = None,
-        callback: Callback | None = None,
-    ) -> Iterator[Array]:
-        """As `sample`, giving the images in order as batches finish, for counts that don't fit in memory.
-
-        Arguments are checked at once; the work happens as the result is read.
-        """
+    ) -> "_Draw":
+        """What a call asks for. Raises SettingError where it is out of range."""
         for name, value in (("count", count), ("seed", seed), ("first_index", first_index), ("steps", steps)):
             if value is not None and not isinstance(value, int | np.integer):
                 raise SettingError(f"{name} must be a whole number, not {value!r}")
@@ -180,8 +260,26 @@ class Sampler:
             raise SettingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
         if not 0 <= first_index <= 2**64 - count:
             raise SettingError(f"first_index must be from 0 to 2^64 - count, not {first_index}")
-        table = self.table(ChainSettings(steps=steps, solver=solver, eta=eta, spacing=spacing))
-        return self._run(count, table, seed, first_index, self._labels(labels, count), noise, callback)
+        settings = ChainSettings(steps=steps, solver=solver, eta=eta, spacing=spacing)
+        if table is not None and settings != DEFAULT_CHAIN:
+            raise SettingError("a table is instead of steps, solver, eta and spacing: leave these out")
+        if table is not None and (np.diff(table.timesteps) >= 0).any():
+            raise SettingError(
+                "the timesteps of a table must fall: the noise of a step is found by its timestep"
+            )
+        scales = None if guidance is None else _scales(guidance, count)
+        if scales is not None:
+            self._guided()  # refuses a model that has no guidance
+        return _Draw(
+            count,
+            self.table(settings) if table is None else table,
+            settings if table is None else None,
+            int(seed),
+            int(first_index),
+            self._labels(labels, count),
+            scales,
+            noise,
+        )
 
     def _labels(self, labels: Label | Sequence[Label] | Labels | None, count: int) -> _LabelsOf:
         """What gives the labels of samples by their place in the call and their index; None: there are none."""
@@ -199,43 +297,48 @@ class Sampler:
             )
         return lambda part, indices: each[part]
 
-    def _run(
-        self,
-        count: int,
-        table: StepTable,
-        seed: int,
-        first_index: int,
-        labels_of: _LabelsOf,
-        noise: Noise | None,
-        callback: Callback | None,
-    ) -> Iterator[Array]:
-        with self._owned():
-            for done in range(0, count, self.denoiser.max_batch):
-                batch = min(self.denoiser.max_batch, count - done)
-                indices = np.uint64(first_index + done) + np.arange(batch, dtype=np.uint64)
-                chain = (
-                    self._chain
-                    if noise is None
-                    else Chain(self.denoiser, _GivenNoise(noise, self.spec.image_shape, count, done))
-                )
-                chain.start(
-                    slice(0, batch),
-                    table,
-                    np.full(batch, seed, np.uint64),
-                    indices,
-                    labels_of(slice(done, done + batch), indices),
-                )
-                for step in range(len(table)):
-                    chain.step()
-                    if callback is not None:
-                        callback(step, chain.x[:batch], chain.x0[:batch])
-                images = chain.x[:batch].copy()
-                if not np.isfinite(images).all():
-                    raise BackendError(
-                        "the network gave numbers that are not finite, so the images are worthless: "
-                        "check the model with ddpm-verify"
-                    )
-                yield images
+    def _guided(self) -> Chain:
+        """The chain with guidance, made when it is first asked for."""
+        if self._guided_chain is None:
+            self._guided_chain = Chain(GuidedDenoiser(self.denoiser))
+        return self._guided_chain
+
+    def _chain_of(self, batch: Batch) -> Chain:
+        """The chain that the batch runs in, the scales of its guidance set."""
+        if batch.guidance is None:
+            return self._chain
+        chain = self._guided()
+        assert isinstance(chain.denoiser, GuidedDenoiser)
+        chain.denoiser.scale[: batch.count] = batch.guidance
+        return chain
+
+    def _started(self, draw: "_Draw", batch: Batch) -> Chain:
+        chain = self._chain_of(batch)
+        if draw.noise is not None:
+            done = batch.first_index - draw.first_index
+            chain = Chain(chain.denoiser, _GivenNoise(draw.noise, self.spec.image_shape, draw.count, done))
+        chain.start(slice(0, batch.count), batch.table, *batch.addresses(), batch.labels)
+        return chain
+
+    def _steps(self, batch: Batch, chain: Chain, first: int) -> Iterator[tuple[int, Array, Array]]:
+        """Step by step to the end: (step, x, x̂0), views that the next step overwrites."""
+        for step in range(first, len(batch.table)):
+            chain.step()
+            self._under_way = batch, chain, step + 1
+            yield step, chain.x[: batch.count], chain.x0[: batch.count]
+
+    def _finished(self, batch: Batch, chain: Chain, first: int, callback: Callback | None) -> Array:
+        """The images of a batch, from step `first` of its chain."""
+        for step, x, x0 in self._steps(batch, chain, first):
+            if callback is not None:
+                callback(step, x, x0)
+        images = chain.x[: batch.count].copy()
+        if not np.isfinite(images).all():
+            raise BackendError(
+                "the network gave numbers that are not finite, so the images are worthless: "
+                "check the model with ddpm-verify"
+            )
+        return images
 
     @contextmanager
     def _owned(self) -> Iterator[None]:
@@ -245,7 +348,9 @@ class Sampler:
         try:
             yield
         finally:
-            self._chain.clear()
+            self._under_way = None
+            for chain in filter(None, (self._chain, self._guided_chain)):
+                chain.clear()
             self._busy.release()
 
     def close(self) -> None:
@@ -259,6 +364,45 @@ class Sampler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What one call asks for: the fields of `Batch`, of all of its samples."""
+
+    count: int
+    table: StepTable
+    settings: ChainSettings | None
+    seed: int
+    first_index: int
+    labels: _LabelsOf
+    guidance: Array | None
+    noise: Noise | None
+
+    def batches(self, most: int) -> Iterator[Batch]:
+        """The samples in order, at most so many at a time."""
+        for done in range(0, self.count, most):
+            part = slice(done, min(done + most, self.count))
+            batch = Batch(
+                part.stop - done,
+                self.table,
+                self.settings,
+                self.seed,
+                self.first_index + done,
+                guidance=None if self.guidance is None else self.guidance[part],
+            )
+            yield replace(batch, labels=self.labels(part, batch.addresses()[1]))
+
+
+def _scales(guidance: float | Sequence[float] | NDArray[Any], count: int) -> Array:
+    """(count,), of one for all or one for each."""
+    try:
+        scales: Array = np.broadcast_to(np.asarray(guidance, np.float32), count)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"guidance must be a number, or one for each of the {count} images") from error
+    if not np.isfinite(scales).all():
+        raise SettingError(f"guidance must be finite, not {guidance}")
+    return scales
 
 
 class _GivenNoise(NoiseSource):
