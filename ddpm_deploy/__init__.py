@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ddpm_deploy.runtime.denoiser import Denoiser
     from ddpm_deploy.runtime.images import to_uint8
     from ddpm_deploy.runtime.sampler import Sampler
+    from ddpm_deploy.runtime.snapshot import Snapshot
     from ddpm_deploy.schedule import Schedule
     from ddpm_deploy.solvers import StepTable
     from ddpm_deploy.spec import ModelSpec
@@ -47,6 +48,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "SettingError",
+    "Snapshot",
     "SpecError",
     "StepTable",
     "__version__",
@@ -58,6 +60,7 @@ _HOMES = {
     "ModelSpec": "ddpm_deploy.spec",
     "Sampler": "ddpm_deploy.runtime.sampler",
     "Schedule": "ddpm_deploy.schedule",
+    "Snapshot": "ddpm_deploy.runtime.snapshot",
     "StepTable": "ddpm_deploy.solvers",
     "to_uint8": "ddpm_deploy.runtime.images",
 }

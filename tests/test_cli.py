@@ -25,6 +25,9 @@ from ddpm_deploy.cli import main as ddpm_deploy
 from ddpm_deploy.cli.export import _require_same_model
 from ddpm_deploy.cli.run import _SOLVERS, _SPACINGS
 from ddpm_deploy.cli.train import _LOSSES, _PREDICTIONS, _PRESETS, _SCHEDULES, _VARIANCES
+from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.runtime.snapshot import Snapshot
+from ddpm_deploy.spec import ChainSettings
 from ddpm_deploy.version import __version__
 
 BIN = Path(sys.executable).parent
@@ -299,6 +302,17 @@ def test_class_conditional_models(tmp_path: Path, pets: Path) -> None:
     drawn = ("run", onnx, "--steps", 5, "--count", 3, "--label", "dog", "-o", tmp_path / "dogs.png")
     assert call(*drawn).exit_code == 0
     assert "the same again" in call("run", onnx, "--replay", tmp_path / "dogs.png").stdout
+    guided = images("--count", 4, "--label", "cat", "--guidance", 4)
+    assert np.abs(guided - cats).max() > 1e-3
+    np.testing.assert_allclose(
+        images("--count", 4, "--label", "cat", "--guidance", 4, source=model), guided, atol=1e-3
+    )
+    np.testing.assert_array_equal(
+        guided, images("--count", 4, "--label", "cat", "--guidance", 4, "--batch", 1)
+    )
+    assert call(*drawn, "--guidance", 2.5).exit_code == 0
+    assert "the same again" in call("run", onnx, "--replay", tmp_path / "dogs.png").stdout
+    refused(call("run", onnx, "--guidance", "nan"), 1, "guidance must be finite")
     refused(call("run", onnx, "--label", "cow"), 1, "no class 'cow': choose cat, dog, or 0 to 1, or none")
     refused(call("run", onnx, "--label", "-1"), 1, "no class '-1'")
     shutil.copytree(pets / "pets", tmp_path / "pets")
@@ -403,6 +417,89 @@ def test_killed_training_resumes_as_if_it_had_not_been(tmp_path: Path) -> None:
         json.loads(call("inspect", path, "--json").stdout)["provenance"]["digest"] for path in (killed, whole)
     ]
     assert digests[0] == digests[1]
+
+
+def test_an_interrupted_chain_goes_on_from_its_snapshot(tmp_path: Path, pets: Path) -> None:
+    """Ctrl-C in one process, the rest in another, on another backend: the image is that of the whole chain."""
+    settings = ("--count", 3, "--steps", 500, "--seed", 5, "--guidance", 2, "--first-index", 7)
+    process = subprocess.Popen(
+        [BIN / "ddpm-run", pets / "m.pt", *map(str, settings), "--snapshot", "s.npz", "-o", "x.png"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    assert any(line.startswith("guidance 2 takes two rows of the batch") for line in lines)
+    time.sleep(0.5)  # the next thing it does is to wait for signals; the chain takes seconds
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "--resume s.npz" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.npz"]
+    resumed = call("run", pets / "m.onnx", "--resume", tmp_path / "s.npz", "-o", tmp_path / "x.png")
+    assert resumed.exit_code == 0, resumed.output
+    assert "3 images, 500 steps, seed 5" in resumed.stdout
+    assert "the same again" in call("run", pets / "m.onnx", "--replay", tmp_path / "x.png").stdout
+
+
+def test_snapshots_that_cannot_be_gone_on_with(tmp_path: Path, onnx_path: Path, pets: Path) -> None:
+    kept: list[Snapshot] = []
+    with Sampler.load(onnx_path) as sampler:
+        table = sampler.table(ChainSettings(steps=3))
+        sampler.sample(2, table=table, callback=lambda step, x, x0: kept.append(sampler.snapshot()))
+        sampler.sample(2, steps=3, callback=lambda step, x, x0: kept.append(sampler.snapshot()))
+    kept[0].save(tmp_path / "own.npz")
+    kept[-1].save(tmp_path / "done.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "done.npz").read_bytes()[:-100])
+    (tmp_path / "empty.npz").touch()
+    for arguments, code, problem in (
+        (("--resume", "missing.npz"), 1, "does not exist"),
+        (("--resume", tmp_path), 1, "is a folder"),
+        (("--resume", tmp_path / "empty.npz"), 1, "is empty"),
+        (("--resume", tmp_path / "cut.npz"), 1, "not a whole snapshot"),
+        (("--resume", onnx_path), 1, "not a whole snapshot"),
+        (("--resume", tmp_path / "own.npz"), 1, "go on with Sampler.resume"),
+        (("--resume", tmp_path / "done.npz", "--steps", 3), 2, "--steps cannot be given with --resume"),
+        (("--resume", tmp_path / "done.npz", "-o", tmp_path / "done.npz"), 1, "another file of this command"),
+        (("--resume", "x.npz", "--replay", "x.png"), 2, "choose one"),
+        (("--snapshot", onnx_path), 1, "another file of this command"),
+        (("--snapshot", "missing/x.npz"), 1, "does not exist"),
+        (("--snapshot", tmp_path / "s.npz", "--count", 100), 1, "a snapshot holds one batch"),
+        (("--guidance", 2), 1, "needs a model that knows the null class"),
+        (("--progress", "x.jpg"), 1, ".gif, or a .png"),
+        (("--progress", "samples.png"), 1, "another file of this command"),
+    ):
+        refused(call("run", onnx_path, *arguments), code, problem)
+    refused(
+        call("run", pets / "m.onnx", "--resume", tmp_path / "done.npz"), 1, "this snapshot is of the model"
+    )
+    assert call("run", onnx_path, "--resume", tmp_path / "done.npz", "-o", tmp_path / "x.png").exit_code == 0
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif"])
+def test_progress_shows_the_images_appear(tmp_path: Path, onnx_path: Path, suffix: str) -> None:
+    film, out = tmp_path / f"film{suffix}", tmp_path / "x.png"
+    ran = call("run", onnx_path, "--steps", 30, "--count", 70, "--seed", 1, "--progress", film, "-o", out)
+    assert ran.exit_code == 0, ran.output
+    with Image.open(film) as picture, Image.open(out) as grid:
+        if suffix == ".gif":
+            assert picture.n_frames == 30
+            picture.seek(29)
+            last, wanted = (np.asarray(image.convert("L"))[2:66, 2:66] for image in (picture, grid))
+        else:
+            assert picture.size == (10 * 66 + 2, 8 * 66 + 2)
+            last = np.asarray(picture)[2:66, -66:-2]
+            wanted = np.asarray(grid)[2:66, 2:66]
+        assert np.abs(last.astype(int) - wanted).max() <= 1
+        first = np.asarray(picture.convert("L"))[2:66, 2:66]
+        assert suffix == ".gif" or (first != last).any()
+    refused(
+        call("run", onnx_path, "--replay", film),
+        1,
+        "does not say where it came from" if suffix == ".png" else "not a whole PNG",
+    )
 
 
 def test_interrupted_run_leaves_nothing(tmp_path: Path, onnx_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from ddpm_deploy.cli.common import (
     FilePath,
+    check_outputs,
     command,
     logger,
     open_denoiser,
@@ -18,20 +21,22 @@ from ddpm_deploy.cli.common import (
     weights_option,
 )
 from ddpm_deploy.cli.progress import duration, peak_memory, plural, stage, time_step
+from ddpm_deploy.errors import SettingError
 from ddpm_deploy.version import __version__
 
 if TYPE_CHECKING:
-    from ddpm_deploy.runtime.denoiser import Labels
-    from ddpm_deploy.runtime.images import Destination
-    from ddpm_deploy.runtime.sampler import Sampler
-    from ddpm_deploy.solvers import Solver
-    from ddpm_deploy.spacings import Spacing
+    from ddpm_deploy.runtime.denoiser import Array, Labels
+    from ddpm_deploy.runtime.sampler import Sampler, SampleSettings
+    from ddpm_deploy.runtime.snapshot import Snapshot
     from ddpm_deploy.spec import ChainSettings
 
 # Of solvers.Solver and spacings.Spacing, named here without NumPy, so that --help is quick.
 _SOLVERS: Final = ("ddpm", "ddim", "dpmpp-2m")
 _SPACINGS: Final = ("leading", "trailing", "linspace", "openai")
-_WITH_REPLAY: Final = {"model", "replay", "weights", "device", "threads", "batch"}
+_ANY_WAY: Final = {"model", "weights", "device", "threads"}
+_WITH_REPLAY: Final = {*_ANY_WAY, "replay", "batch"}
+_WITH_RESUME: Final = {*_ANY_WAY, "resume", "output", "as_float", "progress", "snapshot"}
+_SNAPSHOT_SECONDS: Final = 60.0
 
 
 @command(
@@ -43,6 +48,10 @@ _WITH_REPLAY: Final = {"model", "replay", "weights", "device", "threads", "batch
   ddpm-run model.onnx --count 5000 -o s.npz    uint8 (5000, H, W, C), as evaluators read it
   ddpm-run model.onnx --count 100 -o images/   a folder, one PNG an image
   ddpm-run pets.onnx --label cat --label dog   of these classes in turn; without it, of each class
+  ddpm-run pets.onnx --label cat --guidance 3  more like a cat, and less like any other
+  ddpm-run model.onnx --progress chain.gif     see the images appear; a .png is a film strip
+  ddpm-run model.onnx --snapshot chain.npz     can be interrupted, and goes on with
+  ddpm-run model.onnx --resume chain.npz       here or on another machine
   ddpm-run model.onnx --replay samples.png     make a picture again, and compare
   ddpm-run model.pt                            the checkpoint itself, in PyTorch: the reference
 """,
@@ -94,6 +103,16 @@ _WITH_REPLAY: Final = {"model", "replay", "weights", "device", "threads", "batch
     default="leading",
     help="Of the timesteps, where --steps are fewer than all.",
 )
+@click.option(
+    "--guidance",
+    type=float,
+    help="Scale of classifier-free guidance, for a model with a null class; 1: plain.",
+)
+@click.option("--progress", type=FilePath, help="A .gif of how the images appear, or a .png (film strip).")
+@click.option(
+    "--snapshot", type=FilePath, help="Save the chain here every minute, and when interrupted: for --resume."
+)
+@click.option("--resume", type=FilePath, help="Go on with a chain from its snapshot, and keep it up to date.")
 @weights_option
 @click.option("--device", help="cpu; for a checkpoint, any torch device.  [default: cpu]")
 @click.option("--threads", type=click.IntRange(1, 1024), show_default="one a core", help="Of the CPU.")
@@ -104,94 +123,61 @@ _WITH_REPLAY: Final = {"model", "replay", "weights", "device", "threads", "batch
     "--float", "as_float", is_flag=True, help="In an .npz: `samples`, float32 (N, C, H, W), unrounded."
 )
 @click.pass_context
-def main(
-    ctx: click.Context,
-    model: Path,
-    output: Path,
-    steps: int | None,
-    count: int,
-    seed: int | None,
-    first_index: int,
-    batch: int | None,
-    labels: tuple[str, ...],
-    solver: "Solver",
-    eta: float | None,
-    spacing: "Spacing",
-    weights: Literal["ema", "raw"],
-    device: str | None,
-    threads: int | None,
-    replay: Path | None,
-    as_float: bool,
-) -> None:
+def main(ctx: click.Context, /, model: Path, **options: Any) -> None:
     """Draw images from MODEL, an exported .onnx file (or a .pt checkpoint, run in PyTorch)."""
     from ddpm_deploy.artefact import read_spec, require_intact
-    from ddpm_deploy.runtime.images import Destination
-    from ddpm_deploy.runtime.proof import proof_path
-    from ddpm_deploy.runtime.sampler import Sampler
-    from ddpm_deploy.spec import ChainSettings
 
     read_spec(model)
     require_intact(model)
-    if replay:
+    if options["replay"] and options["resume"]:
+        raise click.UsageError("--replay and --resume are two things to do: choose one")
+    if options["replay"]:
         refuse_given(ctx, _WITH_REPLAY, "cannot be given with --replay: the picture has its own settings")
-    require_apart(output, [model, proof_path(model)])
-    seed = secrets.randbits(32) if seed is None else seed
-    settings = ChainSettings(steps=steps, solver=solver, eta=eta, spacing=spacing)
-    denoiser = open_denoiser(
-        model, weights=weights, device=device, threads=threads, max_batch=batch and min(batch, count)
-    )
-    with Sampler(denoiser) as sampler:
-        if replay:
-            _replay(sampler, replay)
-            return
-        cycle = [sampler.spec.label(label) for label in labels]
-        origin = _origin(sampler, settings, seed, cycle)
-        destination = Destination(output, count, first_index, sampler.spec, origin, as_float)
-        destination.check()
-        _sample(sampler, settings, seed, cycle, destination)
+        _replay(model, options)
+    elif options["resume"]:
+        refuse_given(ctx, _WITH_RESUME, "cannot be given with --resume: the snapshot has its own settings")
+        _resume(model, options)
+    else:
+        _draw(model, options)
 
 
-def _origin(sampler: "Sampler", settings: "ChainSettings", seed: int, cycle: list[int]) -> dict[str, Any]:
-    """What a picture says of where it came from."""
-    return {
-        "model": sampler.spec.provenance.digest,
-        "seed": seed,
-        "solver": settings.solver,
-        "steps": len(sampler.table(settings)),
-        "spacing": settings.spacing,
-        "eta": settings.eta,
-        "labels": cycle,
-        "ddpm_deploy": __version__,
-    }
+@dataclass(frozen=True)
+class _Job:
+    """What to draw. cycle: labels, in turn by sample index."""
 
+    settings: "ChainSettings"
+    seed: int
+    first_index: int
+    count: int
+    cycle: tuple[int, ...]
+    guidance: float | None
 
-def _sample(
-    sampler: "Sampler", settings: "ChainSettings", seed: int, cycle: list[int], destination: "Destination"
-) -> None:
-    """Draw what the destination takes, with a word before and after."""
-    from ddpm_deploy.files import show
+    def arguments(self) -> "SampleSettings":
+        """As `Sampler.sample` takes them."""
+        return {
+            "steps": self.settings.steps,
+            "solver": self.settings.solver,
+            "eta": self.settings.eta,
+            "spacing": self.settings.spacing,
+            "seed": self.seed,
+            "first_index": self.first_index,
+            "labels": _in_turn(self.cycle, self.first_index, self.count),
+            "guidance": self.guidance,
+        }
 
-    count, steps = destination.count, len(sampler.table(settings))
-    in_flight = min(count, sampler.denoiser.max_batch)
-    forecast = time_step(sampler.denoiser, in_flight) * steps * count / in_flight
-    images, chain = plural(count, "image"), plural(steps, "step")
-    logger.info("%s · %s · about %s%s", images, chain, duration(forecast), peak_memory())
-    start = time.perf_counter()
-    with stage("sampling", -(-count // in_flight) * steps) as advance, destination.open() as write:
-        for samples in sampler.iter_samples(
-            count,
-            steps=settings.steps,
-            solver=settings.solver,
-            eta=settings.eta,
-            spacing=settings.spacing,
-            seed=seed,
-            first_index=destination.first_index,
-            labels=_in_turn(cycle, destination.first_index, count),
-            callback=lambda step, x, x0: advance(1),
-        ):
-            write(samples)
-    took = duration(time.perf_counter() - start)
-    click.echo(f"{show(destination.path)}: {images}, {chain}, seed {seed}, in {took}")
+    def origin(self, sampler: "Sampler") -> dict[str, Any]:
+        """What a picture says of where it came from."""
+        return {
+            "model": sampler.spec.provenance.digest,
+            "seed": self.seed,
+            "solver": self.settings.solver,
+            "steps": len(sampler.table(self.settings)),
+            "spacing": self.settings.spacing,
+            "eta": self.settings.eta,
+            "guidance": self.guidance,
+            "labels": self.cycle,
+            "ddpm_deploy": __version__,
+        }
 
 
 def _in_turn(cycle: Sequence[int], first_index: int, count: int) -> "Labels | None":
@@ -203,30 +189,176 @@ def _in_turn(cycle: Sequence[int], first_index: int, count: int) -> "Labels | No
     return np.resize(np.roll(cycle, -(first_index % len(cycle))), count)
 
 
-def _replay(sampler: "Sampler", picture: Path) -> None:
+def _open(model: Path, options: dict[str, Any], images: int | None, guidance: float | None) -> "Sampler":
+    """The model, to run so many images at once (None: as many as are best)."""
+    from ddpm_deploy.runtime.sampler import Sampler
+
+    rows = images if images is None or guidance is None else 2 * images
+    where = {name: options[name] for name in ("weights", "device", "threads")}
+    return Sampler(open_denoiser(model, max_batch=rows, **where))
+
+
+def _draw(model: Path, options: dict[str, Any]) -> None:
+    from ddpm_deploy.spec import ChainSettings
+
+    count, batch, guidance = options["count"], options["batch"], options["guidance"]
+    seed = secrets.randbits(32) if options["seed"] is None else options["seed"]
+    settings = ChainSettings(**{name: options[name] for name in ("steps", "solver", "eta", "spacing")})
+    _check_outputs(model, options)
+    with _open(model, options, batch and min(batch, count), guidance) as sampler:
+        cycle = tuple(sampler.spec.label(label) for label in options["labels"])
+        job = _Job(settings, seed, options["first_index"], count, cycle, guidance)
+        most = sampler.max_batch(guidance)
+        if options["snapshot"] and count > most:
+            raise SettingError(
+                f"a snapshot holds one batch, and {count} images take several: --batch {count}, or a --count of at "
+                f"most {most}"
+            )
+        watch = _Watch(sampler, job, model, options)
+        parts = sampler.iter_samples(count, callback=watch.step, **job.arguments())
+        _write(sampler, job, parts, watch, options)
+
+
+def _resume(model: Path, options: dict[str, Any]) -> None:
+    from ddpm_deploy.runtime.snapshot import Snapshot
+
+    snapshot = Snapshot.load(options["resume"])
+    _check_outputs(model, options)
+    job = _job_of(snapshot)
+    options["snapshot"] = options["snapshot"] or options["resume"]
+    with _open(model, options, job.count, job.guidance) as sampler:
+        snapshot.require_fits(sampler.spec)
+        watch = _Watch(sampler, job, model, options, snapshot.step)
+        parts = (sampler.resume(snapshot, callback=watch.step) for _ in range(1))
+        _write(sampler, job, parts, watch, options)
+
+
+def _job_of(snapshot: "Snapshot") -> _Job:
+    """What the command line was that a snapshot was taken of."""
+    import numpy as np
+
+    batch = snapshot.batch
+    scales = None if batch.guidance is None else np.unique(batch.guidance)
+    if batch.settings is None or (scales is not None and len(scales) > 1):
+        raise SettingError(
+            "no command line says what this snapshot, taken in Python, is of: go on with Sampler.resume"
+        )
+    cycle = () if batch.labels is None else np.roll(batch.labels, batch.first_index % batch.count).tolist()
+    guidance = None if scales is None else float(scales[0])
+    return _Job(batch.settings, batch.seed, batch.first_index, batch.count, tuple(cycle), guidance)
+
+
+def _check_outputs(model: Path, options: dict[str, Any]) -> None:
+    """Refuse outputs that would replace one another or what is read, before anything is loaded."""
+    from ddpm_deploy.runtime.proof import proof_path
+
+    check_outputs(
+        [options["progress"], options["snapshot"]],
+        [model, proof_path(model), *filter(None, [options["replay"]])],
+    )
+    others = [model, proof_path(model), options["progress"], options["snapshot"], options["resume"]]
+    require_apart(options["output"], filter(None, others))
+
+
+class _Watch:
+    """What goes on while a chain runs: the bar, the preview, snapshots."""
+
+    def __init__(
+        self, sampler: "Sampler", job: _Job, model: Path, options: dict[str, Any], first: int = 0
+    ) -> None:
+        from ddpm_deploy.runtime.preview import Preview
+
+        self.steps, self.first = len(sampler.table(job.settings)), first
+        self._sampler, self._model = sampler, model
+        self._snapshot: Path | None = options["snapshot"]
+        self._saved = time.monotonic()
+        self._stopped = False
+        self.preview = options["progress"] and Preview(options["progress"], sampler.spec, self.steps, first)
+        if self.preview:
+            self.preview.check()
+        self.advance: Callable[[int], None] = lambda steps: None
+
+    def stop(self) -> None:
+        """End after the step at hand."""
+        self._stopped = True
+
+    def signals(self) -> AbstractContextManager[None]:
+        """Take Ctrl-C as `stop` where that saves something."""
+        from ddpm_deploy.signals import stop_on_signals
+
+        return stop_on_signals(self.stop, "snapshot") if self._snapshot else nullcontext()
+
+    def step(self, step: int, x: "Array", x0: "Array") -> None:
+        """The callback of a Sampler."""
+        from ddpm_deploy.files import quoted
+
+        self.advance(1)
+        if self.preview:
+            self.preview.see(step, x, x0)
+        if not self._snapshot or not (self._stopped or time.monotonic() - self._saved >= _SNAPSHOT_SECONDS):
+            return
+        self._sampler.snapshot().save(self._snapshot)
+        self._saved = time.monotonic()
+        if self._stopped:
+            click.echo(
+                f"stopped after step {step + 1} of {self.steps}; go on with: "
+                f"ddpm-run {quoted(self._model)} --resume {quoted(self._snapshot)}"
+            )
+            raise click.exceptions.Exit(130)
+
+
+def _write(
+    sampler: "Sampler", job: _Job, parts: Iterable["Array"], watch: _Watch, options: dict[str, Any]
+) -> None:
+    """Draw what the destination takes, with a word before and after."""
+    from ddpm_deploy.files import show
+    from ddpm_deploy.runtime.images import Destination
+
+    destination = Destination(
+        options["output"], job.count, job.first_index, sampler.spec, job.origin(sampler), options["as_float"]
+    )
+    destination.check()
+    in_flight = min(job.count, sampler.max_batch(job.guidance))
+    batches, steps = -(-job.count // in_flight), watch.steps - watch.first
+    rows = in_flight if job.guidance is None else 2 * in_flight
+    forecast = time_step(sampler.denoiser, rows) * steps * job.count / in_flight
+    images, chain = plural(job.count, "image"), plural(watch.steps, "step")
+    going_on = f" from step {watch.first}" if watch.first else ""
+    logger.info("%s · %s%s · about %s%s", images, chain, going_on, duration(forecast), peak_memory())
+    if job.guidance is not None:
+        logger.info(
+            "guidance %g takes two rows of the batch: at most %d images at once", job.guidance, in_flight
+        )
+    start = time.perf_counter()
+    with watch.signals(), stage("sampling", batches * steps) as watch.advance, destination.open() as write:
+        for samples in parts:
+            write(samples)
+    if watch.preview:
+        watch.preview.save()
+    took = duration(time.perf_counter() - start)
+    click.echo(f"{show(destination.path)}: {images}, {chain}, seed {job.seed}, in {took}")
+
+
+def _replay(model: Path, options: dict[str, Any]) -> None:
     """Make a picture again and compare; exits 1 where any pixel is off by more than one level."""
     from ddpm_deploy.errors import DataError
     from ddpm_deploy.files import show
     from ddpm_deploy.runtime.images import grid, read_origin, to_uint8
+    from ddpm_deploy.spec import ChainSettings
 
+    picture = options["replay"]
     origin, pixels = read_origin(picture)
-    digest = sampler.spec.provenance.digest
-    if origin.model != digest:
-        raise DataError(
-            f"{show(picture)} was drawn by the model {show(origin.model[:12])}…, and this is {digest[:12]}…"
-        )
+    settings = ChainSettings(steps=origin.steps, solver=origin.solver, eta=origin.eta, spacing=origin.spacing)
     first = origin.first_index if origin.index is None else origin.index
-    images = sampler.sample(
-        origin.count,
-        steps=origin.steps,
-        solver=origin.solver,
-        eta=origin.eta,
-        spacing=origin.spacing,
-        seed=origin.seed,
-        first_index=first,
-        labels=_in_turn(origin.labels, first, origin.count),
-    )
-    again = to_uint8(images, sampler.spec.value_range)
+    job = _Job(settings, origin.seed, first, origin.count, origin.labels, origin.guidance)
+    batch = options["batch"]
+    with _open(model, options, batch and min(batch, job.count), job.guidance) as sampler:
+        digest = sampler.spec.provenance.digest
+        if origin.model != digest:
+            raise DataError(
+                f"{show(picture)} was drawn by the model {show(origin.model[:12])}…, and this is {digest[:12]}…"
+            )
+        again = to_uint8(sampler.sample(job.count, **job.arguments()), sampler.spec.value_range)
     made = grid(again) if origin.index is None else again[0]
     if made.shape != pixels.shape:
         raise DataError(
@@ -237,7 +369,7 @@ def _replay(sampler: "Sampler", picture: Path) -> None:
     verdict = (
         f"{differing} pixels differ, by up to {difference.max()} of 255" if differing else "the same again"
     )
-    images_, chain = plural(origin.count, "image"), plural(origin.steps, "step")
-    click.echo(f"{show(picture)}: {images_}, {chain}, seed {origin.seed}: {verdict}")
+    images, chain = plural(job.count, "image"), plural(origin.steps, "step")
+    click.echo(f"{show(picture)}: {images}, {chain}, seed {job.seed}: {verdict}")
     if difference.max() > 1:
         raise click.exceptions.Exit(1)

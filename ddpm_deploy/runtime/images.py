@@ -82,6 +82,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     solver: Solver
     spacing: Spacing
     eta: float | None = None
+    guidance: float | None = None
     steps: Annotated[int, msgspec.Meta(ge=1)]
     ddpm_deploy: str
     index: Annotated[int, msgspec.Meta(ge=0)] | None = None

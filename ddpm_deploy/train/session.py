@@ -6,12 +6,10 @@ Beside `model.pt` stands the folder `model.train`, with metrics.csv and pictures
 import csv
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -20,6 +18,7 @@ from ddpm_deploy.errors import BackendError, OutputError
 from ddpm_deploy.files import atomic, show
 from ddpm_deploy.runtime.images import grid, save_png, to_uint8
 from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.signals import stop_on_signals
 from ddpm_deploy.train.denoiser import TorchDenoiser
 from ddpm_deploy.train.trainer import Trainer, learning_rate
 
@@ -51,7 +50,7 @@ class Session:
         trainer, settings = self.trainer, self.trainer.settings
         self._make_folder()
         metrics = _Metrics(self.folder, trainer.steps_done)
-        with _stop_on_signals(self._stop):
+        with stop_on_signals(self._stop, "checkpoint"):
             losses: list[torch.Tensor] = []  # since `started`
             started = time.perf_counter()
             while trainer.steps_done < settings.steps and not self._stopped:
@@ -187,26 +186,3 @@ class _Board:
         except OSError as error:
             logger.warning("TensorBoard's events cannot be written (%s); training goes on", error.strerror)
             self._writer = None
-
-
-@contextmanager
-def _stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on Ctrl-C or SIGTERM, so that the step at hand ends and a checkpoint is saved.
-
-    A second signal is obeyed at once.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        restore()
-        logger.info("stopping after this step; the checkpoint is saved (again: stop at once)")
-        stop()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        restore()
