@@ -64,8 +64,9 @@ TOLERANCES: Final = {
     "gaussian_table": Tolerance(1e-10, 2.9e-12, "relative, mean and variance of the chain's output, float64"),
     "diffusers_betas": Tolerance(3e-7, 1.1e-7, "relative; its betas are float32"),
     "diffusers_embedding": Tolerance(1e-4, 5.1e-5, "its angles are float32"),
-    "diffusers_ddpm_linear": Tolerance(4e-5, 2.3e-5, "whole chains on shared noise; its tables are float32"),
-    "diffusers_ddpm_cosine": Tolerance(5e-4, 3.1e-4, "the same; 1/√ᾱ reaches 20,291"),
+    "diffusers_ddpm_bound": Tolerance(
+        2e-2, 1.4e-2, "of the bound that float32 coefficients set, whole chains (cosine: 1/√ᾱ reaches 20,291)"
+    ),
     "diffusers_ddim": Tolerance(5e-5, 2.7e-5, "whole chains on shared noise, any schedule, clipping and η"),
     "diffusers_2m": Tolerance(6e-6, 2.9e-6, "whole chains of its DPMSolverMultistepScheduler"),
     "diffusers_2m_cosine": Tolerance(4e-4, 2.0e-4, "the same; 1/√ᾱ reaches 20,291"),

@@ -226,63 +226,6 @@ def test_embeddings_are_those_of_diffusers(
     np.testing.assert_allclose(settings.table(1000), wanted, atol=TOLERANCES["diffusers_embedding"].limit)
 
 
-@pytest.mark.parametrize("steps", [1000, 250, 50, 20, 10, 7])
-@pytest.mark.parametrize("variance", VARIANCES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("clip", [True, False], ids=["clip", "free"])
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_chains_are_those_of_diffusers(
-    diffusers: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    clip: bool,
-    prediction: Prediction,
-    variance: Variance,
-    steps: int,
-) -> None:
-    """Whole chains on shared noise, in float64 on our side: what is left is the rounding of its tables.
-
-    In float64 the network is the optimal one for Gaussian data, whose chains are stable unclipped too.
-    """
-    import torch
-
-    schedule = {"linear": LINEAR, "cosine": COSINE}[kind]
-    peer = peer_scheduler(
-        diffusers,
-        kind,
-        variance_type=variance,
-        clip_sample=clip,
-        prediction_type={"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[prediction],
-    )
-    peer.set_timesteps(steps)
-    timesteps = spaced("leading", 1000, steps)
-    assert peer.timesteps.tolist() == timesteps.tolist()
-    table = ddpm(
-        schedule, timesteps, prediction=prediction, variance=variance, clip=(-1, 1) if clip else None
-    )
-
-    def network(x: NDArray[np.float64], t: int) -> NDArray[np.float64]:
-        ac = schedule.alphas_cumprod[t]
-        epsilon = np.sqrt(1 - ac) * (x - np.sqrt(ac) * 0.3) / (ac * 0.16 + 1 - ac)
-        x0 = 0.3 + np.sqrt(ac) * 0.16 / (ac * 0.16 + 1 - ac) * (x - np.sqrt(ac) * 0.3)
-        return {"epsilon": epsilon, "v": np.sqrt(ac) * epsilon - np.sqrt(1 - ac) * x0, "x0": x0}[prediction]
-
-    rng = np.random.default_rng(0)
-    mine = theirs = rng.standard_normal((2, 1, 4, 4))
-    noise = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: noise)
-    for row in table.rows:
-        r = dict(zip(COLUMNS, row, strict=True))
-        t, z = int(r["t"]), rng.standard_normal(mine.shape)
-        noise = torch.from_numpy(z)
-        theirs = peer.step(
-            torch.from_numpy(network(theirs, t)), t, torch.from_numpy(theirs)
-        ).prev_sample.numpy()
-        x0 = np.clip(r["a"] * mine + r["b"] * network(mine, t), r["lo"], r["hi"])
-        mine = r["c"] * x0 + r["d"] * mine + r["e"] * z
-    assert np.abs(mine - theirs).max() <= TOLERANCES[f"diffusers_ddpm_{kind}"].limit
-
-
 def test_sampler_replays_a_diffusers_chain(diffusers: Any) -> None:
     """Our float32 chain, on the noise that the peer drew, with a network that is not Gaussian."""
     import torch

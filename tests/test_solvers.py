@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -374,20 +374,134 @@ def test_stride_out_of_range() -> None:
         ddim(LINEAR, [5, 0], stride=0)
 
 
-@pytest.mark.parametrize("steps", [1000, 250, 50, 20, 10, 7])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+def float32_bound(
+    table: StepTable,
+    prediction: Prediction,
+    schedule: Schedule,
+    x: Vector,
+    noise: Vector,
+    learned: Callable[[Any], Any],
+) -> Vector:
+    """How far a chain of ancestral sampling may be off where the coefficients of its steps are made in float32.
+
+    To first order: what each rounding does to its coefficient, of which 1 - ᾱ and 1 - ᾱ/ᾱ_prev lose most, then to
+    x, then through the steps that are left. The ᾱ themselves are as the schedule has them.
+    """
+    u = 2.0**-24
+    ac = schedule.alphas_cumprod
+    there = np.append(ac[table.timesteps[1:]], 1.0)
+    error = np.zeros_like(x)
+    for step, row in enumerate(table.rows):
+        r = dict(zip(COLUMNS, row, strict=True))
+        t, z = int(r["t"]), noise[step]
+        out = network(prediction, x, t, schedule)
+        free = r["a"] * x + r["b"] * out
+        x0 = np.clip(free, r["lo"], r["hi"])
+        lost_here, lost_there = 1 / (1 - ac[t]), 1 / (1 - there[step]) if there[step] < 1 else 0.0
+        lost = 1 / (1 - ac[t] / there[step]) + lost_here + 6  # of c, in roundings
+        log_variance = r["ln_var_min"] + (learned(x) + 1) / 2 * (r["ln_var_max"] - r["ln_var_min"])
+        deviation = r["e"] * np.exp(log_variance / 2)
+        mine = np.abs(r["c"] * x0) * lost + np.abs(r["d"] * x) * (lost_here + lost_there + 6)
+        mine += np.abs(deviation * z) * (lost + lost_there)
+        mine += np.where(
+            x0 == free, r["c"] * (np.abs(r["a"] * x) * 4 + np.abs(r["b"] * out) * (lost_here + 4)), 0
+        )
+        slope = r["a"] + r["b"] * (network(prediction, x + 1, t, schedule) - out)
+        error = error * np.abs(np.where(x0 == free, r["c"] * slope, 0) + r["d"]) + u * mine
+        x = r["c"] * x0 + r["d"] * x + deviation * z
+    return error
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps"),
+    [("leading", 1000), *itertools.product(["leading", "trailing", "linspace"], [250, 50, 20, 10, 7])],
+)
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_ddim_is_that_of_diffusers(diffusers: Any, kind: str, prediction: Prediction, steps: int) -> None:
-    """Whole chains on shared noise; leading, the only spacing whose steps its scheduler follows."""
+def test_ddpm_is_that_of_diffusers(
+    diffusers: Any, monkeypatch: pytest.MonkeyPatch, kind: str, spacing: Spacing, steps: int
+) -> None:
+    """Whole chains on shared noise, every prediction, variance and clipping; all spacings are one at 1000 steps.
+
+    Where the last timestep is not 0 (trailing), it adds noise after it: only fixed_small has none to add.
+    """
     import torch
 
-    schedule, timesteps = SCHEDULES[kind], spaced("leading", 1000, steps)
+    schedule, timesteps = SCHEDULES[kind], spaced(spacing, 1000, steps)
     rng = np.random.default_rng(0)
     start, noise = rng.standard_normal((2, 1, 4, 4)), rng.standard_normal((steps, 2, 1, 4, 4))
-    etas = (0.0, 0.6) if steps < 1000 else (0.6,)
+    draw = torch.zeros(())
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: draw)
+    variances = get_args(Variance) if timesteps[-1] == 0 else ("fixed_small",)
+    cases = list(itertools.product(PREDICTIONS, variances, (True, False)))
+    if steps >= 250:  # the long ones in turn: the four schedules have them all
+        cases = cases[list(SCHEDULES).index(kind) :: len(SCHEDULES)]
+    for prediction, variance, clip in cases:
+        peer = diffusers.DDPMScheduler(
+            trained_betas=schedule.betas,
+            timestep_spacing=spacing,
+            variance_type=variance,
+            clip_sample=clip,
+            prediction_type=PEER_PREDICTIONS[prediction],
+        )
+        peer.set_timesteps(steps)
+        theirs = start
+        for step, t in enumerate(timesteps.tolist()):
+            out, draw = network(prediction, theirs, t, schedule), torch.from_numpy(noise[step])
+            if variance == "learned_range":
+                out = np.concatenate([out, improved_diffusion.learned(theirs)], axis=1)
+            theirs = peer.step(torch.from_numpy(out), t, torch.from_numpy(theirs)).prev_sample.numpy()
+        settings = {"prediction": prediction, "variance": variance, "clip": (-1, 1) if clip else None}
+        peers_alphas_cumprod = peer.alphas_cumprod.double().numpy()
+        of_peer = Schedule(1 - peers_alphas_cumprod / np.append(1.0, peers_alphas_cumprod[:-1]))
+        mine, with_its_alphas = (
+            run(
+                ddpm(one, timesteps, **settings),
+                prediction,
+                schedule,
+                start,
+                lambda step: noise[step],
+                improved_diffusion.learned,
+            )
+            for one in (schedule, of_peer)
+        )
+        bound = float32_bound(
+            ddpm(of_peer, timesteps, **settings),
+            prediction,
+            schedule,
+            start,
+            noise,
+            improved_diffusion.learned,
+        )
+        bound += np.abs(mine - with_its_alphas)
+        assert (np.abs(mine - theirs) <= bound).all(), (prediction, variance, clip)
+        assert bound.max() <= TOLERANCES["diffusers_ddpm_bound"].limit
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps"),
+    [
+        *itertools.product(["leading"], [1000, 250, 50, 20, 10, 7]),
+        *itertools.product(["trailing"], [250, 50, 20, 10]),
+    ],
+)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_ddim_is_that_of_diffusers(
+    diffusers: Any, kind: str, prediction: Prediction, spacing: Spacing, steps: int
+) -> None:
+    """Whole chains on shared noise, where its scheduler follows its own timesteps."""
+    import torch
+
+    schedule, timesteps = SCHEDULES[kind], spaced(spacing, 1000, steps)
+    rng = np.random.default_rng(0)
+    start, noise = rng.standard_normal((2, 1, 4, 4)), rng.standard_normal((steps, 2, 1, 4, 4))
+    etas = (0.0, 0.6) if steps < 250 else (0.6,)
     for eta, clip, clipped_output in itertools.product(etas, (True, False), (True, False)):
         peer = diffusers.DDIMScheduler(
-            trained_betas=schedule.betas, clip_sample=clip, prediction_type=PEER_PREDICTIONS[prediction]
+            trained_betas=schedule.betas,
+            timestep_spacing=spacing,
+            clip_sample=clip,
+            prediction_type=PEER_PREDICTIONS[prediction],
         )
         peer.set_timesteps(steps)
         theirs = start
