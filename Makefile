@@ -27,6 +27,7 @@ help:
 demo: $(DEMO)/samples.png
 	@echo
 	@echo "new digits:               $(DEMO)/samples.png"
+	@echo "how they appeared:        $(DEMO)/progress.png"
 	@echo "error against PyTorch:    $(DEMO)/parity.png"
 	@echo "the model, to embed:      $(DEMO)/digits.onnx"
 
@@ -39,7 +40,7 @@ $(DEMO)/digits.onnx: $(DEMO)/digits.pt
 
 $(DEMO)/samples.png: $(DEMO)/digits.onnx
 	$(BIN)/ddpm-verify $(DEMO)/digits.pt $< --plot $(DEMO)/parity.png --report $(DEMO)/parity.json
-	$(BIN)/ddpm-run $< --steps 1000 --count 36 --seed 0 -o $@
+	$(BIN)/ddpm-run $< --steps 1000 --count 36 --seed 0 --progress $(DEMO)/progress.png -o $@
 
 check: .venv/installed
 	$(BIN)/ruff check .

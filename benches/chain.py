@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 import onnxruntime
@@ -16,6 +16,8 @@ from benches.timing import ROUNDS, Block, interleave, median, ratio
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.denoiser import Denoiser
 from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.solvers import Solver
+from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings
 from ddpm_deploy.train.denoiser import TorchDenoiser
 
 BLOCK: Final = 8  # steps in a row, before the next candidate's turn
@@ -54,6 +56,8 @@ def measure(model: Model, *, batch: int, limit: float, peers: bool) -> Iterator[
     yield Row(f"{label}: a step of our chain", f"{median(times['ours']) * 1e3:.1f} ms")
     if peers:
         yield from _against_peers(model, batch, label)
+        yield from _against_one_another(model, batch, label)
+        yield _building(model)
 
 
 def _outside(model: Model, batch: int, limit: float, label: str) -> Row:
@@ -94,9 +98,42 @@ def _against_peers(model: Model, batch: int, label: str) -> Iterator[Row]:
         yield Row(f"{label}: {name} ÷ our chain", ratio(peer, times["ours"]), f"≥ {wanted}", met)
 
 
-def _chain_block(denoiser: Denoiser, batch: int) -> Block:
-    """BLOCK steps on in the full chain, which is long enough for all rounds."""
-    table = denoiser.spec.step_table()
+def _against_one_another(model: Model, batch: int, label: str) -> Iterator[Row]:
+    """A step of each solver, its noise and all, against one of ancestral sampling."""
+    solvers = get_args(Solver)
+    blocks = {
+        solver: _chain_block(OrtDenoiser(model.onnx, max_batch=batch), batch, ChainSettings(solver=solver))
+        for solver in solvers
+    }
+    times = interleave(blocks, BLOCK)
+    for solver in solvers[1:]:
+        met = abs(median(times[solver]) / median(times["ddpm"]) - 1) <= 0.02
+        yield Row(
+            f"{label}: a step of {solver} ÷ of ddpm", ratio(times[solver], times["ddpm"]), "1.00 ± 0.02", met
+        )
+
+
+def _building(model: Model) -> Row:
+    """The slowest of the solvers' tables at T = 1000."""
+    spec, slowest = model.spec, 0.0
+    for solver in get_args(Solver):
+        times = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            spec.step_table(ChainSettings(solver=solver))
+            times.append(time.perf_counter() - start)
+        slowest = max(slowest, median(times))
+    return Row(
+        "building a table of 1000 steps, the slowest solver",
+        f"{slowest * 1e3:.1f} ms",
+        "≤ 5 ms",
+        slowest <= 5e-3,
+    )
+
+
+def _chain_block(denoiser: Denoiser, batch: int, settings: ChainSettings = DEFAULT_CHAIN) -> Block:
+    """BLOCK steps on in a chain of all timesteps, which is long enough for all rounds."""
+    table = denoiser.spec.step_table(settings)
     chain = Chain(denoiser)
 
     chain.start(slice(0, batch), table, np.zeros(batch, np.uint64), np.arange(batch, dtype=np.uint64))
