@@ -196,6 +196,8 @@ def test_numbers_that_are_not_finite_are_an_error() -> None:
 
     with pytest.raises(BackendError, match="not finite"):
         Sampler(Broken(tiny_spec(), 1)).sample(1, steps=3)
+    with pytest.raises(BackendError, match="not finite"):
+        list(Sampler(Broken(tiny_spec(), 1)).stream(1, steps=3))
 
 
 # --- ONNX Runtime -------------------------------------------------------------------------------------

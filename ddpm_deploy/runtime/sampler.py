@@ -326,19 +326,18 @@ class Sampler:
             chain.step()
             self._under_way = batch, chain, step + 1
             yield step, chain.x[: batch.count], chain.x0[: batch.count]
+        if not np.isfinite(chain.x[: batch.count]).all():
+            raise BackendError(
+                "the network gave numbers that are not finite, so the images are worthless: "
+                "check the model with ddpm-verify"
+            )
 
     def _finished(self, batch: Batch, chain: Chain, first: int, callback: Callback | None) -> Array:
         """The images of a batch, from step `first` of its chain."""
         for step, x, x0 in self._steps(batch, chain, first):
             if callback is not None:
                 callback(step, x, x0)
-        images = chain.x[: batch.count].copy()
-        if not np.isfinite(images).all():
-            raise BackendError(
-                "the network gave numbers that are not finite, so the images are worthless: "
-                "check the model with ddpm-verify"
-            )
-        return images
+        return chain.x[: batch.count].copy()
 
     @contextmanager
     def _owned(self) -> Iterator[None]:
