@@ -80,8 +80,8 @@ def update(row: Array, x: Array, prediction: Array, z: Array, x0_previous: Array
     out, v = prediction[: len(x)], prediction[len(x) :]
     noise_term = r["e"] * z
     if r["ln_var_min"] or r["ln_var_max"]:
-        span = r["ln_var_max"] - r["ln_var_min"]
-        w = ((v + np.float32(1)) * np.float32(0.5) * span + r["ln_var_min"]) * np.float32(0.5)
+        quarter = (r["ln_var_max"] - r["ln_var_min"]) * np.float32(0.25)
+        w = v * quarter + (quarter + r["ln_var_min"] * np.float32(0.5))
         noise_term = noise_term * np.vectorize(exponential, otypes=[np.float32])(w)
     x0 = np.minimum(np.maximum(r["a"] * x + r["b"] * out, r["lo"]), r["hi"])
     # The last + 0 makes -0 a +0, so that a term whose coefficient is zero may as well not be computed.

@@ -18,7 +18,7 @@ def stop_on_signals(stop: Callable[[], None], kept: str) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         restore()
-        logger.info("stopping after this step; the %s is saved (again: stop at once)", kept)
+        logger.info("stopping after this step, with the %s saved (again: stop at once)", kept)
         stop()
 
     def restore() -> None:

@@ -13,7 +13,7 @@ device, run the rows in float32 and do not know which solver made them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Self, get_args
+from typing import Any, Final, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,13 @@ class StepTable:
     def float32_rows(self) -> NDArray[np.float32]:
         """What a chain runs: the rows rounded once, then the identity row, (N + 1, len(COLUMNS))."""
         return np.concatenate([self.rows, [IDENTITY]]).astype(np.float32)
+
+
+def learns_variance(rows: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which of the rows (N, len(COLUMNS)) take their variance from the network, (N,)."""
+    least, most = rows[:, COLUMNS.index("ln_var_min")], rows[:, COLUMNS.index("ln_var_max")]
+    learns: NDArray[np.bool_] = (least != 0) | (most != 0)
+    return learns
 
 
 def ddpm(

@@ -26,7 +26,9 @@ def every_column_table(seed: int, steps: int) -> StepTable:
     rng = np.random.default_rng(seed)
     columns = {name: rng.uniform(-0.6, 0.6, steps) for name in ("a", "b", "c", "d", "e", "f", "g")}
     columns["e"][3:5] = 0  # steps without noise between steps with it
-    return StepTable.from_columns(t=np.sort(rng.integers(0, 30, steps))[::-1], lo=-0.9, hi=0.8, **columns)
+    return StepTable.from_columns(
+        t=np.sort(rng.choice(30, steps, replace=False))[::-1], lo=-0.9, hi=0.8, **columns
+    )
 
 
 TABLES = {
@@ -45,6 +47,10 @@ LEARNED_TABLES = {
         **{name: every_column_table(1, 20)[name] for name in COLUMNS[:10]},
         ln_var_min=np.linspace(-200, 20, 20).round(2),
         ln_var_max=np.roll(np.linspace(-10, 0, 20), 7),
+    ),
+    "one bound": StepTable.from_columns(
+        **{name: every_column_table(2, 20)[name] for name in COLUMNS[:10]},
+        ln_var_min=np.where(np.arange(20) % 2, -3.0, 0.0),
     ),
     "fixed": ddpm(SCHEDULE, spaced("leading", 30, 7)),
 }
@@ -87,18 +93,37 @@ def test_batch_equals_the_reference_bit_for_bit(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("name", LEARNED_TABLES)
-def test_a_learned_variance_equals_the_reference_bit_for_bit(name: str) -> None:
-    """Each table beside the others, so that rows with and without one share a step."""
+def test_a_learned_variance_equals_the_reference_bit_for_bit(name: str, alone: bool) -> None:
+    """By itself, and beside other tables, so that rows with and without one share a step."""
     chain = Chain(LearnedDenoiser(LEARNED_SPEC, 3))
     start(chain, 1, LEARNED_TABLES[name], 7, 5)
-    start(chain, 0, LEARNED_TABLES["learned"], 8, 0)
-    start(chain, 2, LEARNED_TABLES["fixed"], 8, 1)
+    if not alone:
+        start(chain, 0, LEARNED_TABLES["learned"], 8, 0)
+        start(chain, 2, LEARNED_TABLES["fixed"], 8, 1)
     while chain.active[1]:
         chain.step()
     wanted = reference_images(LEARNED_TABLES[name], 7, 5, LearnedDenoiser(LEARNED_SPEC, 1))
     assert np.isfinite(wanted).all()
     np.testing.assert_array_equal(chain.x[1].view(np.uint32), wanted.view(np.uint32))
+
+
+def test_an_infinite_v_does_not_touch_a_slot_of_fixed_variance() -> None:
+    class Overflowing(LearnedDenoiser):
+        def predict(self, x: Array, t: NDArray[np.int64]) -> Array:
+            """As ever, but for v in slot 0."""
+            both = super().predict(x, t)
+            both[0, 3:] = np.inf
+            return both
+
+    chain = Chain(Overflowing(LEARNED_SPEC, 2))
+    start(chain, 0, LEARNED_TABLES["fixed"], 7, 5)
+    start(chain, 1, LEARNED_TABLES["learned"], 8, 0)
+    while chain.active[0]:
+        chain.step()
+    wanted = reference_images(LEARNED_TABLES["fixed"], 7, 5, LearnedDenoiser(LEARNED_SPEC, 1))
+    np.testing.assert_array_equal(chain.x[0].view(np.uint32), wanted.view(np.uint32))
 
 
 def test_a_learned_variance_needs_a_model_that_has_one() -> None:
@@ -116,6 +141,9 @@ def test_exp_is_the_reference_bit_for_bit_and_within_a_rounding() -> None:
     np.testing.assert_array_equal(got[0].view(np.uint32), wanted.view(np.uint32))
     np.testing.assert_allclose(got[0], np.exp(np.clip(w.astype(np.float64), -80, 80)), rtol=6e-8)
     assert got[0, 4000] == 1
+    w[0] = np.nan
+    Exponential(2, w.size).apply(w[None])
+    assert np.isnan(w[0])
 
 
 def test_slots_are_independent() -> None:

@@ -93,7 +93,8 @@ def test_guidance_halves_the_images_in_flight() -> None:
         (Labelled(), float("nan"), "guidance must be finite, not nan"),
         (Labelled(), float("inf"), "guidance must be finite"),
         (Labelled(), [1.0, 2.0], "one for each of the 3 images"),
-        (Labelled(), "much", "guidance must be a number"),
+        (Labelled(), [2.0], "one for each of the 3 images"),
+        (Labelled(), "much", "guidance must be a number, not 'much'"),
     ],
 )
 def test_guidance_that_is_refused(denoiser: ArrayDenoiser, guidance: Any, problem: str) -> None:

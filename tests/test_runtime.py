@@ -100,7 +100,7 @@ def test_a_stream_holds_the_sampler_until_it_is_closed() -> None:
     next(stream)
     with pytest.raises(OwnershipError):
         sampler.sample(1)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     np.testing.assert_array_equal(sampler.sample(3, steps=5, seed=0), wanted)
 
 
@@ -116,11 +116,11 @@ def test_a_table_of_the_callers_own() -> None:
         ({"table": table, "steps": 5}, "instead of steps"),
         (
             {"table": StepTable.from_columns(t=np.array([1000, 3]), **columns)},
-            "not within the model's 0 to 999",
+            "not whole numbers from 0 to the model's 999",
         ),
         (
             {"table": StepTable.from_columns(t=np.array([3, -1]), **columns)},
-            "not within the model's 0 to 999",
+            "not whole numbers from 0 to the model's 999",
         ),
         ({"table": StepTable.from_columns(t=np.array([3, 3]), **columns)}, "must fall"),
         ({"table": ddpm(tiny_spec().make_schedule(), [5, 0], variance="learned_range")}, "has none"),

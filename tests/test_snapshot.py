@@ -10,7 +10,8 @@ import pytest
 from ddpm_deploy.errors import ArtefactError, SettingError
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.runtime.snapshot import Snapshot, digest
-from ddpm_deploy.solvers import ddim
+from ddpm_deploy.schedule import CosineBetas
+from ddpm_deploy.solvers import StepTable, ddim
 from ddpm_deploy.spec import ModelSpec, Provenance
 from tests.models import ArrayDenoiser, tiny_spec
 from tests.test_guidance import Labelled
@@ -76,7 +77,7 @@ def test_a_stream_is_kept_too() -> None:
         if step == 10:
             break
     snapshot = sampler.snapshot()
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     np.testing.assert_array_equal(sampler.resume(snapshot), sampler.sample(2, seed=5))
 
 
@@ -99,7 +100,10 @@ def test_there_is_none_of_nothing_and_none_of_foreign_noise() -> None:
         ),
         ({"image_shape": (1, 8, 8)}, "of images"),
         ({"num_classes": 2}, "labels of this snapshot are not those"),
-        ({"timesteps": 10}, "not within the model's 0 to 9"),
+        ({"timesteps": 10}, "of another table"),
+        ({"schedule": CosineBetas()}, "of another table"),
+        ({"prediction": "v"}, "of another table"),
+        ({"value_range": (0.0, 1.0)}, "of another table"),
     ],
 )
 def test_a_snapshot_of_another_model_is_refused(spec: dict[str, Any], problem: str) -> None:
@@ -131,6 +135,9 @@ def changed(path: Path, out: Path, **changes: Any) -> Path:
         {"x0": np.zeros((2, 1, 4, 4), np.float32)},
         {"x": np.zeros((0, 1, 4, 4), np.float32), "x0": np.zeros((0, 1, 4, 4), np.float32)},
         {"rows": np.zeros((20, 12))},
+        {"rows": np.full((20, 12), np.nan), "table": digest(StepTable(np.full((20, 12), np.nan)))},
+        {"rows": np.zeros((0, 12)), "table": digest(StepTable(np.zeros((0, 12))))},
+        {"about": np.frombuffer(b'{"z":' + b"[" * 100_000 + b"]" * 100_000 + b"}", np.uint8)},
         {"rows": np.zeros((20, 11))},
         {"table": "0" * 64},
         {"step": 21},
@@ -153,11 +160,22 @@ def test_snapshots_that_are_broken_or_lie(tmp_path: Path, change: dict[str, Any]
         Snapshot.load(changed(tmp_path / "x.npz", tmp_path / "y.npz", **change))
 
 
+def test_rows_that_are_not_those_of_the_settings_are_refused(tmp_path: Path) -> None:
+    """Another table of the caller's own, that says it follows from settings: its pictures would not say the truth."""
+    snapshot, _ = taken(Sampler(model()), 3)
+    snapshot.save(tmp_path / "x.npz")
+    rows = snapshot.batch.table.rows * 1.01
+    lie = changed(tmp_path / "x.npz", tmp_path / "y.npz", rows=rows, table=digest(StepTable(rows)))
+    with pytest.raises(SettingError, match="of another table"):
+        Sampler(model()).resume(Snapshot.load(lie))
+
+
 def test_a_newer_format_says_so(tmp_path: Path) -> None:
     snapshot, _ = taken(Sampler(model()), 3)
     snapshot.save(tmp_path / "x.npz")
-    with pytest.raises(ArtefactError, match="newer ddpm-deploy"):
-        Snapshot.load(changed(tmp_path / "x.npz", tmp_path / "y.npz", format=2))
+    for change in ({"format": 2, "settings": {"solver": "unknown"}}, {"noise_version": 9, "step": "one"}):
+        with pytest.raises(ArtefactError, match="newer ddpm-deploy"):
+            Snapshot.load(changed(tmp_path / "x.npz", tmp_path / "y.npz", **change))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:-200])
     with pytest.raises(ArtefactError, match="not a whole snapshot"):
         Snapshot.load(tmp_path / "cut.npz")

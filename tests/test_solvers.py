@@ -323,6 +323,15 @@ def test_betas_are_those_of_diffusers(diffusers: Any, kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_alphas_cumprod_are_those_of_diffusers(diffusers: Any, kind: str) -> None:
+    """Within the roundings of its float32: of β, of 1 - β, and of each product."""
+    schedule = SCHEDULES[kind]
+    theirs = diffusers.DDPMScheduler(trained_betas=schedule.betas).alphas_cumprod.double().numpy()
+    roundings = np.cumsum(2 + schedule.betas / (1 - schedule.betas))
+    assert (np.abs(theirs / schedule.alphas_cumprod - 1) <= 2.0**-24 * roundings * 1.001).all()
+
+
 @pytest.mark.parametrize("steps", [1000, 250, 50, 20, 10, 7])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_spacings_are_those_of_diffusers(diffusers: Any, spacing: Spacing, steps: int) -> None:
@@ -384,8 +393,9 @@ def float32_bound(
 ) -> Vector:
     """How far a chain of ancestral sampling may be off where the coefficients of its steps are made in float32.
 
-    To first order: what each rounding does to its coefficient, of which 1 - ᾱ and 1 - ᾱ/ᾱ_prev lose most, then to
-    x, then through the steps that are left. The ᾱ themselves are as the schedule has them.
+    To first order: what each rounding does to its coefficient, then to x, then through the steps that are left. The
+    ᾱ are those of the schedule, and exact: a difference of two of them is off by one rounding, and only
+    1 - ᾱ/ᾱ_prev, whose quotient is rounded already, by as many as it cancels.
     """
     u = 2.0**-24
     ac = schedule.alphas_cumprod
@@ -397,15 +407,12 @@ def float32_bound(
         out = network(prediction, x, t, schedule)
         free = r["a"] * x + r["b"] * out
         x0 = np.clip(free, r["lo"], r["hi"])
-        lost_here, lost_there = 1 / (1 - ac[t]), 1 / (1 - there[step]) if there[step] < 1 else 0.0
-        lost = 1 / (1 - ac[t] / there[step]) + lost_here + 6  # of c, in roundings
+        beta = 1 / (1 - ac[t] / there[step]) if there[step] < 1 else 1.0  # in roundings, as all that follows
         log_variance = r["ln_var_min"] + (learned(x) + 1) / 2 * (r["ln_var_max"] - r["ln_var_min"])
         deviation = r["e"] * np.exp(log_variance / 2)
-        mine = np.abs(r["c"] * x0) * lost + np.abs(r["d"] * x) * (lost_here + lost_there + 6)
-        mine += np.abs(deviation * z) * (lost + lost_there)
-        mine += np.where(
-            x0 == free, r["c"] * (np.abs(r["a"] * x) * 4 + np.abs(r["b"] * out) * (lost_here + 4)), 0
-        )
+        mine = np.abs(r["c"] * x0) * (beta + 7) + np.abs(r["d"] * x) * 8
+        mine += np.abs(deviation * z) * (beta + 7 + np.abs(log_variance))
+        mine += np.where(x0 == free, r["c"] * (np.abs(r["a"] * x) * 4 + np.abs(r["b"] * out) * 5), 0)
         slope = r["a"] + r["b"] * (network(prediction, x + 1, t, schedule) - out)
         error = error * np.abs(np.where(x0 == free, r["c"] * slope, 0) + r["d"]) + u * mine
         x = r["c"] * x0 + r["d"] * x + deviation * z
@@ -431,6 +438,7 @@ def test_ddpm_is_that_of_diffusers(
     start, noise = rng.standard_normal((2, 1, 4, 4)), rng.standard_normal((steps, 2, 1, 4, 4))
     draw = torch.zeros(())
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: draw)
+    peers = diffusers.DDPMScheduler(trained_betas=schedule.betas).alphas_cumprod.double().numpy()
     variances = get_args(Variance) if timesteps[-1] == 0 else ("fixed_small",)
     cases = list(itertools.product(PREDICTIONS, variances, (True, False)))
     if steps >= 250:  # the long ones in turn: the four schedules have them all
@@ -450,29 +458,13 @@ def test_ddpm_is_that_of_diffusers(
             if variance == "learned_range":
                 out = np.concatenate([out, improved_diffusion.learned(theirs)], axis=1)
             theirs = peer.step(torch.from_numpy(out), t, torch.from_numpy(theirs)).prev_sample.numpy()
-        settings = {"prediction": prediction, "variance": variance, "clip": (-1, 1) if clip else None}
-        peers_alphas_cumprod = peer.alphas_cumprod.double().numpy()
-        of_peer = Schedule(1 - peers_alphas_cumprod / np.append(1.0, peers_alphas_cumprod[:-1]))
-        mine, with_its_alphas = (
-            run(
-                ddpm(one, timesteps, **settings),
-                prediction,
-                schedule,
-                start,
-                lambda step: noise[step],
-                improved_diffusion.learned,
-            )
-            for one in (schedule, of_peer)
+        of_peer = Schedule(1 - peers / np.append(1.0, peers[:-1]))
+        table = ddpm(
+            of_peer, timesteps, prediction=prediction, variance=variance, clip=(-1, 1) if clip else None
         )
-        bound = float32_bound(
-            ddpm(of_peer, timesteps, **settings),
-            prediction,
-            schedule,
-            start,
-            noise,
-            improved_diffusion.learned,
-        )
-        bound += np.abs(mine - with_its_alphas)
+        learned = improved_diffusion.learned
+        mine = run(table, prediction, schedule, start, lambda step: noise[step], learned)
+        bound = float32_bound(table, prediction, schedule, start, noise, learned)
         assert (np.abs(mine - theirs) <= bound).all(), (prediction, variance, clip)
         assert bound.max() <= TOLERANCES["diffusers_ddpm_bound"].limit
 
@@ -495,7 +487,7 @@ def test_ddim_is_that_of_diffusers(
     schedule, timesteps = SCHEDULES[kind], spaced(spacing, 1000, steps)
     rng = np.random.default_rng(0)
     start, noise = rng.standard_normal((2, 1, 4, 4)), rng.standard_normal((steps, 2, 1, 4, 4))
-    etas = (0.0, 0.6) if steps < 250 else (0.6,)
+    etas = (0.0, 0.6) if steps < 1000 else (0.6,)
     for eta, clip, clipped_output in itertools.product(etas, (True, False), (True, False)):
         peer = diffusers.DDIMScheduler(
             trained_betas=schedule.betas,
@@ -529,7 +521,7 @@ def test_ddim_is_that_of_diffusers(
 @pytest.mark.filterwarnings("ignore:__array__")  # of diffusers about itself
 @pytest.mark.parametrize(
     ("spacing", "steps"),
-    [*itertools.product(["linspace", "trailing"], [250, 50, 20, 10, 7]), ("trailing", 1000)],
+    [*itertools.product(["leading", "linspace", "trailing"], [250, 50, 20, 10, 7]), ("trailing", 1000)],
 )
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("kind", SCHEDULES)

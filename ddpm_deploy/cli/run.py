@@ -21,7 +21,7 @@ from ddpm_deploy.cli.common import (
     weights_option,
 )
 from ddpm_deploy.cli.progress import duration, peak_memory, plural, stage, time_step
-from ddpm_deploy.errors import SettingError
+from ddpm_deploy.errors import OutputError, SettingError
 from ddpm_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -191,9 +191,13 @@ def _in_turn(cycle: Sequence[int], first_index: int, count: int) -> "Labels | No
 
 def _open(model: Path, options: dict[str, Any], images: int | None, guidance: float | None) -> "Sampler":
     """The model, to run so many images at once (None: as many as are best)."""
+    from ddpm_deploy.artefact import read_spec
+    from ddpm_deploy.runtime.denoiser import default_max_batch
     from ddpm_deploy.runtime.sampler import Sampler
 
-    rows = images if images is None or guidance is None else 2 * images
+    rows = images
+    if guidance is not None:
+        rows = max(2, default_max_batch(read_spec(model))) if images is None else 2 * images
     where = {name: options[name] for name in ("weights", "device", "threads")}
     return Sampler(open_denoiser(model, max_batch=rows, **where))
 
@@ -216,21 +220,22 @@ def _draw(model: Path, options: dict[str, Any]) -> None:
             )
         watch = _Watch(sampler, job, model, options)
         parts = sampler.iter_samples(count, callback=watch.step, **job.arguments())
-        _write(sampler, job, parts, watch, options)
+        _write(sampler, job, lambda: parts, watch, options)
 
 
 def _resume(model: Path, options: dict[str, Any]) -> None:
     from ddpm_deploy.runtime.snapshot import Snapshot
 
     snapshot = Snapshot.load(options["resume"])
+    options["snapshot"] = options["snapshot"] or options["resume"]
     _check_outputs(model, options)
     job = _job_of(snapshot)
-    options["snapshot"] = options["snapshot"] or options["resume"]
+    if options["progress"] and snapshot.step == len(snapshot.batch.table):
+        raise SettingError("this chain is at its end, and there is no progress to show: leave out --progress")
     with _open(model, options, job.count, job.guidance) as sampler:
-        snapshot.require_fits(sampler.spec)
+        sampler.require_fits(snapshot)
         watch = _Watch(sampler, job, model, options, snapshot.step)
-        parts = (sampler.resume(snapshot, callback=watch.step) for _ in range(1))
-        _write(sampler, job, parts, watch, options)
+        _write(sampler, job, lambda: iter([sampler.resume(snapshot, callback=watch.step)]), watch, options)
 
 
 def _job_of(snapshot: "Snapshot") -> _Job:
@@ -252,12 +257,11 @@ def _check_outputs(model: Path, options: dict[str, Any]) -> None:
     """Refuse outputs that would replace one another or what is read, before anything is loaded."""
     from ddpm_deploy.runtime.proof import proof_path
 
-    check_outputs(
-        [options["progress"], options["snapshot"]],
-        [model, proof_path(model), *filter(None, [options["replay"]])],
-    )
-    others = [model, proof_path(model), options["progress"], options["snapshot"], options["resume"]]
-    require_apart(options["output"], filter(None, others))
+    read = [model, proof_path(model)]
+    check_outputs([options["snapshot"]], read)
+    check_outputs([options["progress"]], [*read, *filter(None, [options["snapshot"], options["resume"]])])
+    written = [options["progress"], options["snapshot"], options["resume"]]
+    require_apart(options["output"], [*read, *filter(None, written)])
 
 
 class _Watch:
@@ -290,25 +294,40 @@ class _Watch:
 
     def step(self, step: int, x: "Array", x0: "Array") -> None:
         """The callback of a Sampler."""
-        from ddpm_deploy.files import quoted
-
         self.advance(1)
         if self.preview:
             self.preview.see(step, x, x0)
-        if not self._snapshot or not (self._stopped or time.monotonic() - self._saved >= _SNAPSHOT_SECONDS):
-            return
-        self._sampler.snapshot().save(self._snapshot)
+        if self._snapshot and step + 1 < self.steps:  # at the last one there is nothing to go on with
+            if self._stopped:
+                self._end(self._snapshot, step + 1)
+            if time.monotonic() - self._saved >= _SNAPSHOT_SECONDS:
+                self._save(self._snapshot)
+
+    def _save(self, path: Path) -> None:
+        """From time to time: one that fails is not worth the chain."""
+        try:
+            self._sampler.snapshot().save(path)
+        except OutputError as error:
+            logger.warning("%s; the chain goes on", error)
         self._saved = time.monotonic()
-        if self._stopped:
-            click.echo(
-                f"stopped after step {step + 1} of {self.steps}; go on with: "
-                f"ddpm-run {quoted(self._model)} --resume {quoted(self._snapshot)}"
-            )
-            raise click.exceptions.Exit(130)
+
+    def _end(self, path: Path, done: int) -> None:
+        from ddpm_deploy.files import quoted
+
+        self._sampler.snapshot().save(path)
+        click.echo(
+            f"stopped after step {done} of {self.steps}; go on with: "
+            f"ddpm-run {quoted(self._model)} --resume {quoted(path)}"
+        )
+        raise click.exceptions.Exit(130)
 
 
 def _write(
-    sampler: "Sampler", job: _Job, parts: Iterable["Array"], watch: _Watch, options: dict[str, Any]
+    sampler: "Sampler",
+    job: _Job,
+    draw: Callable[[], Iterable["Array"]],
+    watch: _Watch,
+    options: dict[str, Any],
 ) -> None:
     """Draw what the destination takes, with a word before and after."""
     from ddpm_deploy.files import show
@@ -327,11 +346,13 @@ def _write(
     logger.info("%s · %s%s · about %s%s", images, chain, going_on, duration(forecast), peak_memory())
     if job.guidance is not None:
         logger.info(
-            "guidance %g takes two rows of the batch: at most %d images at once", job.guidance, in_flight
+            "guidance %g takes two rows of the batch: at most %d images at once",
+            job.guidance,
+            sampler.max_batch(job.guidance),
         )
     start = time.perf_counter()
     with watch.signals(), stage("sampling", batches * steps) as watch.advance, destination.open() as write:
-        for samples in parts:
+        for samples in draw():
             write(samples)
     if watch.preview:
         watch.preview.save()

@@ -13,10 +13,10 @@ from ddpm_deploy.errors import SettingError
 from ddpm_deploy.exponential import Exponential
 from ddpm_deploy.noise import AddressedNoise
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
-from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable
+from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable, learns_variance
 
 T, A, B, LO, HI, C, D, E, F, G, LN_VAR_MIN, LN_VAR_MAX = range(len(COLUMNS))
-_ZERO, _HALF, _ONE = np.array([0.0, 0.5, 1.0], np.float32)
+_ZERO, _QUARTER, _HALF = np.array([0.0, 0.25, 0.5], np.float32)
 _MAX_TABLES: Final = 32  # kept before those of finished chains are dropped
 IDLE: Final = 0  # the row pointer of a slot with nothing to do
 
@@ -145,16 +145,22 @@ class Chain:
             self._tables[id(table)] = known
             self._uses_previous |= bool(table["f"].any())
             self._uses_prediction |= bool(table["g"].any())
-            if table["ln_var_max"].any() and not self._exponential:
+            if learns_variance(table.rows).any() and not self._exponential:
                 self._exponential = Exponential(*self._x0.shape)
         return known[1]
 
     def _require_runs(self, table: StepTable) -> None:
-        if table["ln_var_max"].any() and self.denoiser.spec.variance != "learned_range":
+        if learns_variance(table.rows).any() and self.denoiser.spec.variance != "learned_range":
             raise SettingError("this table needs a learned variance, and the model has none")
-        last = self.denoiser.spec.timesteps - 1
-        if not len(table) or table["t"].min() < 0 or table["t"].max() > last:
-            raise SettingError(f"the timesteps of this table are not within the model's 0 to {last}")
+        last, t = self.denoiser.spec.timesteps - 1, table["t"]
+        if not len(table) or not (0 <= t.min() <= t.max() <= last) or (t % 1).any():
+            raise SettingError(
+                f"the timesteps of this table are not whole numbers from 0 to the model's {last}"
+            )
+        if (np.diff(t) >= 0).any():
+            raise SettingError(
+                "the timesteps of a table must fall: the noise of a step is found by its timestep"
+            )
 
     def clear(self) -> None:
         """Leave every slot with nothing to do."""
@@ -198,8 +204,9 @@ class Chain:
         np.add(x, scratch, x)
         if row[:, E].any():
             np.multiply(self._next_noise(batch), row[:, E], scratch)
-            if self._exponential and row[:, LN_VAR_MAX].any():
-                np.multiply(scratch, self._deviation(row, v), scratch)
+            learned = learns_variance(self._current[:batch])
+            if learned.any():
+                np.multiply(scratch, self._deviation(row, v, learned), scratch)
             np.add(x, scratch, x)
         else:
             self._ahead = self._ahead[1:]
@@ -217,14 +224,14 @@ class Chain:
         pointer += pointer != IDLE
         pointer[pointer == self._end[:batch]] = IDLE
 
-    def _deviation(self, row: Array, v: Array) -> Array:
+    def _deviation(self, row: Array, v: Array, learned: NDArray[np.bool_]) -> Array:
         """s of the rule, (B, C·H·W), in the memory of v, which the next prediction fills anew."""
         assert self._exponential
-        np.add(v, _ONE, v)
-        np.multiply(v, _HALF, v)
-        np.multiply(v, row[:, LN_VAR_MAX] - row[:, LN_VAR_MIN], v)
-        np.add(v, row[:, LN_VAR_MIN], v)
-        np.multiply(v, _HALF, v)
+        if not learned.all():
+            v[~learned] = 0  # whatever it was: 0 times an infinity would be NaN
+        quarter = (row[:, LN_VAR_MAX] - row[:, LN_VAR_MIN]) * _QUARTER
+        np.multiply(v, quarter, v)
+        np.add(v, quarter + row[:, LN_VAR_MIN] * _HALF, v)
         self._exponential.apply(v)
         return v
 

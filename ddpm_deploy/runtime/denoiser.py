@@ -39,11 +39,10 @@ class Denoiser(Protocol):
 def default_max_batch(spec: ModelSpec) -> int:
     """The largest batch on a CPU, where nothing else is said: 64, and less for images over 16×16.
 
-    Throughput on a CPU stops growing there, while the memory of the activations goes on. A model that can be
-    guided has at least the two rows that guidance takes.
+    Throughput on a CPU stops growing there, while the memory of the activations goes on.
     """
     _, height, width = spec.image_shape
-    return max(1 + spec.null_class, min(64, 128 * 128 // (height * width)))
+    return max(1, min(64, 128 * 128 // (height * width)))
 
 
 def allocate(spec: ModelSpec, max_batch: int) -> tuple[Array, Array, Labels, Array]:

@@ -2,7 +2,7 @@
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,7 +126,20 @@ class Sampler:
         return self._tables[settings]
 
     def sample(
-        self, count: int, *, callback: Callback | None = None, **settings: Unpack[SampleSettings]
+        self,
+        count: int,
+        *,
+        steps: int | None = None,
+        solver: Solver = "ddpm",
+        eta: float | None = None,
+        spacing: Spacing = "leading",
+        table: StepTable | None = None,
+        seed: int | None = None,
+        first_index: int = 0,
+        labels: Label | Sequence[Label] | Labels | None = None,
+        guidance: Guidance = None,
+        noise: Noise | None = None,
+        callback: Callback | None = None,
     ) -> Array:
         """Draw `count` images: float32 (count, C, H, W) in the model's value range.
 
@@ -147,32 +160,46 @@ class Sampler:
         Raises SettingError for an argument out of range, BackendError where the backend fails or the
         network gives numbers that are not finite, OwnershipError where the Sampler is already in use.
         """
-        parts = self.iter_samples(count, callback=callback, **settings)
+        draw = self._draw(
+            count,
+            steps=steps,
+            solver=solver,
+            eta=eta,
+            spacing=spacing,
+            table=table,
+            seed=seed,
+            first_index=first_index,
+            labels=labels,
+            guidance=guidance,
+            noise=noise,
+        )
         try:
             images = np.empty((count, *self.spec.image_shape), np.float32)
         except (MemoryError, ValueError) as error:
             raise SettingError(f"{count} images do not fit in memory: use iter_samples") from error
         done = 0
-        for part in parts:
+        for part in self._images(draw, callback):
             images[done : done + len(part)] = part
             done += len(part)
         return images
 
     def iter_samples(
         self, count: int, *, callback: Callback | None = None, **settings: Unpack[SampleSettings]
-    ) -> Iterator[Array]:
+    ) -> Generator[Array, None, None]:
         """As `sample`, giving the images in order as batches finish, for counts that don't fit in memory.
 
         Arguments are checked at once; the work happens as the result is read.
         """
         return self._images(self._draw(count, **settings), callback)
 
-    def _images(self, draw: "_Draw", callback: Callback | None) -> Iterator[Array]:
+    def _images(self, draw: "_Draw", callback: Callback | None) -> Generator[Array, None, None]:
         with self._owned():
             for batch in draw.batches(self.max_batch(draw.guidance)):
                 yield self._finished(batch, self._started(draw, batch), 0, callback)
 
-    def stream(self, count: int, **settings: Unpack[SampleSettings]) -> Iterator[tuple[int, Array, Array]]:
+    def stream(
+        self, count: int, **settings: Unpack[SampleSettings]
+    ) -> Generator[tuple[int, Array, Array], None, None]:
         """One batch step by step: yields (step, x_t, x̂0) after each, step from 0, as copies (count, C, H, W).
 
         The x of the last step is what `sample` gives. count: at most `max_batch`. The Sampler is in use until
@@ -186,7 +213,7 @@ class Sampler:
             )
         return self._copies(draw)
 
-    def _copies(self, draw: "_Draw") -> Iterator[tuple[int, Array, Array]]:
+    def _copies(self, draw: "_Draw") -> Generator[tuple[int, Array, Array], None, None]:
         with self._owned():
             (batch,) = draw.batches(draw.count)
             for step, x, x0 in self._steps(batch, self._started(draw, batch), 0):
@@ -215,7 +242,7 @@ class Sampler:
         Raises SettingError where it is of another model, or of a larger batch than this Sampler's.
         """
         batch = snapshot.batch
-        snapshot.require_fits(self.spec)
+        self.require_fits(snapshot)
         if batch.count > self.max_batch(batch.guidance):
             raise SettingError(
                 f"the snapshot has {batch.count} images in flight: load the model with max_batch "
@@ -233,6 +260,19 @@ class Sampler:
                 batch.labels,
             )
             return self._finished(batch, chain, snapshot.step, callback)
+
+    def require_fits(self, snapshot: Snapshot) -> None:
+        """Raise SettingError unless a snapshot is of this model, in whatever precision, and of a table of its own."""
+        snapshot.require_fits(self.spec)
+        settings, rows = snapshot.batch.settings, snapshot.batch.table.rows
+        if settings is None:
+            return
+        mine = self.table(settings).rows
+        # Another machine's logarithms may differ in the last place.
+        if mine.shape != rows.shape or not np.allclose(mine, rows, rtol=1e-6, atol=1e-12):
+            raise SettingError(
+                "this snapshot is of another table: its rows are not those of its settings on this model's schedule"
+            )
 
     def _draw(
         self,
@@ -263,10 +303,6 @@ class Sampler:
         settings = ChainSettings(steps=steps, solver=solver, eta=eta, spacing=spacing)
         if table is not None and settings != DEFAULT_CHAIN:
             raise SettingError("a table is instead of steps, solver, eta and spacing: leave these out")
-        if table is not None and (np.diff(table.timesteps) >= 0).any():
-            raise SettingError(
-                "the timesteps of a table must fall: the noise of a step is found by its timestep"
-            )
         scales = None if guidance is None else _scales(guidance, count)
         if scales is not None:
             self._guided()  # refuses a model that has no guidance
@@ -323,6 +359,7 @@ class Sampler:
     def _steps(self, batch: Batch, chain: Chain, first: int) -> Iterator[tuple[int, Array, Array]]:
         """Step by step to the end: (step, x, x̂0), views that the next step overwrites."""
         for step in range(first, len(batch.table)):
+            self._under_way = None
             chain.step()
             self._under_way = batch, chain, step + 1
             yield step, chain.x[: batch.count], chain.x0[: batch.count]
@@ -396,9 +433,12 @@ class _Draw:
 def _scales(guidance: float | Sequence[float] | NDArray[Any], count: int) -> Array:
     """(count,), of one for all or one for each."""
     try:
-        scales: Array = np.broadcast_to(np.asarray(guidance, np.float32), count)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"guidance must be a number, or one for each of the {count} images") from error
+        given: Array = np.asarray(guidance, np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SettingError(f"guidance must be a number, not {guidance!r}") from error
+    if given.shape not in ((), (count,)):
+        raise SettingError(f"guidance must be one number, or one for each of the {count} images")
+    scales = np.broadcast_to(given, count)
     if not np.isfinite(scales).all():
         raise SettingError(f"guidance must be finite, not {guidance}")
     return scales

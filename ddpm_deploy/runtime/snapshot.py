@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ddpm_deploy.arrays import require_honest
 from ddpm_deploy.errors import ArtefactError, SettingError, first_line
 from ddpm_deploy.files import atomic, require_file, show
+from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.runtime.denoiser import Array, Labels
 from ddpm_deploy.solvers import COLUMNS, StepTable
 from ddpm_deploy.spec import ChainSettings, ModelSpec
@@ -62,6 +63,7 @@ class Snapshot:
         batch = self.batch
         about = _About(
             format=FORMAT,
+            noise_version=NOISE_VERSION,
             model=self.model,
             table=digest(batch.table),
             settings=batch.settings,
@@ -89,14 +91,16 @@ class Snapshot:
         except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
             raise ArtefactError(f"{name} is not a whole snapshot: {first_line(error)}") from error
         try:
-            about = msgspec.json.decode(content.pop("about").tobytes(), type=_About)
-            if about.format > FORMAT:
+            text = content.pop("about").tobytes()
+            versions = msgspec.json.decode(text, type=_Versions)
+            if versions.format > FORMAT or versions.noise_version > NOISE_VERSION:
                 raise ArtefactError(
-                    f"{name} has snapshot format {about.format}, written by a newer ddpm-deploy (this one knows "
-                    f"{FORMAT}): upgrade with pip install -U ddpm-deploy"
+                    f"{name} was written by a newer ddpm-deploy (snapshot format {versions.format}, noise version "
+                    f"{versions.noise_version}; this one knows {FORMAT} and {NOISE_VERSION}): upgrade with "
+                    "pip install -U ddpm-deploy"
                 )
-            return cls._checked(about, content)
-        except (KeyError, ValueError, TypeError) as error:
+            return cls._checked(msgspec.json.decode(text, type=_About), content)
+        except (KeyError, ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
             raise ArtefactError(f"{name} is not a snapshot of ddpm-run: {first_line(error)}") from error
 
     @classmethod
@@ -156,8 +160,12 @@ def digest(table: StepTable) -> str:
     return hashlib.sha256(table.float32_rows().tobytes()).hexdigest()
 
 
-class _About(msgspec.Struct, frozen=True, kw_only=True):
+class _Versions(msgspec.Struct, frozen=True, kw_only=True):
     format: int
+    noise_version: int
+
+
+class _About(_Versions, frozen=True, kw_only=True):
     model: str
     table: str
     settings: ChainSettings | None

@@ -56,9 +56,10 @@ class Diffusion(nn.Module):
         k0, _, smallest = posterior(schedule.alphas_cumprod, schedule.alphas_cumprod_prev)
         # β̃ is zero at t = 0, where its place is taken by that of t = 1, as in Ho's code.
         smallest[0] = smallest[1] if spec.timesteps > 1 else schedule.betas[0]
+        large = np.append(smallest[0], schedule.betas[1:])
         bounds = {
             "fixed_small": (smallest, smallest),
-            "fixed_large": 2 * (np.append(smallest[0], schedule.betas[1:]),),
+            "fixed_large": (large, large),
             "learned_range": (smallest, schedule.betas),
         }[spec.variance]
         constants = {
@@ -107,9 +108,11 @@ class Diffusion(nn.Module):
         ln_var = _at(self.ln_var_min, t).expand_as(error)
         if v.shape[1]:
             ln_var = ln_var + (v + 1) / 2 * (_at(self.ln_var_max, t) - ln_var)
-        difference = _at(self.ln_var_posterior, t) - ln_var
-        divergence = 0.5 * (torch.expm1(difference) - difference + error**2 * torch.exp(-ln_var))
         first = (t == 0)[:, None, None, None]
+        # Of t = 0 the other term is taken; an infinity in this one would still reach the gradient.
+        difference = (_at(self.ln_var_posterior, t) - ln_var).masked_fill(first, 0.0)
+        squares = (error**2 * torch.exp(-ln_var.masked_fill(first, 0.0))).masked_fill(first, 0.0)
+        divergence = 0.5 * (torch.expm1(difference) - difference + squares)
         nats = torch.where(first, -self._log_likelihood(x0, error, ln_var), divergence)
         return nats.mean() / math.log(2)
 

@@ -27,7 +27,12 @@ CHAINS: Final = list(itertools.product(SCHEDULES, VARIANCES, (1000, 250, 50, 7),
 LOSSES: Final = [
     (schedule, prediction, variance, loss)
     for schedule, prediction in itertools.product(SCHEDULES, PREDICTIONS)
-    for variance, loss in (("fixed_small", "vlb"), ("learned_range", "vlb"), ("learned_range", "hybrid"))
+    for variance, loss in (
+        ("fixed_small", "vlb"),
+        ("fixed_large", "vlb"),
+        ("learned_range", "vlb"),
+        ("learned_range", "hybrid"),
+    )
 ]
 LOSS_TIMESTEPS: Final = [0, 1, 2, 17, 500, 999]
 
