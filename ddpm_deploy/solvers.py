@@ -35,9 +35,21 @@ IDENTITY: Final = tuple(1.0 if name == "d" else 0.0 for name in COLUMNS)
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """The rows of one reverse chain, first step first: (N, len(COLUMNS)) float64."""
+    """The rows of one reverse chain, first step first: (N, len(COLUMNS)) float64, a copy that nobody changes.
+
+    Raises SettingError where the rows have another shape, are none, or hold NaN.
+    """
 
     rows: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        rows = np.array(self.rows, np.float64)
+        if rows.ndim != 2 or rows.shape[1] != len(COLUMNS) or not len(rows) or np.isnan(rows).any():
+            raise SettingError(
+                f"a table has rows of {len(COLUMNS)} numbers ({', '.join(COLUMNS)}), not the shape {rows.shape}, or NaN"
+            )
+        rows.setflags(write=False)
+        object.__setattr__(self, "rows", rows)
 
     @classmethod
     def from_columns(cls, **columns: NDArray[np.float64] | NDArray[np.int64] | float) -> Self:
@@ -46,7 +58,6 @@ class StepTable:
         rows = np.zeros((length, len(COLUMNS)))
         for name, values in columns.items():
             rows[:, COLUMNS.index(name)] = values
-        rows.setflags(write=False)
         return cls(rows)
 
     def __len__(self) -> int:
@@ -256,4 +267,6 @@ class _Steps:
         """The rows, from the columns of the update."""
         a, b = denoised_coefficients(prediction, self._schedule, self.t)
         lo, hi = clip or (-np.inf, np.inf)
+        if not lo < hi:
+            raise SettingError(f"clip must be a range (least, most), not ({lo}, {hi})")
         return StepTable.from_columns(t=self.t, a=a, b=b, lo=lo, hi=hi, **columns)

@@ -312,7 +312,7 @@ def test_class_conditional_models(tmp_path: Path, pets: Path) -> None:
     )
     assert call(*drawn, "--guidance", 2.5).exit_code == 0
     assert "the same again" in call("run", onnx, "--replay", tmp_path / "dogs.png").stdout
-    refused(call("run", onnx, "--guidance", "nan"), 1, "guidance must be finite")
+    refused(call("run", onnx, "--guidance", "nan"), 1, "guidance must be from -1000 to 1000")
     refused(call("run", onnx, "--label", "cow"), 1, "no class 'cow': choose cat, dog, or 0 to 1, or none")
     refused(call("run", onnx, "--label", "-1"), 1, "no class '-1'")
     shutil.copytree(pets / "pets", tmp_path / "pets")
@@ -454,6 +454,7 @@ def test_snapshots_that_cannot_be_gone_on_with(tmp_path: Path, onnx_path: Path, 
     kept[-1].save(tmp_path / "done.npz")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "done.npz").read_bytes()[:-100])
     (tmp_path / "empty.npz").touch()
+    (tmp_path / "images").mkdir()
     for arguments, code, problem in (
         (("--resume", "missing.npz"), 1, "does not exist"),
         (("--resume", tmp_path), 1, "is a folder"),
@@ -467,6 +468,9 @@ def test_snapshots_that_cannot_be_gone_on_with(tmp_path: Path, onnx_path: Path, 
         (("--resume", tmp_path / "done.npz", "-o", tmp_path / "done.npz"), 1, "another file of this command"),
         (("--resume", "x.npz", "--replay", "x.png"), 2, "choose one"),
         (("--snapshot", onnx_path), 1, "another file of this command"),
+        (("--snapshot", tmp_path / "x.png"), 1, "must end in .npz"),
+        (("--snapshot", tmp_path / "cut.npz"), 1, "name another file for --snapshot"),
+        (("--progress", tmp_path / "images" / "1.png", "-o", tmp_path / "images"), 1, "among the images"),
         (("--snapshot", "missing/x.npz"), 1, "does not exist"),
         (("--snapshot", tmp_path / "s.npz", "--count", 100), 1, "a snapshot holds one batch"),
         (("--guidance", 2), 1, "needs a model that knows the null class"),

@@ -90,9 +90,10 @@ def test_guidance_halves_the_images_in_flight() -> None:
     [
         (ArrayDenoiser(tiny_spec(), 4), 2.0, "needs a model that knows the null class"),
         (Labelled(max_batch=1), 2.0, "loaded with max_batch 1: choose 2 or more"),
-        (Labelled(), float("nan"), "guidance must be finite, not nan"),
-        (Labelled(), float("inf"), "guidance must be finite"),
+        (Labelled(), float("nan"), "guidance must be from -1000 to 1000, not nan"),
+        (Labelled(), float("inf"), "guidance must be from -1000 to 1000, not inf"),
         (Labelled(), [1.0, 2.0], "one for each of the 3 images"),
+        (Labelled(), 1e300, "guidance must be from -1000 to 1000"),
         (Labelled(), [2.0], "one for each of the 3 images"),
         (Labelled(), "much", "guidance must be a number, not 'much'"),
     ],

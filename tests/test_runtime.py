@@ -160,6 +160,11 @@ def test_given_noise_replaces_the_addressed_noise() -> None:
         ({"count": 1, "solver": "euler"}, "solver 'euler' is not known"),
         ({"count": 1, "spacing": "even"}, "spacing 'even' is not known"),
         ({"count": 1, "eta": 0.5}, "eta is of the solver ddim"),
+        ({"count": None}, "count must be a whole number, not None"),
+        ({"count": 1, "solver": ["ddim"]}, "solver must be a name"),
+        ({"count": 1, "solver": "ddim", "eta": "a"}, "eta must be a number"),
+        ({"count": 1, "table": np.zeros((3, 12))}, "table must be a StepTable"),
+        ({"count": 1, "labels": 1.0}, "labels must be one name or number"),
     ],
 )
 def test_settings_out_of_range(arguments: dict[str, object], problem: str) -> None:

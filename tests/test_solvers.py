@@ -265,6 +265,30 @@ def test_settings_out_of_range(settings: dict[str, Any], problem: str) -> None:
         tiny_spec().step_table(ChainSettings(**settings))
 
 
+@pytest.mark.parametrize(
+    "rows", [np.zeros((3, 5)), np.zeros(12), np.zeros((0, 12)), np.full((2, 12), np.nan)], ids=str
+)
+def test_rows_that_are_no_table(rows: Vector) -> None:
+    with pytest.raises(SettingError, match="a table has rows of 12 numbers"):
+        StepTable(rows)
+
+
+def test_a_table_is_a_copy_that_nobody_changes() -> None:
+    rows = ddpm(LINEAR, [5, 0]).rows.astype(np.float32)
+    table = StepTable(rows)
+    rows[:] = 7
+    assert table.rows.dtype == np.float64
+    assert table["t"].tolist() == [5, 0]
+    with pytest.raises(ValueError, match="read-only"):
+        table.rows[0, 0] = 1
+
+
+@pytest.mark.parametrize("clip", [(1, -1), (float("nan"), 1), (0, 0)])
+def test_a_clip_that_is_no_range(clip: tuple[float, float]) -> None:
+    with pytest.raises(SettingError, match="clip must be a range"):
+        ddpm(LINEAR, [5, 0], clip=clip)
+
+
 @pytest.mark.parametrize("variance", ["learned", "fixed_small_log"])
 def test_other_variances_are_refused_by_name(variance: Any) -> None:
     with pytest.raises(

@@ -253,12 +253,34 @@ def _job_of(snapshot: "Snapshot") -> _Job:
     return _Job(batch.settings, batch.seed, batch.first_index, batch.count, tuple(cycle), guidance)
 
 
+def _require_snapshot(path: Path) -> None:
+    """Refuse to replace what is no snapshot."""
+    from ddpm_deploy.errors import ArtefactError
+    from ddpm_deploy.files import show
+    from ddpm_deploy.runtime.snapshot import Snapshot
+
+    if path.suffix.lower() != ".npz":
+        raise SettingError(f"{show(path)}: the snapshot's name must end in .npz")
+    if path.exists():
+        try:
+            Snapshot.load(path)
+        except ArtefactError as error:
+            raise OutputError(f"{error}: name another file for --snapshot, which would replace it") from error
+
+
 def _check_outputs(model: Path, options: dict[str, Any]) -> None:
     """Refuse outputs that would replace one another or what is read, before anything is loaded."""
+    from ddpm_deploy.files import show
     from ddpm_deploy.runtime.proof import proof_path
 
     read = [model, proof_path(model)]
-    check_outputs([options["snapshot"]], read)
+    if options["snapshot"]:
+        check_outputs([options["snapshot"]], read)
+        _require_snapshot(options["snapshot"])
+    if options["progress"] and options["progress"].parent.resolve() == options["output"].resolve():
+        raise SettingError(
+            f"{show(options['progress'])} is among the images of this run: name a file elsewhere"
+        )
     check_outputs([options["progress"]], [*read, *filter(None, [options["snapshot"], options["resume"]])])
     written = [options["progress"], options["snapshot"], options["resume"]]
     require_apart(options["output"], [*read, *filter(None, written)])

@@ -104,7 +104,9 @@ def _record(network: UNet, spec: ModelSpec, calibrates: bool, every: bool, stage
     )
     count = _MOST_IMAGES if image_steps >= _MOST_IMAGES * _FEWEST_STEPS else 1
     steps = min(spec.timesteps, max(_FEWEST_STEPS, image_steps // count))
-    if every:
+    # A mean is used itself in the full chain alone; a strided one takes x̂0 from it, and with it some thousand times its
+    # rounding.
+    if every or spec.prediction == "mean":
         steps = spec.timesteps
     elif not calibrates:
         steps = min(steps, _PROOF_STEPS)

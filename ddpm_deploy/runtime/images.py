@@ -106,7 +106,7 @@ def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
         raise DataError(f"{show(path)} is not a whole PNG: {first_line(error)}") from error
     try:
         return msgspec.json.decode(text or "", type=Origin), pixels
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise DataError(f"{show(path)} does not say where it came from: ddpm-run did not make it") from error
 
 

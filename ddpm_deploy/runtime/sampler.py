@@ -24,6 +24,7 @@ from ddpm_deploy.spacings import Spacing
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings, ModelSpec
 
 _MAX_TABLES: Final = 16
+_MOST_GUIDANCE: Final = 1000  # of either sign; useful are some 1 to 10
 Callback = Callable[[int, Array, Array], None]
 Noise = Callable[[int], Array]
 Label = int | str
@@ -86,6 +87,7 @@ class Sampler:
         self._under_way: tuple[Batch, Chain, int] | None = None  # and the steps that are done
         self._tables: dict[ChainSettings, StepTable] = {}
         self._busy = threading.Lock()
+        self._thread = 0  # that takes the steps
 
     @classmethod
     def load(
@@ -229,6 +231,8 @@ class Sampler:
                 "no chain is under way: ask in the callback of sample, or while reading a stream"
             )
         batch, chain, step = self._under_way
+        if self._thread != threading.get_ident():
+            raise OwnershipError("another thread runs this Sampler: ask it for the snapshot, in its callback")
         if isinstance(chain.noise, _GivenNoise):
             raise SettingError("a chain on noise of the caller's own cannot be resumed: leave noise out")
         part = slice(0, batch.count)
@@ -290,17 +294,24 @@ class Sampler:
         noise: Noise | None = None,
     ) -> "_Draw":
         """What a call asks for. Raises SettingError where it is out of range."""
-        for name, value in (("count", count), ("seed", seed), ("first_index", first_index), ("steps", steps)):
-            if value is not None and not isinstance(value, int | np.integer):
-                raise SettingError(f"{name} must be a whole number, not {value!r}")
+        count, first_index = _whole("count", count), _whole("first_index", first_index)
+        seed = secrets.randbits(64) if seed is None else _whole("seed", seed)
         if count < 1:
             raise SettingError(f"count must be 1 or more, not {count}")
-        seed = secrets.randbits(64) if seed is None else seed
         if not 0 <= seed < 2**64:
             raise SettingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
         if not 0 <= first_index <= 2**64 - count:
             raise SettingError(f"first_index must be from 0 to 2^64 - count, not {first_index}")
-        settings = ChainSettings(steps=steps, solver=solver, eta=eta, spacing=spacing)
+        settings = ChainSettings(
+            steps=None if steps is None else _whole("steps", steps),
+            solver=_word("solver", solver),  # type: ignore[arg-type]
+            eta=None if eta is None else _number("eta", eta),
+            spacing=_word("spacing", spacing),  # type: ignore[arg-type]
+        )
+        if table is not None and not isinstance(table, StepTable):
+            raise SettingError(
+                f"table must be a StepTable, as solvers.ddim makes one, not {type(table).__name__}"
+            )
         if table is not None and settings != DEFAULT_CHAIN:
             raise SettingError("a table is instead of steps, solver, eta and spacing: leave these out")
         scales = None if guidance is None else _scales(guidance, count)
@@ -310,8 +321,8 @@ class Sampler:
             count,
             self.table(settings) if table is None else table,
             settings if table is None else None,
-            int(seed),
-            int(first_index),
+            seed,
+            first_index,
             self._labels(labels, count),
             scales,
             noise,
@@ -326,7 +337,12 @@ class Sampler:
         if isinstance(labels, int | np.integer | str):
             label = spec.label(labels)
             return lambda part, indices: np.full(len(indices), label)
-        each = np.array([spec.label(label) for label in labels])
+        try:
+            each = np.array([spec.label(label) for label in labels])
+        except TypeError as error:
+            raise SettingError(
+                f"labels must be one name or number, or a sequence of them, not {labels!r}"
+            ) from error
         if len(each) != count:
             raise SettingError(
                 f"{len(each)} labels for {count} images: give one by itself, or a sequence with one for each"
@@ -359,7 +375,7 @@ class Sampler:
     def _steps(self, batch: Batch, chain: Chain, first: int) -> Iterator[tuple[int, Array, Array]]:
         """Step by step to the end: (step, x, x̂0), views that the next step overwrites."""
         for step in range(first, len(batch.table)):
-            self._under_way = None
+            self._under_way, self._thread = None, threading.get_ident()
             chain.step()
             self._under_way = batch, chain, step + 1
             yield step, chain.x[: batch.count], chain.x0[: batch.count]
@@ -430,18 +446,35 @@ class _Draw:
             yield replace(batch, labels=self.labels(part, batch.addresses()[1]))
 
 
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int | np.integer):
+        raise SettingError(f"{name} must be a whole number, not {value!r}")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float | np.integer | np.floating):
+        raise SettingError(f"{name} must be a number, not {value!r}")
+    return float(value)
+
+
+def _word(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise SettingError(f"{name} must be a name, not {value!r}")
+    return value
+
+
 def _scales(guidance: float | Sequence[float] | NDArray[Any], count: int) -> Array:
     """(count,), of one for all or one for each."""
     try:
-        given: Array = np.asarray(guidance, np.float32)
+        given = np.asarray(guidance, np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise SettingError(f"guidance must be a number, not {guidance!r}") from error
     if given.shape not in ((), (count,)):
         raise SettingError(f"guidance must be one number, or one for each of the {count} images")
-    scales = np.broadcast_to(given, count)
-    if not np.isfinite(scales).all():
-        raise SettingError(f"guidance must be finite, not {guidance}")
-    return scales
+    if not (abs(given) <= _MOST_GUIDANCE).all():
+        raise SettingError(f"guidance must be from {-_MOST_GUIDANCE} to {_MOST_GUIDANCE}, not {guidance}")
+    return np.full(count, given, np.float32)
 
 
 class _GivenNoise(NoiseSource):

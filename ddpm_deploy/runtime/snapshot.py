@@ -20,6 +20,7 @@ from ddpm_deploy.spec import ChainSettings, ModelSpec
 FORMAT: Final = 1
 _LARGEST: Final = 1 << 32
 _MOST_STEPS: Final = 100_000
+_NAMES: Final = ("about", "rows", "x", "x0", "labels", "guidance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class Snapshot:
         try:
             require_honest(path, _LARGEST)
             with np.load(path, allow_pickle=False) as archive:
-                content = {entry: archive[entry] for entry in archive.files}
+                content = {name: archive[name] for name in _NAMES if name in archive.files}
         except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
             raise ArtefactError(f"{name} is not a whole snapshot: {first_line(error)}") from error
         try:
@@ -100,7 +101,9 @@ class Snapshot:
                     "pip install -U ddpm-deploy"
                 )
             return cls._checked(msgspec.json.decode(text, type=_About), content)
-        except (KeyError, ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
+        except KeyError as error:
+            raise ArtefactError(f"{name} is not a snapshot of ddpm-run: it has no {error}") from error
+        except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
             raise ArtefactError(f"{name} is not a snapshot of ddpm-run: {first_line(error)}") from error
 
     @classmethod
@@ -144,7 +147,8 @@ class Snapshot:
         """Raise SettingError unless it is of this model, in whatever precision and backend."""
         if self.model != spec.provenance.digest:
             raise SettingError(
-                f"this snapshot is of the model {show(self.model[:12])}…, and this is {spec.provenance.digest[:12]}…"
+                f"this snapshot is of the model {show(self.model[:12])}…, and this is {spec.provenance.digest[:12]}… "
+                "(a checkpoint's ema and raw weights are two models)"
             )
         if self.x.shape[1:] != spec.image_shape:
             raise SettingError(f"this snapshot is of images {self.x.shape[1:]}, not {spec.image_shape}")
