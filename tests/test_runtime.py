@@ -22,11 +22,11 @@ from ddpm_deploy.errors import (
 )
 from ddpm_deploy.runtime.images import Destination, grid
 from ddpm_deploy.runtime.ort import OrtDenoiser
-from ddpm_deploy.runtime.parity import judge, psnr, record, spot_check, summarise, teacher_forced
+from ddpm_deploy.runtime.parity import judge, psnr, record, spot_check, summarise, teacher_forced, tolerance
 from ddpm_deploy.runtime.proof import as_proof, load_proof, write_proof
 from ddpm_deploy.solvers import StepTable, ddpm
 from ddpm_deploy.spec import ChainSettings, ModelSpec
-from ddpm_deploy.tolerances import PARITY
+from ddpm_deploy.tolerances import MEAN_PSNR, PARITY
 from tests.models import ArrayDenoiser, tiny_spec
 
 # --- Sampler ------------------------------------------------------------------------------------------
@@ -423,6 +423,19 @@ def test_questions_asked_together_have_the_answers_of_those_asked_alone() -> Non
     alone, together = Off(1e-3, below=400), Off(1e-3, below=400)
     alone.max_batch = 2
     assert teacher_forced(trajectory, alone) == teacher_forced(trajectory, together)
+
+
+def test_a_predicted_mean_passes_its_rounding_on() -> None:
+    spec = msgspec.structs.replace(tiny_spec(), prediction="mean")
+    half = msgspec.structs.replace(spec, precision="fp16")
+    assert (
+        tolerance(spec, spec).psnr
+        == MEAN_PSNR
+        < PARITY["fp32"].psnr
+        == tolerance(tiny_spec(), tiny_spec()).psnr
+    )
+    assert tolerance(spec, spec).prediction == PARITY["fp32"].prediction
+    assert tolerance(spec, half) == PARITY["fp16"]
 
 
 def test_psnr_is_that_of_its_definition() -> None:

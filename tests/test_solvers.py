@@ -513,6 +513,8 @@ def test_ddim_is_that_of_diffusers(
     start, noise = rng.standard_normal((2, 1, 4, 4)), rng.standard_normal((steps, 2, 1, 4, 4))
     etas = (0.0, 0.6) if steps < 1000 else (0.6,)
     for eta, clip, clipped_output in itertools.product(etas, (True, False), (True, False)):
+        if steps == 1000 and clip == clipped_output:
+            continue  # the longest ones, half of them
         peer = diffusers.DDIMScheduler(
             trained_betas=schedule.betas,
             timestep_spacing=spacing,

@@ -184,10 +184,15 @@ def _require_parity(
         )
     if not comparison.within:
         worst = comparison.worst
+        hint = (
+            ": a predicted mean passes its rounding on at every step; export it in fp32, or train ε, v or x0"
+            if spec.prediction == "mean"
+            else ""
+        )
         raise ParityError(
             f"{refused} on real trajectories: by up to {worst.relative_rms:.1e} of its RMS at t = {worst.timestep} "
             f"({comparison.limit(worst):.0e} is allowed), the images by {comparison.psnr.min():.0f} dB PSNR "
-            f"({comparison.tolerance.psnr:.0f} is asked)"
+            f"({comparison.tolerance.psnr:.0f} is asked){hint}"
         )
     return comparison
 

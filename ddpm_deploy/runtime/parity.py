@@ -19,7 +19,7 @@ from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
 from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import ChainSettings, ModelSpec
-from ddpm_deploy.tolerances import PARITY, Parity
+from ddpm_deploy.tolerances import MEAN_PSNR, PARITY, Parity
 
 _SPOTS: Final = 2  # timesteps of a spot check
 
@@ -297,7 +297,10 @@ def require_comparable(reference: ModelSpec, candidate: ModelSpec) -> None:
 
 def tolerance(reference: ModelSpec, candidate: ModelSpec) -> Parity:
     """What the coarser of the two precisions is allowed."""
-    return PARITY[max(reference.precision, candidate.precision, key=list(PARITY).index)]
+    precision = max(reference.precision, candidate.precision, key=list(PARITY).index)
+    if precision == "fp32" and reference.prediction == "mean":
+        return replace(PARITY[precision], psnr=MEAN_PSNR)
+    return PARITY[precision]
 
 
 def psnr(images: Array, wanted: Array, peak: float) -> NDArray[np.float64]:
