@@ -56,6 +56,14 @@ class OwnershipError(DdpmDeployError):
     """A Sampler was used while another call on it was still running."""
 
 
+def newer(source: str, got: str, known: str) -> str:
+    """What is said of a file from the future: `source` names it, `got` and `known` are versions of what it holds."""
+    return (
+        f"{source} was written by a newer ddpm-deploy ({got}; this one knows {known}): upgrade with "
+        "pip install -U ddpm-deploy"
+    )
+
+
 def first_line(error: BaseException) -> str:
     """What a foreign error says, in one line; its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

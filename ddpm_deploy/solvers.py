@@ -123,8 +123,8 @@ def _deviation(variance: Variance, smallest: Column, largest: Column) -> dict[st
     """The columns of the noise, from the variance's bounds β̃ and β; none on the last step."""
     noise = np.append(np.ones(len(smallest) - 1), 0.0)
     if variance == "learned_range":
-        last_apart = np.append(smallest[:-1], 1.0), np.append(largest[:-1], 1.0)
-        return {"e": noise, "ln_var_min": np.log(last_apart[0]), "ln_var_max": np.log(last_apart[1])}
+        low, high = (np.log(np.append(bound[:-1], 1.0)) for bound in (smallest, largest))
+        return {"e": noise, "ln_var_min": low, "ln_var_max": high}
     return {"e": noise * np.sqrt(smallest if variance == "fixed_small" else largest)}
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 import msgspec
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
-from ddpm_deploy.errors import SettingError, SpecError, first_line
+from ddpm_deploy.errors import SettingError, SpecError, first_line, newer
 from ddpm_deploy.files import show
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
@@ -183,11 +183,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         try:
             versions = msgspec.json.decode(text, type=_Versions)
             if versions.spec_version > SPEC_VERSION or versions.noise_version > NOISE_VERSION:
-                raise SpecError(
-                    f"{source} was written by a newer ddpm-deploy (spec version {versions.spec_version}, noise "
-                    f"version {versions.noise_version}; this one knows {SPEC_VERSION} and {NOISE_VERSION}): "
-                    "upgrade with pip install -U ddpm-deploy"
-                )
+                got = f"spec version {versions.spec_version}, noise version {versions.noise_version}"
+                raise SpecError(newer(source, got, f"{SPEC_VERSION} and {NOISE_VERSION}"))
             return msgspec.json.decode(text, type=cls)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise SpecError(f"the ModelSpec in {source} is not valid: {first_line(error)}") from error

@@ -421,7 +421,7 @@ def test_killed_training_resumes_as_if_it_had_not_been(tmp_path: Path) -> None:
 
 def test_an_interrupted_chain_goes_on_from_its_snapshot(tmp_path: Path, pets: Path) -> None:
     """Ctrl-C in one process, the rest in another, on another backend: the image is that of the whole chain."""
-    settings = ("--count", 3, "--steps", 500, "--seed", 5, "--guidance", 2, "--first-index", 7)
+    settings = ("--count", 3, "--seed", 5, "--guidance", 2, "--first-index", 7)
     process = subprocess.Popen(
         [BIN / "ddpm-run", pets / "m.pt", *map(str, settings), "--snapshot", "s.npz", "-o", "x.png"],
         cwd=tmp_path,
@@ -432,7 +432,7 @@ def test_an_interrupted_chain_goes_on_from_its_snapshot(tmp_path: Path, pets: Pa
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")
     assert any(line.startswith("guidance 2 takes two rows of the batch") for line in lines)
-    time.sleep(0.5)  # the next thing it does is to wait for signals; the chain takes seconds
+    time.sleep(0.1)  # the next thing it does is to wait for signals; the chain takes seconds
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
@@ -440,8 +440,9 @@ def test_an_interrupted_chain_goes_on_from_its_snapshot(tmp_path: Path, pets: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.npz"]
     resumed = call("run", pets / "m.onnx", "--resume", tmp_path / "s.npz", "-o", tmp_path / "x.png")
     assert resumed.exit_code == 0, resumed.output
-    assert "3 images, 500 steps, seed 5" in resumed.stdout
-    assert "the same again" in call("run", pets / "m.onnx", "--replay", tmp_path / "x.png").stdout
+    assert "3 images, 1000 steps, seed 5" in resumed.stdout
+    # A part of it was PyTorch's: a pixel may round to the next of its 256 levels, which --replay lets pass.
+    assert call("run", pets / "m.onnx", "--replay", tmp_path / "x.png").exit_code == 0
 
 
 def test_snapshots_that_cannot_be_gone_on_with(tmp_path: Path, onnx_path: Path, pets: Path) -> None:
@@ -490,17 +491,16 @@ def test_progress_shows_the_images_appear(tmp_path: Path, onnx_path: Path, suffi
     ran = call("run", onnx_path, "--steps", 30, "--count", 70, "--seed", 1, "--progress", film, "-o", out)
     assert ran.exit_code == 0, ran.output
     with Image.open(film) as picture, Image.open(out) as grid:
+        first = np.asarray(picture.convert("L"))[2:66, 2:66].astype(int)
         if suffix == ".gif":
             assert picture.n_frames == 30
             picture.seek(29)
-            last, wanted = (np.asarray(image.convert("L"))[2:66, 2:66] for image in (picture, grid))
+            last = np.asarray(picture.convert("L"))[2:66, 2:66]
         else:
             assert picture.size == (10 * 66 + 2, 8 * 66 + 2)
             last = np.asarray(picture)[2:66, -66:-2]
-            wanted = np.asarray(grid)[2:66, 2:66]
-        assert np.abs(last.astype(int) - wanted).max() <= 1
-        first = np.asarray(picture.convert("L"))[2:66, 2:66]
-        assert suffix == ".gif" or (first != last).any()
+        assert np.abs(last.astype(int) - np.asarray(grid)[2:66, 2:66]).max() <= 1
+        assert np.abs(first - last).max() > 10
     refused(
         call("run", onnx_path, "--replay", film),
         1,

@@ -192,11 +192,6 @@ def test_steps_out_of_range(steps: int) -> None:
 # --- peers ----------------------------------------------------------------------------------------
 
 
-def peer_scheduler(diffusers: Any, kind: str, **settings: Any) -> Any:
-    names = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
-    return diffusers.DDPMScheduler(beta_schedule=names[kind], **settings)
-
-
 @pytest.mark.parametrize(
     ("settings", "peer"),
     [
@@ -225,7 +220,7 @@ def test_sampler_replays_a_diffusers_chain(diffusers: Any) -> None:
     import torch
 
     spec = tiny_spec()
-    peer = peer_scheduler(diffusers, "linear", variance_type="fixed_large")
+    peer = diffusers.DDPMScheduler(variance_type="fixed_large")
     peer.set_timesteps(1000)
     denoiser = ArrayDenoiser(spec, 2)
     generator, draws = torch.Generator().manual_seed(3), {0: torch.zeros(0)}

@@ -106,11 +106,13 @@ _SNAPSHOT_SECONDS: Final = 60.0
 @click.option(
     "--guidance",
     type=float,
-    help="Scale of classifier-free guidance, for a model with a null class; 1: plain.",
+    help="Scale of classifier-free guidance, for a model with a null class; 1: plain. Halves the largest batch.",
 )
-@click.option("--progress", type=FilePath, help="A .gif of how the images appear, or a .png (film strip).")
 @click.option(
-    "--snapshot", type=FilePath, help="Save the chain here every minute, and when interrupted: for --resume."
+    "--progress", type=FilePath, help="A .gif of how the first images appear, or a .png (film strip)."
+)
+@click.option(
+    "--snapshot", type=FilePath, help="Save the chain, of one batch, here every minute and when interrupted."
 )
 @click.option("--resume", type=FilePath, help="Go on with a chain from its snapshot, and keep it up to date.")
 @weights_option
@@ -235,7 +237,7 @@ def _resume(model: Path, options: dict[str, Any]) -> None:
     with _open(model, options, job.count, job.guidance) as sampler:
         sampler.require_fits(snapshot)
         watch = _Watch(sampler, job, model, options, snapshot.step)
-        _write(sampler, job, lambda: iter([sampler.resume(snapshot, callback=watch.step)]), watch, options)
+        _write(sampler, job, lambda: [sampler.resume(snapshot, callback=watch.step)], watch, options)
 
 
 def _job_of(snapshot: "Snapshot") -> _Job:

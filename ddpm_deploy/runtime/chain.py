@@ -153,7 +153,7 @@ class Chain:
         if learns_variance(table.rows).any() and self.denoiser.spec.variance != "learned_range":
             raise SettingError("this table needs a learned variance, and the model has none")
         last, t = self.denoiser.spec.timesteps - 1, table["t"]
-        if not len(table) or not (0 <= t.min() <= t.max() <= last) or (t % 1).any():
+        if not (0 <= t.min() <= t.max() <= last) or (t % 1).any():
             raise SettingError(
                 f"the timesteps of this table are not whole numbers from 0 to the model's {last}"
             )
@@ -204,9 +204,8 @@ class Chain:
         np.add(x, scratch, x)
         if row[:, E].any():
             np.multiply(self._next_noise(batch), row[:, E], scratch)
-            learned = learns_variance(self._current[:batch])
-            if learned.any():
-                np.multiply(scratch, self._deviation(row, v, learned), scratch)
+            if self._exponential:
+                np.multiply(scratch, self._deviation(row, v), scratch)
             np.add(x, scratch, x)
         else:
             self._ahead = self._ahead[1:]
@@ -224,11 +223,12 @@ class Chain:
         pointer += pointer != IDLE
         pointer[pointer == self._end[:batch]] = IDLE
 
-    def _deviation(self, row: Array, v: Array, learned: NDArray[np.bool_]) -> Array:
+    def _deviation(self, row: Array, v: Array) -> Array:
         """s of the rule, (B, C·H·W), in the memory of v, which the next prediction fills anew."""
         assert self._exponential
-        if not learned.all():
-            v[~learned] = 0  # whatever it was: 0 times an infinity would be NaN
+        fixed = ~learns_variance(row[..., 0])
+        if fixed.any():
+            v[fixed] = 0  # whatever it was: 0 times an infinity would be NaN
         quarter = (row[:, LN_VAR_MAX] - row[:, LN_VAR_MIN]) * _QUARTER
         np.multiply(v, quarter, v)
         np.add(v, quarter + row[:, LN_VAR_MIN] * _HALF, v)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from ddpm_deploy.arrays import require_honest
-from ddpm_deploy.errors import ArtefactError, SettingError, first_line
+from ddpm_deploy.errors import ArtefactError, SettingError, first_line, newer
 from ddpm_deploy.files import require_file, show
 from ddpm_deploy.runtime.parity import Trajectory
 from ddpm_deploy.spec import ChainSettings, ModelSpec
@@ -61,10 +61,7 @@ def load_proof(path: Path) -> Trajectory:
     try:
         version = int(content["format"])
         if version > FORMAT:
-            raise ArtefactError(
-                f"{show(path)} has proof format {version}, written by a newer ddpm-deploy (this one knows {FORMAT}): "
-                "upgrade with pip install -U ddpm-deploy"
-            )
+            raise ArtefactError(newer(show(path), f"proof format {version}", str(FORMAT)))
         trajectory = Trajectory(
             spec=ModelSpec.from_json(content["spec"].tobytes(), show(path)),
             seed=int(content["seed"]),

@@ -224,7 +224,8 @@ class Sampler:
     def snapshot(self) -> Snapshot:
         """The batch that is under way, as it is after its last step: ask in a callback, or between a stream's steps.
 
-        Raises SettingError where none is, or its noise is a caller's own, which a file cannot hold.
+        Raises SettingError where none is, or its noise is a caller's own, which a file cannot hold, OwnershipError
+        where another thread takes the steps.
         """
         if self._under_way is None:
             raise SettingError(

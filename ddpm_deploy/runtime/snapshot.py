@@ -10,16 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.arrays import require_honest
-from ddpm_deploy.errors import ArtefactError, SettingError, first_line
+from ddpm_deploy.errors import ArtefactError, SettingError, first_line, newer
 from ddpm_deploy.files import atomic, require_file, show
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.runtime.denoiser import Array, Labels
-from ddpm_deploy.solvers import COLUMNS, StepTable
+from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import ChainSettings, ModelSpec
 
 FORMAT: Final = 1
 _LARGEST: Final = 1 << 32
-_MOST_STEPS: Final = 100_000
 _NAMES: Final = ("about", "rows", "x", "x0", "labels", "guidance")
 
 
@@ -95,11 +94,8 @@ class Snapshot:
             text = content.pop("about").tobytes()
             versions = msgspec.json.decode(text, type=_Versions)
             if versions.format > FORMAT or versions.noise_version > NOISE_VERSION:
-                raise ArtefactError(
-                    f"{name} was written by a newer ddpm-deploy (snapshot format {versions.format}, noise version "
-                    f"{versions.noise_version}; this one knows {FORMAT} and {NOISE_VERSION}): upgrade with "
-                    "pip install -U ddpm-deploy"
-                )
+                got = f"snapshot format {versions.format}, noise version {versions.noise_version}"
+                raise ArtefactError(newer(name, got, f"{FORMAT} and {NOISE_VERSION}"))
             return cls._checked(msgspec.json.decode(text, type=_About), content)
         except KeyError as error:
             raise ArtefactError(f"{name} is not a snapshot of ddpm-run: it has no {error}") from error
@@ -109,24 +105,21 @@ class Snapshot:
     @classmethod
     def _checked(cls, about: "_About", content: dict[str, Any]) -> "Snapshot":
         """Raise ValueError or KeyError unless the parts are what `save` writes, and go together."""
-        x, x0, rows = content["x"], content["x0"], content["rows"]
+        x, x0, table = content["x"], content["x0"], StepTable(content["rows"])
         if x.ndim != 4 or not len(x):
             raise ValueError(f"x has the shape {x.shape}")
         for name, dtype, shape in (
             ("x", np.float32, x.shape),
             ("x0", np.float32, x.shape),
-            ("rows", np.float64, (len(rows), len(COLUMNS))),
             ("labels", np.int64, (len(x),)),
             ("guidance", np.float32, (len(x),)),
         ):
             array = content.get(name)
             if array is None:
                 continue
-            bad = np.isnan if name == "rows" else lambda values: ~np.isfinite(values)  # clipping may be to ±∞
-            if array.dtype != dtype or array.shape != shape or bad(array).any():
+            if array.dtype != dtype or array.shape != shape or not np.isfinite(array).all():
                 raise ValueError(f"{name} is not {np.dtype(dtype)} {shape}, or not finite")
-        table = StepTable(rows)
-        if not 1 <= len(table) <= _MOST_STEPS or not 0 <= about.step <= len(table):
+        if not 0 <= about.step <= len(table):
             raise ValueError(f"step {about.step} of {len(table)}")
         if digest(table) != about.table:
             raise ValueError("its table is not the one that it was saved with")

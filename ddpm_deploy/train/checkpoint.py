@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec
-from ddpm_deploy.errors import ArtefactError, OutputError, first_line
+from ddpm_deploy.errors import ArtefactError, OutputError, first_line, newer
 from ddpm_deploy.files import atomic, show
 from ddpm_deploy.spec import SPEC_KEY, ModelSpec
 from ddpm_deploy.train.settings import Settings
@@ -77,10 +77,7 @@ class Checkpoint:
         if not isinstance(content, dict) or not isinstance(content.get("format"), int):
             raise ArtefactError(f"{name} is not a checkpoint of ddpm-train")
         if content["format"] > FORMAT:
-            raise ArtefactError(
-                f"{name} has checkpoint format {content['format']}, written by a newer ddpm-deploy (this one knows "
-                f"{FORMAT}): upgrade with pip install -U ddpm-deploy"
-            )
+            raise ArtefactError(newer(name, f"checkpoint format {content['format']}", str(FORMAT)))
         try:
             return cls._checked(content, spec)
         except Exception as error:
