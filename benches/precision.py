@@ -14,7 +14,7 @@ from ddpm_deploy.export.precision import Oracle, calibrate
 from ddpm_deploy.runtime.denoiser import Denoiser
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, summarise
-from ddpm_deploy.spec import ModelSpec, Precision
+from ddpm_deploy.spec import GraphPrecision, ModelSpec
 from ddpm_deploy.train.checkpoint import load_network
 from ddpm_deploy.train.denoiser import TorchDenoiser
 from ddpm_deploy.train.unet import UNet
@@ -66,7 +66,7 @@ def _files(
     network: UNet, spec: ModelSpec, folder: Path, trajectory: Trajectory
 ) -> Iterator[tuple[str, Comparison, str]]:
     """The exported files in ONNX Runtime."""
-    precisions: Sequence[Precision] = ("fp32", "fp16")
+    precisions: Sequence[GraphPrecision] = ("fp32", "fp16")
     paths = [folder / f"ladder.{precision}.onnx" for precision in precisions]
     for precision, path in zip(precisions, paths, strict=True):
         export_onnx(network, spec, path, precision=precision)
@@ -82,7 +82,7 @@ def _files(
 
 def _oracles(network: UNet, trajectory: Trajectory) -> Iterator[tuple[str, Comparison, str]]:
     """What hardware of each precision would compute."""
-    precisions: Sequence[Precision] = ("fp16", "bf16")
+    precisions: Sequence[GraphPrecision] = ("fp16", "bf16")
     for precision in precisions:
         islands = calibrate(network, trajectory, precision).islands
         oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=max(16, trajectory.count))

@@ -1,10 +1,11 @@
 """The ModelSpec in a model's file, read without torch, ONNX, a GPU, or the weights.
 
 A checkpoint is a zip archive whose pickle is only scanned for the text, never run; an ONNX file is
-walked field by field past its graph.
+walked field by field past its graph; an engine is searched for its network's name.
 """
 
 import hashlib
+import json
 import mmap
 import pickletools
 import zipfile
@@ -16,7 +17,8 @@ import numpy as np
 
 from ddpm_deploy.errors import ArtefactError, SpecError
 from ddpm_deploy.files import require_file, show
-from ddpm_deploy.spec import SEAL_KEY, SPEC_KEY, ModelSpec
+from ddpm_deploy.plan import PLAN_SUFFIX, spec_in_plan
+from ddpm_deploy.spec import ISLANDS_KEY, SEAL_KEY, SPEC_KEY, ModelSpec
 
 CHECKPOINT_SUFFIXES: Final = (".pt", ".pth")
 ONNX_SUFFIX: Final = ".onnx"
@@ -29,7 +31,7 @@ _MAX_FIELDS: Final = 100_000
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """Read the ModelSpec of a .pt or .onnx file.
+    """Read the ModelSpec of a .pt, .onnx or .plan file.
 
     Raises ArtefactError where the file is missing, broken or of another kind, and SpecError where it
     carries no ModelSpec or one that is not valid.
@@ -119,11 +121,9 @@ def _finder(path: Path) -> Callable[[Path], str | bytes | None]:
         return _spec_in_checkpoint
     if suffix == ONNX_SUFFIX:
         return _spec_in_onnx
-    if suffix == ".plan":
-        raise ArtefactError(
-            f"{show(path)}: TensorRT engines are not supported by this version: use the .onnx file"
-        )
-    raise ArtefactError(f"{show(path)} is not a model file by its name: a .pt or .onnx file is needed")
+    if suffix == PLAN_SUFFIX:
+        return spec_in_plan
+    raise ArtefactError(f"{show(path)} is not a model file by its name: a .pt, .onnx or .plan file is needed")
 
 
 def _spec_in_checkpoint(path: Path) -> str | None:
@@ -142,12 +142,34 @@ def _spec_in_checkpoint(path: Path) -> str | None:
     return None
 
 
+def read_meant_float32(path: Path) -> list[str] | None:
+    """The nodes of an .onnx file in reduced precision that were meant to stay in float32; None where it does not say.
+
+    Raises ArtefactError where it is no whole ONNX file, or what it says is no list of names.
+    """
+    try:
+        text = _property(path, ISLANDS_KEY)
+        names = None if text is None else json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtefactError(f"{show(path)} is not a whole .onnx file ({error})") from error
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ArtefactError(
+            f"{show(path)}: its {ISLANDS_KEY} is no list of names: export it again with ddpm-export"
+        )
+    return names
+
+
 def _spec_in_onnx(path: Path) -> bytes | None:
+    return _property(path, SPEC_KEY)
+
+
+def _property(path: Path, wanted: str) -> bytes | None:
+    """An entry of an .onnx file's metadata."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     # To the end, so that a file that was cut is told as such.
     found = {key: value for _, key, value in _metadata(memoryview(mapped))}
-    return found.get(SPEC_KEY.encode())
+    return found.get(wanted.encode())
 
 
 def _metadata(model: memoryview) -> Iterator[tuple[int, bytes, bytes]]:

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,15 +11,18 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def stop_on_signals(stop: Callable[[], None], kept: str) -> Iterator[None]:
-    """Call `stop` on Ctrl-C or SIGTERM, so that the step at hand ends and what is `kept` is saved.
+def stop_on_signals(stop: Callable[[], None], says: str) -> Iterator[None]:
+    """Call `stop` on Ctrl-C or SIGTERM, so that the step at hand ends; `says` tells the user what is kept.
 
-    A second signal is obeyed at once.
+    A second signal is obeyed at once. Signals reach the main thread alone: in another this does nothing.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         restore()
-        logger.info("stopping after this step, with the %s saved (again: stop at once)", kept)
+        logger.info("stopping after this step, %s (again: stop at once)", says)
         stop()
 
     def restore() -> None:

@@ -19,6 +19,7 @@ from ddpm_deploy.spacings import Spacing, spaced
 
 SPEC_VERSION: Final = 1
 SPEC_KEY: Final = "ddpm_deploy.spec"  # its name in an ONNX file's metadata
+ISLANDS_KEY: Final = "ddpm_deploy.float32"  # the nodes of a reduced graph that were meant to stay in float32
 SEAL_KEY: Final = "ddpm_deploy.sha256"  # and that of the digest of all before it, in the same place
 # TensorRT keeps 4095 characters of a network's name and silently drops a longer one.
 MAX_SPEC_BYTES: Final = 3999
@@ -26,9 +27,14 @@ MAX_SPEC_BYTES: Final = 3999
 _MAX_IMAGE_SIZE: Final = 2**26  # numbers: a quarter of a gigabyte
 _MAX_EMBEDDING_SIZE: Final = 2**26
 
-Precision = Literal["fp32", "fp16", "bf16"]
+GraphPrecision = Literal["fp32", "bf16", "fp16"]  # of an ONNX graph, in its types
+Precision = Literal[
+    "fp32", "tf32", "bf16", "fp16"
+]  # tf32: a float32 graph, whose engine may round what it multiplies
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Size = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
 Text = Annotated[str, msgspec.Meta(max_length=200)]
+Batch = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 
 
 class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +116,23 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     torch: Text = ""
 
 
+class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an engine was built by, and for.
+
+    flavour, version: the TensorRT that built it, which must run it too. capabilities: compute capabilities it runs
+        on, as "8.6"; none: any that the flavour supports. gpu, driver: where it was built.
+    batches: smallest, best and largest batch of each profile.
+    """
+
+    flavour: Flavour
+    version: Text
+    capabilities: tuple[Text, ...] = ()
+    gpu: Text = ""
+    driver: Text = ""
+    batches: tuple[tuple[Batch, Batch, Batch], ...]
+    refittable: bool = False
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the runtime must know of a model.
 
@@ -119,6 +142,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     num_classes: 0 for an unconditional model. class_names: of each, or none. null_class: whether the label
         num_classes stands for "no class", as in a model trained with label dropout.
     precision: of the network's insides; what goes in and out is always float32.
+    engine: of an engine alone, how it was built.
     """
 
     spec_version: int = SPEC_VERSION
@@ -139,6 +163,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     null_class: bool = False
     precision: Precision = "fp32"
     provenance: Provenance
+    engine: EngineSpec | None = None
 
     def __post_init__(self) -> None:
         lo, hi = self.value_range

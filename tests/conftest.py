@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from ddpm_deploy.spec import GraphPrecision, Precision
 from tests.models import tiny_checkpoint, tiny_export
 
 
@@ -12,6 +14,24 @@ def checkpoint_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint after a few real training steps on digits, of a tiny network."""
     pytest.importorskip("torch")
     return tiny_checkpoint(tmp_path_factory.mktemp("model") / "model.pt")
+
+
+@pytest.fixture(scope="session")
+def exported(
+    checkpoint_path: Path, onnx_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Precision, Path]:
+    """The network exported in each precision; the reduced ones with 60 timesteps, as calibration visits all of them."""
+    from ddpm_deploy.export.graph import export_onnx
+    from ddpm_deploy.train.checkpoint import load_network
+
+    network, spec = load_network(checkpoint_path)
+    folder, spec = tmp_path_factory.mktemp("half"), msgspec.structs.replace(spec, timesteps=60)
+    files: dict[Precision, Path] = {"fp32": onnx_path}
+    reduced: tuple[GraphPrecision, ...] = ("fp16", "bf16")
+    for precision in reduced:
+        files[precision] = folder / f"m.{precision}.onnx"
+        assert export_onnx(network, spec, files[precision], precision=precision).comparison.within
+    return files
 
 
 @pytest.fixture(scope="session")

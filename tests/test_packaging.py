@@ -20,6 +20,7 @@ MODULES = [
     "artefact",
     "cli/__init__",
     "cli/common",
+    "cli/engine",
     "cli/export",
     "cli/inspect",
     "cli/progress",
@@ -30,12 +31,21 @@ MODULES = [
     "dependencies",
     "embedding",
     "exponential",
+    "engine/__init__",
+    "engine/bindings",
+    "engine/build",
+    "engine/cache",
+    "engine/layers",
+    "engine/load",
+    "engine/refit",
     "errors",
     "export/__init__",
     "export/graph",
     "export/precision",
     "files",
+    "gpu",
     "noise",
+    "plan",
     "reference",
     "runtime/__init__",
     "runtime/chain",
@@ -53,6 +63,7 @@ MODULES = [
     "solvers",
     "spacings",
     "spec",
+    "stages",
     "tolerances",
     "train/__init__",
     "train/checkpoint",
@@ -67,7 +78,17 @@ MODULES = [
     "train/unet",
     "version",
 ]
-HEAVY = ("torch", "onnx", "onnxruntime", "PIL", "sklearn", "matplotlib", "diffusers")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "PIL",
+    "sklearn",
+    "matplotlib",
+    "diffusers",
+)
 
 
 def python(code: str) -> str:
@@ -130,8 +151,8 @@ def test_running_never_imports_torch(onnx_path: Path, tmp_path: Path) -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    """core ← runtime ← train ← export ← cli: a stage imports only what stands before it."""
-    order = ["core", "runtime", "train", "export", "cli"]
+    """core ← engine ← runtime ← train ← export ← cli: a stage imports only what stands before it."""
+    order = ["core", "engine", "runtime", "train", "export", "cli"]
     for path in (ROOT / "ddpm_deploy").rglob("*.py"):
         parts = path.relative_to(ROOT / "ddpm_deploy").parts
         stage = parts[0] if len(parts) > 1 else "core"

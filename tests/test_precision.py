@@ -16,7 +16,6 @@ from ddpm_deploy.spec import ModelSpec, Precision
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 
-from ddpm_deploy.export.graph import export_onnx  # noqa: E402
 from ddpm_deploy.export.precision import (  # noqa: E402
     STANDING_ISLANDS,
     TYPES,
@@ -171,28 +170,13 @@ def types(model: Any) -> dict[str, int]:
     return found
 
 
-@pytest.fixture(scope="module")
-def files(
-    checkpoint_path: Path, onnx_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[Precision, Path]:
-    """The network exported in each precision; the reduced ones with 60 timesteps, as calibration visits all of them."""
-    network, spec = load_network(checkpoint_path)
-    folder, spec = tmp_path_factory.mktemp("half"), msgspec.structs.replace(spec, timesteps=60)
-    exported: dict[Precision, Path] = {"fp32": onnx_path}
-    reduced: tuple[Precision, ...] = ("fp16", "bf16")
-    for precision in reduced:
-        exported[precision] = folder / f"m.{precision}.onnx"
-        assert export_onnx(network, spec, exported[precision], precision=precision).comparison.within
-    return exported
-
-
 @pytest.mark.parametrize(
     ("precision", "narrow", "opset"), [("fp16", FLOAT16, 21), ("bf16", BFLOAT16, 22), ("fp32", FLOAT, 21)]
 )
 def test_the_graph_is_what_it_says(
-    files: dict[Precision, Path], precision: Precision, narrow: int, opset: int
+    exported: dict[Precision, Path], precision: Precision, narrow: int, opset: int
 ) -> None:
-    graph = onnx.load(files[precision])
+    graph = onnx.load(exported[precision])
     kinds = types(graph)
     assert graph.opset_import[0].version == opset
     assert [kinds[name] for name in ("x", "temb", "prediction")] == [FLOAT] * 3
@@ -205,11 +189,11 @@ def test_the_graph_is_what_it_says(
 
 
 def test_the_file_agrees_with_pytorch_in_onnx_runtime(
-    model: tuple[UNet, ModelSpec], files: dict[Precision, Path]
+    model: tuple[UNet, ModelSpec], exported: dict[Precision, Path]
 ) -> None:
     network, spec = model
     reference = record(TorchDenoiser(network, spec, max_batch=2), count=2)
-    candidate = OrtDenoiser(files["fp16"])
+    candidate = OrtDenoiser(exported["fp16"])
     assert candidate.spec.precision == "fp16"
     assert candidate.spec.provenance == spec.provenance
     result = judge(reference, candidate)

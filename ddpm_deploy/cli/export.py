@@ -1,45 +1,66 @@
-"""ddpm-export: a checkpoint → an ONNX file that has been checked against PyTorch."""
+"""ddpm-export: a checkpoint → an ONNX file that has been checked against PyTorch → a TensorRT engine."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ddpm_deploy.cli.common import FilePath, check_outputs, command, logger
+from ddpm_deploy.cli.common import FilePath, check_outputs, command, logger, refuse_given
+from ddpm_deploy.cli.engine import (
+    ENGINE_OPTIONS,
+    build,
+    carry_proof,
+    engine_name,
+    engine_options,
+    engine_settings,
+    flavour_of,
+    skipped,
+    typed_options,
+)
 from ddpm_deploy.cli.progress import stage
 
 if TYPE_CHECKING:
     from ddpm_deploy.export.graph import Export
     from ddpm_deploy.runtime.parity import StepErrors
-    from ddpm_deploy.spec import ModelSpec, Precision
+    from ddpm_deploy.spec import GraphPrecision, ModelSpec, Precision
+
+_ANY_WAY: Final = {"model", "output", "force"}
+_WITH_REFIT: Final = {*_ANY_WAY, "refit"}
+_WITH_ONNX: Final = {*_ANY_WAY, *ENGINE_OPTIONS, "engine", "precision", "fp16"}
 
 
 @command(
-    "A checkpoint → a checked ONNX file.",
+    "A checkpoint → a checked ONNX file, and its TensorRT engine.",
     """
-  ddpm-export model.pt                  model.onnx, with the averaged (EMA) weights
-  ddpm-export model.pt --fp16           model.fp16.onnx: half precision, for building engines
-  ddpm-export model.pt -o net.onnx      under another name
-  ddpm-export model.pt --weights raw    the weights as trained, without averaging
+  ddpm-export model.pt                          model.onnx, with the averaged (EMA) weights
+  ddpm-export model.pt --fp16                   model.fp16.onnx; where there is a GPU, model.fp16.plan
+  ddpm-export model.pt --fp16 -o engine.plan    engine.onnx and engine.plan, or exit 1
+  ddpm-export model.fp16.onnx -o engine.plan    the engine alone: no PyTorch is needed
+  ddpm-export model.fp16.onnx --batch-buckets 1,8,64
+  ddpm-export model.pt --fp16 --rtx             model.fp16.rtx.plan, for RTX GPUs; builds without one
+  ddpm-export model.fp16.onnx --rtx --compute-capability 8.6 --compute-capability 8.9
+  ddpm-export new.onnx --refit engine.plan      new weights in an engine that was built --refittable
+  ddpm-export model.pt -o net.onnx              under another name, and no engine
+  ddpm-export model.pt --weights raw            the weights as trained, without averaging
 """,
 )
-@click.argument("checkpoint", type=FilePath)
+@click.argument("model", type=FilePath)
 @click.option(
     "-o",
     "--output",
     type=FilePath,
-    show_default="CHECKPOINT with .onnx, .fp16.onnx or .bf16.onnx",
-    help="The .onnx file to write; its proof is written beside it.",
+    show_default="MODEL with .onnx, .fp16.onnx or .bf16.onnx",
+    help="The .onnx or .plan to write; the proof is written beside it.",
 )
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", help="Averaged, or as trained.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
     default="fp32",
-    help="Of the network's insides; inputs and outputs stay float32.",
+    help="Of the network's insides; inputs and outputs stay float32. tf32 is of engines.",
 )
 @click.option("--fp16", is_flag=True, help="Short for --precision fp16.")
 @click.option(
@@ -49,63 +70,42 @@ if TYPE_CHECKING:
     help="Calibrate a large network at every timestep, not at some: minutes to hours.",
 )
 @click.option("--report", type=FilePath, help="Write what was found on the way here, as JSON.")
-@click.option("--engine", is_flag=True, help="A TensorRT engine: not in this version.")
-@click.option("--force", is_flag=True, help="Replace an .onnx file that holds another model.")
+@engine_options
+@click.option(
+    "--refit", type=FilePath, help="An engine whose weights to replace with those of MODEL, an .onnx."
+)
+@click.option("--force", is_flag=True, help="Replace a file that holds another model.")
 @click.pass_context
-def main(
-    ctx: click.Context,
-    checkpoint: Path,
-    output: Path | None,
-    weights: Literal["ema", "raw"],
-    precision: "Precision",
-    fp16: bool,
-    every: bool,
-    report: Path | None,
-    engine: bool,
-    force: bool,
-) -> None:
-    """Export CHECKPOINT, a .pt of ddpm-train, to ONNX, and check it against PyTorch.
+def main(ctx: click.Context, /, model: Path, **options: Any) -> None:
+    """Export MODEL, a .pt of ddpm-train, to ONNX, checked against PyTorch, and that to a TensorRT engine; or
+    build the engine of MODEL, an .onnx.
 
     In half precision, what must stay in float32 is found by running real chains on an oracle of
-    half-precision hardware; the report says what, and why.
+    half-precision hardware; the report says what, and why. Without a GPU there is no engine, but for --rtx.
     """
-    from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec
-    from ddpm_deploy.dependencies import require, require_onnxruntime
-    from ddpm_deploy.errors import ArtefactError, SettingError
+    from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, ONNX_SUFFIX, read_spec
+    from ddpm_deploy.errors import ArtefactError
     from ddpm_deploy.files import show
-    from ddpm_deploy.runtime.proof import proof_path
 
-    if fp16:
-        precision = _half(ctx, precision)
-    if every and precision == "fp32":
-        raise click.UsageError("--all is of the calibration of bf16 and fp16")
-    if checkpoint.suffix.lower() not in CHECKPOINT_SUFFIXES:
+    if options["fp16"]:
+        options["precision"] = _half(ctx, options["precision"])
+    suffix = model.suffix.lower()
+    if suffix not in (*CHECKPOINT_SUFFIXES, ONNX_SUFFIX):
         raise ArtefactError(
-            f"{show(checkpoint)} is not a checkpoint by its name: a .pt of ddpm-train is needed"
+            f"{show(model)} is neither a checkpoint nor an ONNX file by its name: a .pt of ddpm-train or an .onnx of "
+            "ddpm-export is needed"
         )
-    read_spec(checkpoint)  # a broken or foreign file is refused before torch is loaded
-    output = output or checkpoint.with_suffix(".onnx" if precision == "fp32" else f".{precision}.onnx")
-    if engine or output.suffix.lower() == ".plan":
-        raise SettingError(
-            "TensorRT engines are not supported by this version: it exports ONNX; leave --engine out"
-        )
-    if output.suffix.lower() != ".onnx":
-        raise SettingError(f"{show(output)}: the output's name must end in .onnx")
-    check_outputs([output, proof_path(output), report], [checkpoint])
-    require("torch", "export")
-    require("onnx", "export")
-    require_onnxruntime()
-    from ddpm_deploy.export.graph import export_onnx
-    from ddpm_deploy.train.checkpoint import load_network
-
-    network, spec = load_network(checkpoint, weights)
-    if not force:
-        _require_same_model(output, spec.provenance.digest, precision)
-    logger.info("exporting %s in %s, then checking it in ONNX Runtime", show(checkpoint), precision)
-    export = export_onnx(network, spec, output, precision=precision, every=every, stages=stage)
-    if report:
-        _write_report(export, report)
-    _tell(export, checkpoint, output, spec)
+    spec = read_spec(model)  # a broken or foreign file is refused before torch is loaded
+    if suffix in CHECKPOINT_SUFFIXES:
+        if options["refit"]:
+            raise click.UsageError("--refit takes the new weights from an .onnx: export the checkpoint first")
+        _from_checkpoint(ctx, model, options)
+    elif options["refit"]:
+        refuse_given(ctx, _WITH_REFIT, "cannot be given with --refit: the engine has its own settings")
+        _refit(model, spec, options)
+    else:
+        refuse_given(ctx, _WITH_ONNX, "are of a checkpoint, and this is an .onnx")
+        _from_onnx(ctx, model, spec, options)
 
 
 def _half(ctx: click.Context, precision: "Precision") -> "Precision":
@@ -114,6 +114,140 @@ def _half(ctx: click.Context, precision: "Precision") -> "Precision":
     if typed and precision != "fp16":
         raise click.UsageError(f"--fp16 and --precision {precision} exclude each other")
     return "fp16"
+
+
+def _from_checkpoint(ctx: click.Context, checkpoint: Path, options: dict[str, Any]) -> None:
+    """The .onnx, and the engine where it was asked for or can be had."""
+    from ddpm_deploy.dependencies import require, require_onnxruntime
+    from ddpm_deploy.errors import BackendError, SettingError
+    from ddpm_deploy.files import show
+    from ddpm_deploy.plan import PLAN_SUFFIX
+
+    precision = options["precision"]
+    if options["every"] and precision in ("fp32", "tf32"):
+        raise click.UsageError("--all is of the calibration of bf16 and fp16")
+    output, named = options["output"], None
+    if output and output.suffix.lower() == PLAN_SUFFIX:
+        output, named = output.with_suffix(".onnx"), output
+    insisted = bool(named) or options["engine"] or options["rtx"] or precision == "tf32"
+    wanted = insisted or output is None
+    tag = f".{precision}" if precision in ("bf16", "fp16") else ""
+    onnx = output or checkpoint.with_suffix(f"{tag}.onnx")
+    if onnx.suffix.lower() != ".onnx":
+        raise SettingError(f"{show(onnx)}: the output's name must end in .onnx or .plan")
+    plan = named or engine_name(onnx, options)
+    check_outputs(
+        [*_written(onnx), *(_engine_files(plan) if wanted else ()), options["report"]], [checkpoint]
+    )
+    missing = _why_no_engine(options) if wanted else None
+    if insisted and missing:
+        raise BackendError(
+            f"{show(plan)} cannot be built here: {missing}. To make the .onnx here and the engine elsewhere, leave out "
+            "--engine, --precision tf32 and -o with .plan; or build one of TensorRT-RTX with --rtx"
+        )
+    require("torch", "export")
+    require("onnx", "export")
+    require_onnxruntime()
+    _export(checkpoint, onnx, options)
+    if wanted and missing:
+        skipped(onnx, typed_options(ctx), missing)
+    elif wanted:
+        _engine(onnx, plan, options)
+
+
+def _export(checkpoint: Path, onnx: Path, options: dict[str, Any]) -> None:
+    from ddpm_deploy.export.graph import export_onnx
+    from ddpm_deploy.files import show
+    from ddpm_deploy.train.checkpoint import load_network
+
+    network, spec = load_network(checkpoint, options["weights"])
+    graph: GraphPrecision = "fp32" if options["precision"] == "tf32" else options["precision"]
+    if not options["force"]:
+        _require_same_model(onnx, spec.provenance.digest, graph)
+    logger.info("exporting %s in %s, then checking it in ONNX Runtime", show(checkpoint), graph)
+    export = export_onnx(network, spec, onnx, precision=graph, every=options["every"], stages=stage)
+    if options["report"]:
+        _write_report(export, options["report"])
+    _tell(export, checkpoint, onnx, spec)
+
+
+def _from_onnx(ctx: click.Context, onnx: Path, spec: "ModelSpec", options: dict[str, Any]) -> None:
+    """The engine of a file that was exported before."""
+    from ddpm_deploy.engine.bindings import require_builder
+    from ddpm_deploy.errors import SettingError
+    from ddpm_deploy.files import show
+
+    precision = options["precision"]
+    typed = options["fp16"] or ctx.get_parameter_source("precision") == click.core.ParameterSource.COMMANDLINE
+    if typed and precision != spec.precision and (precision, spec.precision) != ("tf32", "fp32"):
+        raise SettingError(
+            f"{show(onnx)} is in {spec.precision}, which its engine will be: for {precision}, export the checkpoint "
+            f"with --precision {precision}"
+        )
+    plan = _plan_output(options["output"] or engine_name(onnx, options))
+    check_outputs(_engine_files(plan), [*_written(onnx)] if plan.stem != onnx.stem else [onnx])
+    require_builder(flavour_of(options), refittable=options["refittable"])
+    _engine(onnx, plan, options)
+
+
+def _engine(onnx: Path, plan: Path, options: dict[str, Any]) -> None:
+    from ddpm_deploy.artefact import read_spec
+
+    spec = read_spec(onnx)
+    settings = engine_settings(options, spec)
+    if not options["force"]:
+        _require_same_model(plan, spec.provenance.digest, "tf32" if settings.tf32 else spec.precision)
+    build(onnx, plan, settings)
+
+
+def _refit(onnx: Path, spec: "ModelSpec", options: dict[str, Any]) -> None:
+    """New weights in an engine that there is."""
+    from ddpm_deploy.engine.refit import refit_engine
+    from ddpm_deploy.files import show
+
+    engine: Path = options["refit"]
+    plan = _plan_output(options["output"] or engine_name(onnx, options))
+    check_outputs(
+        _engine_files(plan), [*_written(onnx), engine] if plan.stem != onnx.stem else [onnx, engine]
+    )
+    if not options["force"]:
+        _require_same_model(plan, spec.provenance.digest, spec.precision)
+    refit_engine(onnx, engine, plan)
+    carry_proof(onnx, plan)
+    click.echo(f"wrote {show(plan)} (the engine {show(engine)} with the weights of {show(onnx)})")
+
+
+def _written(onnx: Path) -> list[Path]:
+    from ddpm_deploy.runtime.proof import proof_path
+
+    return [onnx, proof_path(onnx)]
+
+
+def _engine_files(plan: Path) -> list[Path]:
+    from ddpm_deploy.plan import digest_path
+
+    return [plan, digest_path(plan)]
+
+
+def _plan_output(output: Path) -> Path:
+    from ddpm_deploy.errors import SettingError
+    from ddpm_deploy.files import show
+
+    if output.suffix.lower() != ".plan":
+        raise SettingError(f"{show(output)}: the name of an engine must end in .plan")
+    return output
+
+
+def _why_no_engine(options: dict[str, Any]) -> str | None:
+    """Why none can be built here, or None."""
+    from ddpm_deploy.engine.bindings import require_builder
+    from ddpm_deploy.errors import BackendError, DependencyError
+
+    try:
+        require_builder(flavour_of(options), refittable=options["refittable"])
+    except (BackendError, DependencyError) as error:
+        return str(error)
+    return None
 
 
 def _tell(export: "Export", checkpoint: Path, output: Path, spec: "ModelSpec") -> None:

@@ -1,7 +1,9 @@
 """ddpm-deploy inspect: what a model's file says of itself."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,20 +16,23 @@ from ddpm_deploy.files import show
     """
   ddpm-deploy inspect model.onnx           the ModelSpec, for people
   ddpm-deploy inspect model.pt --json      for programs
+  ddpm-deploy inspect engine.plan          and what the engine was built for; no GPU is needed
 """,
 )
 @click.argument("file", type=FilePath)
 @click.option("--json", "as_json", is_flag=True, help="Print the ModelSpec as JSON.")
 def main(file: Path, as_json: bool) -> None:
-    """Print the ModelSpec of FILE, a .pt or .onnx, without loading torch or the weights."""
+    """Print the ModelSpec of FILE, a .pt, .onnx or .plan, without loading torch, TensorRT or the weights."""
     from ddpm_deploy.artefact import read_spec
+    from ddpm_deploy.plan import PLAN_SUFFIX
 
-    spec = read_spec(file).to_builtins()
+    plan = file.suffix.lower() == PLAN_SUFFIX
+    content = _plan(file) if plan else read_spec(file).to_builtins()
     if as_json:
-        click.echo(json.dumps(spec, indent=2))
+        click.echo(json.dumps(content, indent=2))
         return
     click.echo(f"{show(file)} ({file.stat().st_size / 1e6:.1f} MB)")
-    for name, value in spec.items():
+    for name, value in content.items():
         if isinstance(value, dict):
             click.echo(f"  {name}")
             for key, item in value.items():
@@ -36,7 +41,25 @@ def main(file: Path, as_json: bool) -> None:
             click.echo(f"  {name:<20} {_text(value)}")
 
 
+def _plan(file: Path) -> dict[str, Any]:
+    """What can be read of an engine: one that another tool built has no ModelSpec."""
+    from ddpm_deploy.artefact import read_spec
+    from ddpm_deploy.errors import ArtefactError, SpecError
+    from ddpm_deploy.plan import digest_path, read_plan_head, require_trusted
+
+    head = asdict(read_plan_head(file))
+    try:
+        require_trusted(file)
+        head["digest"] = "right"
+    except ArtefactError:
+        head["digest"] = "wrong" if digest_path(file).exists() else "missing"
+    try:
+        return {**read_spec(file).to_builtins(), "plan": head}
+    except SpecError as error:
+        return {"spec": f"none: {error}", "plan": head}
+
+
 def _text(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) if value else "none"
-    return "none" if value is None else show(str(value))
+    return "none" if value in (None, "") else show(str(value))

@@ -314,7 +314,7 @@ class _Watch:
         """Take Ctrl-C as `stop` where that saves something."""
         from ddpm_deploy.signals import stop_on_signals
 
-        return stop_on_signals(self.stop, "snapshot") if self._snapshot else nullcontext()
+        return stop_on_signals(self.stop, "with the snapshot saved") if self._snapshot else nullcontext()
 
     def step(self, step: int, x: "Array", x0: "Array") -> None:
         """The callback of a Sampler."""

@@ -1,5 +1,6 @@
 """A network in torch → an ONNX file with its ModelSpec, that has been checked before it gets its name."""
 
+import json
 import logging
 import math
 import tempfile
@@ -20,9 +21,10 @@ from ddpm_deploy.errors import ArtefactError, BackendError, ParityError
 from ddpm_deploy.export.precision import Calibration, calibrate, reduce, widened
 from ddpm_deploy.files import atomic, require_output, show
 from ddpm_deploy.runtime.ort import OrtDenoiser
-from ddpm_deploy.runtime.parity import Comparison, Stages, Trajectory, judge, record, silent, spot_check
+from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, spot_check
 from ddpm_deploy.runtime.proof import as_proof, proof_path, write_proof
-from ddpm_deploy.spec import SPEC_KEY, ModelSpec, Precision
+from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, GraphPrecision, ModelSpec, Precision
+from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.train.denoiser import TorchDenoiser
 from ddpm_deploy.train.unet import UNet
 
@@ -55,7 +57,7 @@ def export_onnx(
     spec: ModelSpec,
     path: Path,
     *,
-    precision: Precision = "fp32",
+    precision: GraphPrecision = "fp32",
     every: bool = False,
     stages: Stages = silent,
 ) -> Export:
@@ -83,6 +85,9 @@ def export_onnx(
     proof = as_proof(trajectory)
     model = trace(reduced, spec)
     model.metadata_props.add(key=SPEC_KEY, value=spec.to_json())
+    if calibration:
+        meant = [*_linears(network), *calibration.islands]
+        model.metadata_props.add(key=ISLANDS_KEY, value=json.dumps(meant))
     if model.ByteSize() > _LARGEST_FILE:
         raise ArtefactError("the network is over 2 GiB, more than one ONNX file holds: try --fp16")
     with atomic(proof_path(path)) as proof_file, atomic(path) as temporary:
@@ -122,8 +127,16 @@ def _record(network: UNet, spec: ModelSpec, calibrates: bool, every: bool, stage
     return trajectory
 
 
+def _linears(network: UNet) -> list[str]:
+    """The timestep's part, which stays in float32 always (`train.unet`)."""
+    return [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
 def trace(network: UNet, spec: ModelSpec) -> Any:
-    """The network as an onnx.ModelProto, without what the exporter tells of the machine it ran on."""
+    """The network as an onnx.ModelProto, without what the exporter tells of the machine it ran on.
+
+    What has a weight is named as in the network, so that an engine's layers are.
+    """
     batch = torch.export.Dim("batch", min=1)
     example = {"x": torch.zeros(2, *spec.image_shape), "temb": torch.zeros(2, spec.embedding.dim)}
     if spec.num_classes:
@@ -146,6 +159,9 @@ def trace(network: UNet, spec: ModelSpec) -> Any:
         del holder.metadata_props[:]
     for node in model.graph.node:
         node.doc_string = ""
+        weights = [name for name in node.input if name.endswith(".weight")]
+        if node.op_type in ("Conv", "Gemm") and weights:
+            node.name = weights[0].removesuffix(".weight")
     model.graph.name = "ddpm-deploy"
     return model
 

@@ -20,13 +20,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ParityError
 from ddpm_deploy.runtime.denoiser import default_max_batch
-from ddpm_deploy.runtime.parity import Stages, StepErrors, Trajectory, silent, teacher_forced
-from ddpm_deploy.spec import ModelSpec, Precision
+from ddpm_deploy.runtime.parity import StepErrors, Trajectory, teacher_forced
+from ddpm_deploy.spec import GraphPrecision, ModelSpec
+from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.tolerances import PARITY
 from ddpm_deploy.train.denoiser import TorchDenoiser
 from ddpm_deploy.train.unet import Conv2d, UNet
 
-TYPES: Final[dict[Precision, torch.dtype]] = {
+TYPES: Final[dict[GraphPrecision, torch.dtype]] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -68,14 +69,14 @@ class Calibration:
     ranges: by module. steps: the oracle's prediction against float32, over the trajectories.
     """
 
-    precision: Precision
+    precision: GraphPrecision
     islands: dict[str, str]
     convolutions: int
     ranges: dict[str, Range]
     steps: list[StepErrors]
 
 
-def reduce(network: UNet, precision: Precision, islands: Iterable[str]) -> UNet:
+def reduce(network: UNet, precision: GraphPrecision, islands: Iterable[str]) -> UNet:
     """A copy of the network whose convolutions, but for `islands`, work in the given precision."""
     reduced = copy.deepcopy(network)
     for name, module in reduced.named_modules():
@@ -85,7 +86,7 @@ def reduce(network: UNet, precision: Precision, islands: Iterable[str]) -> UNet:
 
 
 def calibrate(
-    network: UNet, trajectory: Trajectory, precision: Precision, *, stages: Stages = silent
+    network: UNet, trajectory: Trajectory, precision: GraphPrecision, *, stages: Stages = silent
 ) -> Calibration:
     """Decide which convolutions stay in float32, by the oracle on what the float32 network was asked.
 
@@ -130,7 +131,7 @@ def unsafe(ranges: dict[str, Range], network: UNet, dtype: torch.dtype) -> dict[
     return found
 
 
-def _require_tolerance(steps: Iterable[StepErrors], timesteps: int, precision: Precision) -> None:
+def _require_tolerance(steps: Iterable[StepErrors], timesteps: int, precision: GraphPrecision) -> None:
     limit = PARITY[precision].limit
     worst = max(steps, key=lambda step: step.relative_rms / limit(step.timestep, timesteps))
     allowed = limit(worst.timestep, timesteps)
@@ -162,7 +163,7 @@ class Oracle(TorchDenoiser):
         self,
         network: UNet,
         spec: ModelSpec,
-        precision: Precision,
+        precision: GraphPrecision,
         islands: Iterable[str],
         *,
         max_batch: int,

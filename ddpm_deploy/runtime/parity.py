@@ -6,8 +6,7 @@ here or, as a proof that travels (`runtime.proof`), where there is no reference 
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -19,23 +18,10 @@ from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
 from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import ChainSettings, ModelSpec
+from ddpm_deploy.stages import Progress, no_progress
 from ddpm_deploy.tolerances import MEAN_PSNR, PARITY, Parity
 
 _SPOTS: Final = 2  # timesteps of a spot check
-
-Progress = Callable[[int], None]  # how many steps more are done
-# Shows a stage of long work, by its name and length: gives the function that is told of its steps.
-Stages = Callable[[str, int], AbstractContextManager[Progress]]
-
-
-def _no_progress(steps: int) -> None:
-    """Tell nobody."""
-
-
-@contextmanager
-def silent(label: str, length: int) -> Iterator[Progress]:
-    """Show nothing."""
-    yield _no_progress
 
 
 @dataclass(frozen=True)
@@ -147,7 +133,7 @@ def record(
     steps: int | None = None,
     seed: int = 0,
     keep: int = 50,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> Trajectory:
     """Run whole chains of the reference, and keep what it was asked and said at some timesteps.
 
@@ -174,7 +160,7 @@ def record(
     return Trajectory(reference.spec, seed, len(table), labels, timesteps, x, prediction, images)
 
 
-def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = _no_progress) -> Comparison:
+def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = no_progress) -> Comparison:
     """Ask the candidate what the reference was asked, then run its own chains on the same noise.
 
     Raises SettingError where it is not the same kind of model, or its batch is too small.
@@ -193,7 +179,7 @@ def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = _no_
 
 
 def teacher_forced(
-    trajectory: Trajectory, candidate: Denoiser, progress: Progress = _no_progress
+    trajectory: Trajectory, candidate: Denoiser, progress: Progress = no_progress
 ) -> list[StepErrors]:
     """The candidate's predictions at the reference's own x_t, against what the reference said there.
 

@@ -50,7 +50,7 @@ class Session:
         trainer, settings = self.trainer, self.trainer.settings
         self._make_folder()
         metrics = _Metrics(self.folder, trainer.steps_done)
-        with stop_on_signals(self._stop, "checkpoint"):
+        with stop_on_signals(self._stop, "with the checkpoint saved"):
             losses: list[torch.Tensor] = []  # since `started`
             started = time.perf_counter()
             while trainer.steps_done < settings.steps and not self._stopped:

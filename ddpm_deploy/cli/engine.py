@@ -1,0 +1,228 @@
+"""What ddpm-export says and asks of engines: its options, what was built, and why one was not."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from ddpm_deploy.cli.common import FilePath, logger
+from ddpm_deploy.cli.progress import plural, stage
+
+if TYPE_CHECKING:
+    from ddpm_deploy.engine.build import EngineSettings
+    from ddpm_deploy.engine.layers import Layers
+    from ddpm_deploy.spec import EngineSpec, Flavour, ModelSpec
+
+# Of engine.build.CAPABILITIES, named here without NumPy, so that --help is quick.
+_CAPABILITIES: Final = ("8.0", "8.6", "8.9", "12.0", "12.1")
+_GIB: Final = 1 << 30
+
+
+class _Buckets(click.ParamType[tuple[int, ...]]):
+    """Batch sizes, as 1,8,64."""
+
+    name = "sizes"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Check and convert."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = tuple(int(size) for size in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not of the form 1,8,64", param, ctx)
+        if list(sizes) != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= 65_536:
+            self.fail(f"{value!r}: sizes from 1 to 65536, each larger than the one before", param, ctx)
+        return sizes
+
+
+_OPTIONS: Final = (
+    click.option("--engine", is_flag=True, help="Insist on the engine: where none can be built, exit 1."),
+    click.option(
+        "--rtx",
+        is_flag=True,
+        help="An engine of TensorRT-RTX, which builds without a GPU, for GeForce and RTX GPUs.",
+    ),
+    click.option(
+        "--compute-capability",
+        "capabilities",
+        multiple=True,
+        type=click.Choice(_CAPABILITIES),
+        show_default="all, compiled when first loaded",
+        help="Of --rtx: GPUs to build for; several times for several.",
+    ),
+    click.option(
+        "--max-batch",
+        type=click.IntRange(1, 65_536),
+        show_default="64, fewer for images over 64×64",
+        help="Images at once, at most.",
+    ),
+    click.option(
+        "--opt-batch",
+        type=click.IntRange(1, 65_536),
+        show_default="--max-batch",
+        help="Images at once, best.",
+    ),
+    click.option(
+        "--batch-buckets", "buckets", type=_Buckets(), help="One profile for each size, as 1,8,64, instead."
+    ),
+    click.option(
+        "--workspace",
+        type=click.FloatRange(min=0, min_open=True, max=65_536),
+        show_default="all there is",
+        help="GiB of scratch that TensorRT may use.",
+    ),
+    click.option(
+        "--optimization-level", "level", type=click.IntRange(0, 5), default=3, help="Higher builds longer."
+    ),
+    click.option(
+        "--timing-cache",
+        type=FilePath,
+        show_default="in the user's cache folder",
+        help="TensorRT's measurements, kept from build to build.",
+    ),
+    click.option(
+        "--hardware-compatible", is_flag=True, help="For every GPU from Ampere on, at some cost in speed."
+    ),
+    click.option(
+        "--refittable", is_flag=True, help="Can take new weights later (--refit), at some cost in speed."
+    ),
+)
+ENGINE_OPTIONS: Final = frozenset(
+    {"rtx", "capabilities", "max_batch", "opt_batch", "buckets", "workspace", "level", "timing_cache"}
+    | {"hardware_compatible", "refittable"}
+)
+
+
+def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of engines to a command."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def flavour_of(options: dict[str, Any]) -> "Flavour":
+    """Which TensorRT is asked for."""
+    return "tensorrt-rtx" if options["rtx"] else "tensorrt"
+
+
+def engine_settings(options: dict[str, Any], spec: "ModelSpec") -> "EngineSettings":
+    """What the options say. Raises SettingError where they contradict one another."""
+    from ddpm_deploy.engine.build import EngineSettings
+    from ddpm_deploy.engine.cache import timing_cache_path
+    from ddpm_deploy.gpu import visible_gpu
+
+    gpu, flavour = visible_gpu(), flavour_of(options)
+    timing_cache = options["timing_cache"] or (timing_cache_path(flavour, gpu.name) if gpu else None)
+    return EngineSettings(
+        flavour=flavour,
+        batches=_batches(options, spec),
+        tf32=options["precision"] == "tf32",
+        workspace=None if options["workspace"] is None else int(options["workspace"] * _GIB),
+        level=options["level"],
+        refittable=options["refittable"],
+        hardware_compatible=options["hardware_compatible"],
+        capabilities=options["capabilities"],
+        timing_cache=timing_cache,
+    )
+
+
+def _batches(options: dict[str, Any], spec: "ModelSpec") -> tuple[tuple[int, int, int], ...]:
+    from ddpm_deploy.engine.build import default_max_batch
+
+    if options["buckets"]:
+        if options["max_batch"] or options["opt_batch"]:
+            raise click.UsageError("--batch-buckets is instead of --max-batch and --opt-batch")
+        return tuple((size, size, size) for size in options["buckets"])
+    largest = options["max_batch"] or default_max_batch(spec)
+    best = options["opt_batch"] or largest
+    if best > largest:
+        raise click.UsageError(f"--opt-batch {best} is more than --max-batch {largest}")
+    return ((1, best, largest),)
+
+
+def engine_name(onnx: Path, options: dict[str, Any]) -> Path:
+    """The default name: model.fp16.onnx → model.fp16.plan, model.fp16.rtx.plan, model.tf32.plan."""
+    tags = (".tf32" if options["precision"] == "tf32" else "") + (".rtx" if options["rtx"] else "")
+    return onnx.with_name(onnx.stem + tags + ".plan")
+
+
+def build(onnx: Path, plan: Path, settings: "EngineSettings") -> None:
+    """Build an engine, put the proof of the .onnx beside it, and tell what was built."""
+    from ddpm_deploy.artefact import read_spec
+    from ddpm_deploy.engine.build import build_engine
+    from ddpm_deploy.files import show
+
+    logger.info("building %s with %s", show(plan), settings.flavour)
+    layers = build_engine(onnx, plan, settings, stage)
+    carry_proof(onnx, plan)
+    _tell(plan, read_spec(plan), layers)
+
+
+def carry_proof(onnx: Path, plan: Path) -> None:
+    from ddpm_deploy.files import atomic
+    from ddpm_deploy.runtime.proof import proof_path
+
+    proof, copy = proof_path(onnx), proof_path(plan)
+    if proof.exists() and proof.resolve() != copy.resolve():
+        with atomic(copy) as temporary:
+            temporary.write_bytes(proof.read_bytes())
+
+
+def _tell(plan: Path, spec: "ModelSpec", layers: "Layers") -> None:
+    from ddpm_deploy.files import quoted, show
+
+    assert spec.engine is not None
+    megabytes = plan.stat().st_size / 1e6
+    click.echo(f"wrote {show(plan)} ({spec.precision}, {built_for(spec.engine)}, {megabytes:.1f} MB)")
+    kept = layers.in_float32
+    if spec.precision in ("fp16", "bf16"):
+        click.echo(
+            f"{len(layers.products) - len(kept)} of {plural(len(layers.products), 'convolution')} and matrix products "
+            f"are in {spec.precision}; in float32, as was meant: {', '.join(kept)}"
+        )
+    click.echo("next, on a machine with such a GPU:")
+    click.echo(f"  ddpm-run {quoted(plan)} --steps {spec.timesteps} -o samples.png")
+
+
+def built_for(engine: "EngineSpec") -> str:
+    """What an engine was built by and for, in words."""
+    gpus = "every GPU it supports"
+    if engine.capabilities:
+        gpus = f"compute capability {', '.join(engine.capabilities)}"
+    where = f" ({engine.gpu})" if engine.gpu else ""
+    batches = ", ".join(str(low) if low == high else f"{low} to {high}" for low, _, high in engine.batches)
+    name = "TensorRT-RTX" if engine.flavour == "tensorrt-rtx" else "TensorRT"
+    return f"{name} {engine.version} for {gpus}{where}, batch {batches}"
+
+
+def skipped(onnx: Path, typed: list[str], reason: str) -> None:
+    """Tell why there is no engine, and the command that makes one elsewhere."""
+    from ddpm_deploy.files import quoted
+
+    command = " ".join(["ddpm-export", quoted(onnx), *typed, "-o", "engine.plan"])
+    click.echo(f"engine.plan skipped: {reason}. On the target: {command}")
+
+
+def typed_options(ctx: click.Context) -> list[str]:
+    """The options of engines as they were typed."""
+    words = []
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if (
+            name in ENGINE_OPTIONS
+            and ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        ):
+            value = ctx.params[name]
+            flag = parameter.opts[0]
+            if value is True:
+                words.append(flag)
+            elif name == "buckets":
+                words += [flag, ",".join(map(str, value))]
+            else:
+                values = value if isinstance(value, tuple) else (value,)
+                words += [word for item in values for word in (flag, str(item))]
+    return words

@@ -1,0 +1,118 @@
+"""The two TensorRTs behind one name: which is installed, and its log as ours."""
+
+import logging
+from functools import cache
+from typing import Any, Final
+
+from ddpm_deploy.dependencies import require
+from ddpm_deploy.errors import BackendError, DependencyError, first_line
+from ddpm_deploy.gpu import visible_gpu
+from ddpm_deploy.spec import Flavour
+
+logger = logging.getLogger(__name__)
+
+MODULES: Final[dict[Flavour, tuple[str, str]]] = {  # and the extra that brings it
+    "tensorrt": ("tensorrt", "gpu"),
+    "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
+}
+_OLDEST: Final[dict[Flavour, tuple[int, int]]] = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 3)}
+_REPEATED: Final = 2000  # messages of which it is known that they were shown
+
+
+def load_tensorrt(flavour: Flavour) -> Any:
+    """Import a flavour's module. Raises DependencyError where it is missing, broken or too old."""
+    module, extra = MODULES[flavour]
+    trt: Any = require(module, extra)
+    oldest = _OLDEST[flavour]
+    if _version(trt) < oldest:
+        raise DependencyError(
+            f"{module} {trt.__version__} is too old, and {oldest[0]}.{oldest[1]} is needed: "
+            f"pip install -U 'ddpm-deploy[{extra}]'"
+        )
+    return trt
+
+
+def require_builder(flavour: Flavour, *, refittable: bool = False) -> Any:
+    """Load a flavour that can build engines here: TensorRT times kernels on a GPU, and TensorRT-RTX needs none, but
+    for `refittable` engines.
+
+    Raises DependencyError or BackendError where it cannot.
+    """
+    if flavour == "tensorrt" or refittable:
+        require_gpu()
+    return load_tensorrt(flavour)
+
+
+def require_gpu() -> None:
+    """Raise BackendError where no GPU is visible; `ddpm-deploy doctor` says why."""
+    if visible_gpu() is None:
+        raise BackendError("no NVIDIA GPU is visible")
+
+
+class Log:
+    """What TensorRT says, sent on to our log: warnings once, and errors kept to be raised."""
+
+    def __init__(self, trt: Any) -> None:
+        self.errors: list[str] = []
+        self._seen: set[str] = set()
+        severity = trt.ILogger.Severity
+        self._levels = {
+            severity.INTERNAL_ERROR: logging.ERROR,
+            severity.ERROR: logging.ERROR,
+            severity.WARNING: logging.WARNING,
+        }
+        self.handle: Any = _handle(trt, self)
+
+    def hear(self, severity: Any, message: str) -> None:
+        """One message. It must not raise: C++ calls it."""
+        level = self._levels.get(severity, logging.DEBUG)
+        if level == logging.ERROR:
+            self.errors.append(first_line(Exception(message)))
+        elif level == logging.WARNING and message not in self._seen and len(self._seen) < _REPEATED:
+            self._seen.add(message)
+            logger.warning("TensorRT: %s", message)
+        else:
+            logger.debug("TensorRT: %s", message)
+
+    def reason(self, otherwise: str) -> str:
+        """The first error since the last time it was asked, or `otherwise`."""
+        errors, self.errors = self.errors, []
+        return errors[0] if errors else otherwise
+
+
+def _handle(trt: Any, log: Log) -> Any:
+    """The object that TensorRT calls; its class can only be made once TensorRT is there."""
+
+    class Handle(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.hear(severity, message)
+
+    return Handle()
+
+
+@cache
+def log_of(flavour: Flavour) -> Log:
+    """The one log of a flavour: TensorRT keeps the first that it is given, for the life of the process."""
+    return Log(load_tensorrt(flavour))
+
+
+def made(what: str, log: Log, make: Any, *arguments: Any) -> Any:
+    """Call a factory of TensorRT, whose failure is None, or a TypeError where pybind expected an object.
+
+    Raises BackendError with what the log says.
+    """
+    try:
+        result = make(*arguments)
+    except TypeError as error:
+        raise BackendError(f"TensorRT could not make {what}: {log.reason(first_line(error))}") from error
+    if result is None:
+        raise BackendError(f"TensorRT could not make {what}: {log.reason('it does not say why')}")
+    return result
+
+
+def _version(trt: Any) -> tuple[int, int]:
+    major, minor = str(trt.__version__).split(".")[:2]
+    return int(major), int(minor)

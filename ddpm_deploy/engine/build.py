@@ -1,0 +1,325 @@
+"""ONNX → a TensorRT engine that has been looked at before it gets its name.
+
+One code for TensorRT 10.16 and later and for TensorRT-RTX, which differ here in two things: TensorRT builds for the
+GPU that it runs on, and needs one; TensorRT-RTX builds for any that it is told, and needs none.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from ddpm_deploy.artefact import read_meant_float32, read_spec, require_intact
+from ddpm_deploy.engine.bindings import Log, log_of, made, require_builder
+from ddpm_deploy.engine.layers import Layers, inspected, layers_of, require_precision
+from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
+from ddpm_deploy.files import atomic, require_output, show
+from ddpm_deploy.gpu import driver, visible_gpu
+from ddpm_deploy.plan import digest_line, digest_path
+from ddpm_deploy.signals import stop_on_signals
+from ddpm_deploy.spec import EngineSpec, Flavour, ModelSpec
+from ddpm_deploy.stages import Stages, silent
+
+logger = logging.getLogger(__name__)
+
+# What TensorRT-RTX builds for without a GPU of the kind: not 7.5, which lacks float32 matrix products, and it has no
+# target for 9.0 and 10.0, which TensorRT is for.
+CAPABILITIES: Final = ("8.0", "8.6", "8.9", "12.0", "12.1")
+DEFAULT_LEVEL: Final = 3  # TensorRT's own
+SPARE: Final = 200  # characters that a refittable engine's name has left for the ModelSpec of other weights
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to build.
+
+    batches: (smallest, best, largest) of each optimisation profile; none: `default_batches` of the model.
+    tf32: round to TensorFloat-32 what float32 layers multiply. workspace: bytes of scratch (None: all there are).
+    level: of TensorRT's optimisation, 0 to 5. refittable: take new weights later, at some cost in speed.
+    hardware_compatible: of TensorRT: run on every GPU from Ampere on, at some cost in speed.
+    capabilities: of TensorRT-RTX: compute capabilities to build for, out of CAPABILITIES (none: all, compiled on
+        the target). timing_cache: a file of TensorRT's measurements, made where it does not exist.
+    """
+
+    flavour: Flavour = "tensorrt"
+    batches: tuple[tuple[int, int, int], ...] = ()
+    tf32: bool = False
+    workspace: int | None = None
+    level: int = DEFAULT_LEVEL
+    refittable: bool = False
+    hardware_compatible: bool = False
+    capabilities: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        for smallest, best, largest in self.batches:
+            if not 1 <= smallest <= best <= largest:
+                raise SettingError(
+                    f"a profile of the batches {smallest}, {best}, {largest} is not in order from 1 up"
+                )
+        if unknown := [c for c in self.capabilities if c not in CAPABILITIES]:
+            raise SettingError(
+                f"TensorRT-RTX builds for the compute capabilities {', '.join(CAPABILITIES)}, not for {unknown[0]}"
+            )
+        rtx = self.flavour == "tensorrt-rtx"
+        if self.capabilities and not rtx:
+            raise SettingError(
+                "compute capabilities are of TensorRT-RTX: TensorRT builds for the GPU it runs on"
+            )
+        if self.timing_cache and rtx:
+            raise SettingError("timing caches are of TensorRT: TensorRT-RTX measures nothing when it builds")
+        if self.hardware_compatible and rtx:
+            raise SettingError(
+                "hardware compatibility is of TensorRT: an engine of TensorRT-RTX runs on all the compute "
+                "capabilities that it names"
+            )
+
+
+def default_max_batch(spec: ModelSpec) -> int:
+    """The largest batch of an engine, where nothing else is said: 64, and less for images over 64×64."""
+    _, height, width = spec.image_shape
+    return max(1, min(64, 64**3 // (height * width)))
+
+
+def build_engine(onnx: Path, path: Path, settings: EngineSettings, stages: Stages = silent) -> Layers:
+    """Build the engine of an .onnx file of ddpm-export, with its ModelSpec as its name and its digest beside it.
+
+    The spec of the engine says how it was built (`EngineSpec`). stages: shows how far it is. Ctrl-C ends it at the
+    next step of TensorRT's; nothing is left under `path` unless the engine is whole.
+
+    Raises ArtefactError where the .onnx is not one that can be built, ParityError where it is not in the precision
+    it says, DependencyError or BackendError where TensorRT is missing or fails, OutputError where it cannot be
+    written.
+    """
+    require_intact(onnx)
+    spec = read_spec(onnx)
+    require_output(path)
+    trt = require_builder(settings.flavour, refittable=settings.refittable)
+    log = log_of(settings.flavour)
+    log.errors.clear()
+    builder = made("a builder", log, trt.Builder, log.handle)
+    network = made(
+        "a network", log, builder.create_network, 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )
+    _parse(trt, network, onnx, log)
+    _require_interface(trt, network, spec, onnx)
+    layers = layers_of(trt, network)
+    require_precision(layers, spec.precision, read_meant_float32(onnx))
+    spec = engine_spec(spec, settings, str(trt.__version__))
+    _set_name(network, spec)
+    config = _configure(trt, builder, settings, spec, log)
+    with _timing_cache(config, settings.timing_cache, log):
+        plan = _run(trt, builder, network, config, log, stages)
+    _inspect(trt, plan, spec, log)
+    with atomic(digest_path(path)) as digest, atomic(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(plan)
+        digest.write_text(digest_line(temporary, path.name))
+    return layers
+
+
+def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> ModelSpec:
+    """The spec of the engine that is built of a model with these settings, here."""
+    found = driver()
+    if settings.flavour == "tensorrt-rtx":
+        capabilities, where = settings.capabilities, ""
+    else:
+        gpu = found.gpus[0]
+        capabilities, where = (() if settings.hardware_compatible else (gpu.capability,)), gpu.name
+    largest = default_max_batch(spec)
+    engine = EngineSpec(
+        flavour=settings.flavour,
+        version=version,
+        capabilities=capabilities,
+        gpu=where,
+        driver=found.version if where else "",
+        batches=settings.batches or ((1, largest, largest),),
+        refittable=settings.refittable,
+    )
+    return msgspec.structs.replace(spec, engine=engine, precision="tf32" if settings.tf32 else spec.precision)
+
+
+def _parse(trt: Any, network: Any, onnx: Path, log: Log) -> None:
+    parser = made("a parser", log, trt.OnnxParser, network, log.handle)
+    # From memory, so that it looks for no other file that the graph may name.
+    if parser.parse(onnx.read_bytes()):
+        return
+    problems = [parser.get_error(index) for index in range(parser.num_errors)]
+    operators = dict.fromkeys(p.node_operator for p in problems if p.code == trt.ErrorCode.UNSUPPORTED_NODE)
+    if operators:
+        raise ArtefactError(
+            f"{show(onnx)} uses what TensorRT does not support: {', '.join(map(show, operators))}; export the model "
+            "again with ddpm-export"
+        )
+    reason = problems[0].desc if problems else "it does not say why"
+    raise ArtefactError(f"{show(onnx)}: TensorRT cannot read it: {show(log.reason(reason))}")
+
+
+def _require_interface(trt: Any, network: Any, spec: ModelSpec, onnx: Path) -> None:
+    """The graph must have the inputs and the output of the contract, in the shapes of the spec, B dynamic."""
+    wanted = [("x", "FLOAT", (-1, *spec.image_shape)), ("temb", "FLOAT", (-1, spec.embedding.dim))]
+    if spec.num_classes:
+        wanted.append(("y", "INT64", (-1,)))
+    wanted.append(("prediction", "FLOAT", (-1, *spec.prediction_shape)))
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    tensors += [network.get_output(i) for i in range(network.num_outputs)]
+    got = [(tensor.name, tensor.dtype.name, tuple(tensor.shape)) for tensor in tensors]
+    if got != wanted:
+        raise ArtefactError(
+            f"{show(onnx)} does not fit its ModelSpec: it has {show(str(got))}, and {wanted} is needed: export it "
+            "again with ddpm-export"
+        )
+
+
+def _set_name(network: Any, spec: ModelSpec) -> None:
+    """The spec as the network's name, which a plan keeps verbatim; one that is too long is silently dropped."""
+    assert spec.engine is not None
+    spare = SPARE if spec.engine.refittable else 0
+    text = spec.to_json(room=spare) + " " * spare
+    network.name = text
+    if network.name != text:
+        raise BackendError(
+            f"TensorRT did not take the ModelSpec of {len(text)} characters as the network's name"
+        )
+
+
+def _configure(trt: Any, builder: Any, settings: EngineSettings, spec: ModelSpec, log: Log) -> Any:
+    config = made("a configuration", log, builder.create_builder_config)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default
+    if settings.tf32:
+        config.set_flag(trt.BuilderFlag.TF32)
+    if settings.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if settings.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
+    config.builder_optimization_level = settings.level
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can tell
+    if settings.flavour == "tensorrt-rtx":
+        # CUDA graphs are captured only of engines that allocate nothing themselves.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        config.num_compute_capabilities = len(settings.capabilities)
+        for index, capability in enumerate(settings.capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, _member(capability)), index)
+    elif settings.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert spec.engine is not None
+    for batches in spec.engine.batches:
+        _add_profile(builder, config, spec, batches, log)
+    return config
+
+
+def _member(capability: str) -> str:
+    """Of trt.ComputeCapability: 8.6 is SM86."""
+    return "SM" + capability.replace(".", "")
+
+
+def _add_profile(builder: Any, config: Any, spec: ModelSpec, batches: tuple[int, int, int], log: Log) -> None:
+    profile = made("a profile", log, builder.create_optimization_profile)
+    shapes: dict[str, tuple[int, ...]] = {"x": spec.image_shape, "temb": (spec.embedding.dim,)}
+    if spec.num_classes:
+        shapes["y"] = ()
+    for name, shape in shapes.items():
+        profile.set_shape(name, *((batch, *shape) for batch in batches))
+    if config.add_optimization_profile(profile) < 0:
+        raise BackendError(f"TensorRT refuses the batches {batches}: {log.reason('it does not say why')}")
+
+
+@contextmanager
+def _timing_cache(config: Any, path: Path | None, log: Log) -> Iterator[None]:
+    """Start from what TensorRT has measured before, and keep what it measures: a second build is far quicker.
+
+    A cache that cannot be read or written costs a warning, not the engine.
+    """
+    if path is None:
+        yield
+        return
+    try:
+        known = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        logger.warning(
+            "the timing cache %s cannot be read (%s): building without it", show(path), error.strerror
+        )
+        known = b""
+    cache = config.create_timing_cache(known)
+    if (cache is None or not config.set_timing_cache(cache, False)) and known:
+        logger.warning(
+            "the timing cache %s is of another TensorRT or GPU, or damaged: it starts anew", show(path)
+        )
+        log.errors.clear()
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    yield
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            file.write(config.get_timing_cache().serialize())
+    except Exception as error:  # whatever it is, the engine is there
+        logger.warning("the timing cache was not kept: %s", error)
+
+
+def _run(trt: Any, builder: Any, network: Any, config: Any, log: Log, stages: Stages) -> memoryview:
+    """Build, with a bar; Ctrl-C is obeyed at the next step."""
+    monitor = _monitor(trt, stages)
+    config.progress_monitor = monitor
+    with stop_on_signals(monitor.stop, "with nothing written"):
+        plan = builder.build_serialized_network(network, config)
+    if monitor.stopped:
+        raise KeyboardInterrupt
+    if plan is None:
+        raise BackendError(f"TensorRT built no engine: {log.reason('it does not say why')}")
+    return memoryview(plan)
+
+
+def _monitor(trt: Any, stages: Stages) -> Any:
+    """TensorRT's progress as bars of ours, one for each of its outermost phases.
+
+    Its methods are called from C++, on other threads too: they must not raise.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.stopped = False
+            self._bars: dict[str, tuple[ExitStack, Callable[[int], None]]] = {}
+
+        def stop(self) -> None:
+            self.stopped = True
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if not parent_phase:
+                bar = ExitStack()
+                with suppress(Exception):
+                    self._bars[phase_name] = bar, bar.enter_context(stages(phase_name.lower(), num_steps))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._bars:
+                with suppress(Exception):
+                    self._bars[phase_name][1](1)
+            return not self.stopped
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name in self._bars:
+                with suppress(Exception):
+                    self._bars.pop(phase_name)[0].close()
+
+    return Monitor()
+
+
+def _inspect(trt: Any, plan: memoryview, spec: ModelSpec, log: Log) -> None:
+    """Where there is a GPU: load the engine, and ask it what it is."""
+    assert spec.engine is not None
+    gpu = visible_gpu()
+    rtx = spec.engine.flavour == "tensorrt-rtx"
+    if gpu is None or (rtx and gpu.capability not in (spec.engine.capabilities or CAPABILITIES)):
+        return
+    runtime = made("a runtime", log, trt.Runtime, log.handle)
+    engine = made("the engine again from its plan", log, runtime.deserialize_cuda_engine, plan)
+    if engine.name.rstrip(" ") != spec.to_json():
+        raise BackendError("TensorRT dropped the ModelSpec from the engine's name")
+    information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    narrow, kernels = inspected(information, spec.precision)
+    logger.info("the inspector: %d kernels, %d of them with %s", kernels, narrow, spec.precision)

@@ -1,0 +1,100 @@
+"""Which layers of an engine work in which precision, and whether that is what was meant.
+
+TensorRT builds what the types of the graph say. They are looked at all the same: an engine that was asked to be half
+precision and is not would be slow and nobody told, and one that is so in the wrong place gives black images.
+"""
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ddpm_deploy.errors import ParityError
+from ddpm_deploy.spec import Precision
+
+_NARROW: Final[dict[Precision, str]] = {"fp16": "HALF", "bf16": "BF16"}
+_FULL: Final = "FLOAT"
+# As the inspector spells them.
+_INSPECTED: Final[dict[Precision, tuple[str, ...]]] = {"fp16": ("Half", "FP16"), "bf16": ("BFloat16", "BF16")}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers that precision is about, by name, each with the type that it reads ("FLOAT", "HALF", "BF16").
+
+    products: convolutions and matrix products. norms: softmaxes and normalisations.
+    """
+
+    products: dict[str, str]
+    norms: dict[str, str]
+
+    @property
+    def in_float32(self) -> list[str]:
+        """The products that are in float32."""
+        return [name for name, kind in self.products.items() if kind == _FULL]
+
+
+def layers_of(trt: Any, network: Any) -> Layers:
+    """The layers of a parsed INetworkDefinition."""
+    kinds = trt.LayerType
+    products: dict[str, str] = {}
+    norms: dict[str, str] = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type in (kinds.CONVOLUTION, kinds.MATRIX_MULTIPLY):
+            products[layer.name] = layer.get_input(0).dtype.name
+        elif layer.type in (kinds.SOFTMAX, kinds.NORMALIZATION):
+            norms[layer.name] = layer.get_input(0).dtype.name
+    return Layers(products, norms)
+
+
+def require_precision(layers: Layers, precision: Precision, meant: Collection[str] | None) -> None:
+    """Raise ParityError unless the products are in `precision`, but for those `meant` to stay in float32, and the
+    norms in float32.
+
+    meant: names; None where the graph does not say.
+    """
+    if narrow := [name for name, kind in layers.norms.items() if kind != _FULL]:
+        raise ParityError(
+            f"{_named(narrow)} would normalise in half precision, where squares above 256 overflow: export the "
+            "model again with ddpm-export"
+        )
+    wanted = _NARROW.get(precision, _FULL)
+    wrong = [name for name, kind in layers.products.items() if kind not in (wanted, _FULL)]
+    if wanted != _FULL:
+        wrong += [name for name in layers.in_float32 if name not in (meant or ())]
+    if wrong:
+        raise ParityError(
+            f"{len(wrong)} of {len(layers.products)} convolutions and matrix products are not in {precision}, which "
+            f"was asked for: {_named(wrong)}; export the model again with ddpm-export"
+        )
+
+
+def inspected(information: str, precision: Precision) -> tuple[int, int]:
+    """What the inspector says of a built engine: how many of its kernels touch the narrow type, and how many there are.
+
+    information: its JSON, of an engine built with detailed profiling. Raises ParityError where a reduced precision
+    was asked for and no kernel touches it.
+    """
+    kernels = [text for text in _kernels(information) if "Format/Datatype" in text]
+    spellings = _INSPECTED.get(precision, ())
+    narrow = sum(any(word in text for word in spellings) for text in kernels)
+    if spellings and kernels and not narrow:
+        raise ParityError(
+            f"TensorRT built an engine without one kernel in {precision}, which was asked for: this GPU or this "
+            "TensorRT does not do it"
+        )
+    return narrow, len(kernels)
+
+
+def _kernels(information: str) -> Iterator[str]:
+    """The entry of each kernel, as text."""
+    try:
+        entries = json.loads(information)["Layers"]
+    except (ValueError, KeyError, TypeError):
+        return
+    yield from (json.dumps(entry) for entry in entries)
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

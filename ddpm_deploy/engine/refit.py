@@ -1,0 +1,80 @@
+"""New weights of the same network in an engine that was built to take them: seconds in place of minutes."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ddpm_deploy.artefact import read_spec, require_intact
+from ddpm_deploy.engine.bindings import log_of, made
+from ddpm_deploy.engine.load import load_engine
+from ddpm_deploy.errors import ArtefactError, BackendError
+from ddpm_deploy.files import atomic, quoted, show
+from ddpm_deploy.plan import digest_line, digest_path, spec_place
+from ddpm_deploy.spec import ModelSpec
+
+# What must be the same in both for the weights to fit.
+_NETWORK = ("image_shape", "embedding", "network", "prediction", "variance", "num_classes", "null_class")
+
+
+def refit_engine(onnx: Path, engine: Path, path: Path) -> None:
+    """Write to `path` the engine `engine` with the weights of `onnx`, and their ModelSpec.
+
+    Raises ArtefactError where it was not built refittable, or is of another network or precision, BackendError where
+    no GPU is visible or TensorRT does not do it, OutputError where it cannot be written.
+    """
+    require_intact(onnx)
+    new, old = read_spec(onnx), read_spec(engine)
+    spec = refitted_spec(onnx, new, engine, old)
+    trt, loaded = load_engine(engine)
+    assert old.engine is not None
+    log = log_of(old.engine.flavour)
+    refitter = made("a refitter", log, trt.Refitter, loaded, log.handle)
+    parser = made("a parser", log, trt.OnnxParserRefitter, refitter, log.handle)
+    if not parser.refit_from_bytes(onnx.read_bytes()) or not refitter.refit_cuda_engine():
+        raise BackendError(
+            f"TensorRT did not take the weights of {show(onnx)}: {log.reason('it does not say why')}"
+        )
+    plan = renamed(bytes(loaded.serialize()), spec)
+    _require_whole(trt, plan, spec, log.handle)
+    with atomic(digest_path(path)) as digest, atomic(path) as temporary:
+        temporary.write_bytes(plan)
+        digest.write_text(digest_line(temporary, path.name))
+
+
+def refitted_spec(onnx: Path, new: ModelSpec, engine: Path, old: ModelSpec) -> ModelSpec:
+    """The spec of an engine with new weights. Raises ArtefactError where they cannot be put into it."""
+    if old.engine is None or not old.engine.refittable:
+        raise ArtefactError(
+            f"{show(engine)} was not built to take new weights: build one that is, with "
+            f"ddpm-export {quoted(onnx)} --refittable -o {quoted(engine)}"
+        )
+    differs = [name for name in _NETWORK if getattr(new, name) != getattr(old, name)]
+    if differs or new.precision != ("fp32" if old.precision == "tf32" else old.precision):
+        raise ArtefactError(
+            f"{show(onnx)} and {show(engine)} are not of the same network: they differ in "
+            f"{', '.join(differs) or 'precision'}; build an engine of its own, with ddpm-export {quoted(onnx)}"
+        )
+    return msgspec.structs.replace(new, engine=old.engine, precision=old.precision)
+
+
+def renamed(plan: bytes, spec: ModelSpec) -> bytes:
+    """A plan with another spec in the place of its own: TensorRT keeps the name that an engine was built with.
+
+    The name keeps its length, so that nothing else moves: a refittable engine is named with spaces behind its spec
+    (`build.SPARE`), which the new one may use. Raises BackendError where it does not fit.
+    """
+    place = spec_place(plan)
+    text = spec.to_json().encode()
+    if place is None or len(text) > place.stop - place.start:
+        raise BackendError(
+            "the ModelSpec of these weights does not fit in the place of the engine's own: build anew"
+        )
+    return plan[: place.start] + text.ljust(place.stop - place.start) + plan[place.stop :]
+
+
+def _require_whole(trt: Any, plan: bytes, spec: ModelSpec, handle: Any) -> None:
+    """TensorRT must still take the plan, and give the new name back."""
+    engine = trt.Runtime(handle).deserialize_cuda_engine(plan)
+    if engine is None or ModelSpec.from_json(engine.name, "the refitted engine") != spec:
+        raise BackendError("TensorRT does not take the plan with its new ModelSpec: build the engine anew")

@@ -1,0 +1,88 @@
+"""What NVIDIA hardware this machine shows, asked of the driver itself: no package is needed for it."""
+
+import ctypes
+from ctypes import byref, c_char_p, c_int, c_size_t, create_string_buffer
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_LIBRARY: Final = "libcuda.so.1"
+_VERSION_FILE: Final = Path("/proc/driver/nvidia/version")
+# Of CUdevice_attribute, in cuda.h.
+_MAJOR, _MINOR = 75, 76
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One device. capability: its compute capability, as "8.6". memory: bytes."""
+
+    name: str
+    capability: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Driver:
+    """NVIDIA's driver as this process sees it.
+
+    version: of the driver, as "580.65.06", or "" where it is not told. cuda: the newest CUDA it runs, as "13.0", or
+    "" where there is no driver. problem: why there are no devices, or "".
+    """
+
+    version: str = ""
+    cuda: str = ""
+    gpus: tuple[Gpu, ...] = ()
+    problem: str = ""
+
+
+def driver() -> Driver:
+    """Ask the driver; it does not raise."""
+    version = _driver_version()
+    try:
+        cuda = ctypes.CDLL(_LIBRARY)
+    except OSError:
+        return Driver(version, problem=f"no NVIDIA driver is installed ({_LIBRARY} is not there)")
+    if code := cuda.cuInit(0):
+        return Driver(version, _cuda_version(cuda), problem=f"the NVIDIA driver says {_reason(cuda, code)}")
+    count = c_int()
+    cuda.cuDeviceGetCount(byref(count))
+    gpus = tuple(_device(cuda, index) for index in range(count.value))
+    return Driver(version, _cuda_version(cuda), gpus, "" if gpus else "the NVIDIA driver shows no device")
+
+
+def visible_gpu() -> Gpu | None:
+    """The device that is used: the first that is visible (CUDA_VISIBLE_DEVICES chooses)."""
+    gpus = driver().gpus
+    return gpus[0] if gpus else None
+
+
+def _device(cuda: ctypes.CDLL, index: int) -> Gpu:
+    handle, major, minor, memory = c_int(), c_int(), c_int(), c_size_t()
+    name = create_string_buffer(256)
+    cuda.cuDeviceGet(byref(handle), index)
+    cuda.cuDeviceGetName(name, len(name), handle)
+    cuda.cuDeviceGetAttribute(byref(major), _MAJOR, handle)
+    cuda.cuDeviceGetAttribute(byref(minor), _MINOR, handle)
+    cuda.cuDeviceTotalMem_v2(byref(memory), handle)
+    return Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}", memory.value)
+
+
+def _cuda_version(cuda: ctypes.CDLL) -> str:
+    number = c_int()
+    cuda.cuDriverGetVersion(byref(number))
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
+
+
+def _driver_version() -> str:
+    """Of the kernel module, from its own file: "NVRM version: … Kernel Module  580.65.06  …"."""
+    try:
+        words = _VERSION_FILE.read_text().splitlines()[0].split()
+    except (OSError, IndexError):
+        return ""
+    return next((word for word in words if word[:1].isdigit() and "." in word), "")
+
+
+def _reason(cuda: ctypes.CDLL, code: int) -> str:
+    text = c_char_p()
+    cuda.cuGetErrorString(code, byref(text))
+    return text.value.decode(errors="replace") if text.value else f"error {code}"
