@@ -173,7 +173,6 @@ def _export(checkpoint: Path, onnx: Path, options: dict[str, Any]) -> None:
 
 def _from_onnx(ctx: click.Context, onnx: Path, spec: "ModelSpec", options: dict[str, Any]) -> None:
     """The engine of a file that was exported before."""
-    from ddpm_deploy.engine.bindings import require_builder
     from ddpm_deploy.errors import SettingError
     from ddpm_deploy.files import show
 
@@ -186,7 +185,6 @@ def _from_onnx(ctx: click.Context, onnx: Path, spec: "ModelSpec", options: dict[
         )
     plan = _plan_output(options["output"] or engine_name(onnx, options))
     check_outputs(_engine_files(plan), [*_written(onnx)] if plan.stem != onnx.stem else [onnx])
-    require_builder(flavour_of(options), refittable=options["refittable"])
     _engine(onnx, plan, options)
 
 

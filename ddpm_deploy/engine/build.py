@@ -61,6 +61,10 @@ class EngineSettings:
                 raise SettingError(
                     f"a profile of the batches {smallest}, {best}, {largest} is not in order from 1 up"
                 )
+        if not 0 <= self.level <= 5:
+            raise SettingError(f"the optimisation level must be from 0 to 5, not {self.level}")
+        if self.workspace is not None and self.workspace < 1:
+            raise SettingError(f"workspace must be a number of bytes, not {self.workspace}")
         if unknown := [c for c in self.capabilities if c not in CAPABILITIES]:
             raise SettingError(
                 f"TensorRT-RTX builds for the compute capabilities {', '.join(CAPABILITIES)}, not for {unknown[0]}"
@@ -97,6 +101,10 @@ def build_engine(onnx: Path, path: Path, settings: EngineSettings, stages: Stage
     """
     require_intact(onnx)
     spec = read_spec(onnx)
+    if settings.tf32 and spec.precision != "fp32":
+        raise SettingError(
+            f"tf32 rounds what float32 layers multiply, and {show(onnx)} is in {spec.precision}"
+        )
     require_output(path)
     trt = require_builder(settings.flavour, refittable=settings.refittable)
     log = log_of(settings.flavour)
@@ -149,13 +157,14 @@ def _parse(trt: Any, network: Any, onnx: Path, log: Log) -> None:
     if parser.parse(onnx.read_bytes()):
         return
     problems = [parser.get_error(index) for index in range(parser.num_errors)]
-    operators = dict.fromkeys(p.node_operator for p in problems if p.code == trt.ErrorCode.UNSUPPORTED_NODE)
+    named = dict.fromkeys(problem.node_operator() for problem in problems)
+    operators = [operator for operator in named if operator and not parser.supports_operator(operator)]
     if operators:
         raise ArtefactError(
             f"{show(onnx)} uses what TensorRT does not support: {', '.join(map(show, operators))}; export the model "
             "again with ddpm-export"
         )
-    reason = problems[0].desc if problems else "it does not say why"
+    reason = problems[0].desc() if problems else "it does not say why"
     raise ArtefactError(f"{show(onnx)}: TensorRT cannot read it: {show(log.reason(reason))}")
 
 

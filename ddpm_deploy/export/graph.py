@@ -5,7 +5,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +84,7 @@ def export_onnx(
         spec = msgspec.structs.replace(spec, precision=precision)
     proof = as_proof(trajectory)
     model = trace(reduced, spec)
-    model.metadata_props.add(key=SPEC_KEY, value=spec.to_json())
-    if calibration:
-        meant = [*_linears(network), *calibration.islands]
-        model.metadata_props.add(key=ISLANDS_KEY, value=json.dumps(meant))
+    describe(model, spec, meant_float32(network, calibration.islands) if calibration else None)
     if model.ByteSize() > _LARGEST_FILE:
         raise ArtefactError("the network is over 2 GiB, more than one ONNX file holds: try --fp16")
     with atomic(proof_path(path)) as proof_file, atomic(path) as temporary:
@@ -127,9 +124,17 @@ def _record(network: UNet, spec: ModelSpec, calibrates: bool, every: bool, stage
     return trajectory
 
 
-def _linears(network: UNet) -> list[str]:
-    """The timestep's part, which stays in float32 always (`train.unet`)."""
-    return [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+def meant_float32(network: UNet, islands: Iterable[str]) -> list[str]:
+    """What a reduced graph leaves in float32: the timestep's part, always (`train.unet`), and the islands."""
+    linears = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [*linears, *islands]
+
+
+def describe(model: Any, spec: ModelSpec, meant: list[str] | None) -> None:
+    """Add to an onnx.ModelProto what it says of itself; meant: of a reduced precision, `meant_float32`."""
+    model.metadata_props.add(key=SPEC_KEY, value=spec.to_json())
+    if meant is not None:
+        model.metadata_props.add(key=ISLANDS_KEY, value=json.dumps(meant))
 
 
 def trace(network: UNet, spec: ModelSpec) -> Any:

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, require_intact
+from ddpm_deploy.engine.load import load_engine
 from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, SettingError
 from ddpm_deploy.files import quoted, show
+from ddpm_deploy.plan import PLAN_SUFFIX
 from ddpm_deploy.runtime.chain import Chain, NoiseSource
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
 from ddpm_deploy.runtime.guidance import GuidedDenoiser
@@ -58,6 +60,9 @@ def load_denoiser(
     """The backend of an exported model, by the suffix of its name. Arguments as of `Sampler.load`."""
     from ddpm_deploy.runtime.ort import OrtDenoiser
 
+    if path.suffix.lower() == PLAN_SUFFIX:
+        load_engine(path)
+        raise SettingError("running engines is not supported by this version")
     if device not in (None, "cpu"):
         raise SettingError(f"device {device!r} is not supported by this version: leave it out, or say 'cpu'")
     if threads is not None and threads < 1:
