@@ -75,6 +75,7 @@ def renamed(plan: bytes, spec: ModelSpec) -> bytes:
 
 def _require_whole(trt: Any, plan: bytes, spec: ModelSpec, handle: Any) -> None:
     """TensorRT must still take the plan, and give the new name back."""
-    engine = trt.Runtime(handle).deserialize_cuda_engine(plan)
-    if engine is None or ModelSpec.from_json(engine.name, "the refitted engine") != spec:
+    runtime = trt.Runtime(handle)
+    loaded = runtime.deserialize_cuda_engine(plan)
+    if loaded is None or ModelSpec.from_json(loaded.name, "the refitted engine") != spec:
         raise BackendError("TensorRT does not take the plan with its new ModelSpec: build the engine anew")

@@ -1,0 +1,152 @@
+"""Build on arrival: one engine for the machine, whoever asks and however often."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpm_deploy.artefact import read_spec
+from ddpm_deploy.engine.build import EngineSettings
+from ddpm_deploy.engine.cache import built_on_arrival, cache_folder, timing_cache_path
+from ddpm_deploy.errors import ArtefactError, BackendError, OutputError
+from ddpm_deploy.plan import digest_path
+from ddpm_deploy.spec import Precision
+
+pytest.importorskip("tensorrt_rtx")
+
+RTX = EngineSettings(flavour="tensorrt-rtx", batches=((1, 2, 2),))
+ARRIVE = """
+import logging, sys
+from pathlib import Path
+from ddpm_deploy.engine.build import EngineSettings
+from ddpm_deploy.engine.cache import built_on_arrival
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+print(built_on_arrival(Path(sys.argv[1]), EngineSettings(flavour="tensorrt-rtx"), str))
+"""
+
+
+def same(path: Path) -> Path:
+    """A loader that loads nothing."""
+    return path
+
+
+def test_an_engine_is_built_once_and_said_so(
+    exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    first = built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    assert "for this machine, once: it is kept in" in caplog.text
+    assert read_spec(first).engine
+    written = first.stat().st_mtime_ns
+    caplog.clear()
+    assert built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path) == first
+    assert (first.stat().st_mtime_ns, caplog.text) == (written, "")
+
+
+def test_what_an_engine_depends_on_is_in_its_name(exported: dict[Precision, Path], tmp_path: Path) -> None:
+    others = [
+        (exported["fp32"], RTX),
+        (exported["fp16"], RTX),
+        (exported["fp16"], EngineSettings(flavour="tensorrt-rtx", batches=((1, 1, 2),))),
+        (
+            exported["fp16"],
+            EngineSettings(flavour="tensorrt-rtx", batches=((1, 2, 2),), capabilities=("8.6",)),
+        ),
+        (exported["fp16"], EngineSettings(flavour="tensorrt-rtx", batches=((1, 2, 2),), level=2)),
+        (exported["fp32"], EngineSettings(flavour="tensorrt-rtx", batches=((1, 2, 2),), tf32=True)),
+    ]
+    assert len({built_on_arrival(*each, same, folder=tmp_path) for each in others}) == len(others)
+
+
+def test_an_engine_that_does_not_load_is_built_again_loudly(
+    exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    whole = plan.read_bytes()
+    plan.write_bytes(whole[:-1])
+    built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    assert "the cached engine does not load, and is built again: " in caplog.text
+    assert len(plan.read_bytes()) == len(whole)
+
+    refusals = [BackendError("an older driver's"), None]
+
+    def refuse_once(path: Path) -> Path:
+        error = refusals.pop(0)
+        if error:
+            raise error
+        return path
+
+    caplog.clear()
+    built_on_arrival(exported["fp16"], RTX, refuse_once, folder=tmp_path)
+    assert "built again: an older driver's" in caplog.text
+    digest_path(plan).unlink()
+    caplog.clear()
+    built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    assert "is missing: an engine is native code" in caplog.text
+
+    def refuse(path: Path) -> Path:
+        raise BackendError("never")
+
+    with pytest.raises(BackendError, match="never"):  # and not again and again
+        built_on_arrival(exported["fp16"], RTX, refuse, folder=tmp_path)
+
+
+def test_two_processes_build_it_once(exported: dict[Precision, Path], tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ARRIVE, exported["fp16"]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in range(3)
+    ]
+    answers = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], answers
+    assert len({out for out, _ in answers}) == 1
+    assert sum("building an engine" in err for _, err in answers) == 1
+    (plan,) = tmp_path.rglob("*.plan")
+    assert str(plan) in answers[0][0]
+
+
+def test_a_cache_that_cannot_be_written(exported: dict[Precision, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="the cache of engines .* cannot be written: .*XDG_CACHE_HOME"):
+        built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path / "file" / "engines")
+
+
+def test_no_space_for_the_cache(exported: dict[Precision, Path], tmp_path: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(
+            OutputError, match=r"\.plan cannot be written: .*XDG_CACHE_HOME names another place"
+        ):
+            built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.glob("*.plan*"))
+
+
+def test_what_cannot_be_built_is_not_kept(exported: dict[Precision, Path], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(exported["fp16"].read_bytes()[:5000])
+    with pytest.raises(ArtefactError, match="not a whole .onnx"):
+        built_on_arrival(cut, RTX, same, folder=tmp_path / "cache")
+    assert not list(tmp_path.rglob("*.plan"))
+
+
+def test_where_the_caches_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "ddpm-deploy"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "ddpm-deploy"
+    assert timing_cache_path("tensorrt-rtx", "any") is None
