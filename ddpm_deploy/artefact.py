@@ -56,8 +56,8 @@ def seal(path: Path) -> bytes:
     """What to append to an ONNX file so that `is_intact` can tell: one more entry of its metadata, its digest."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    entry = _field(1, SEAL_KEY.encode()) + _field(2, digest.encode())
-    return _field(14, entry)
+    entry = protobuf_field(1, SEAL_KEY.encode()) + protobuf_field(2, digest.encode())
+    return protobuf_field(14, entry)
 
 
 def require_intact(path: Path) -> None:
@@ -86,7 +86,7 @@ def is_intact(path: Path) -> bool:
             if key == SEAL_KEY.encode():
                 if len(value) != 64:
                     return False
-                end = start + len(_field(14, _field(1, key) + _field(2, value)))
+                end = start + len(protobuf_field(14, protobuf_field(1, key) + protobuf_field(2, value)))
                 return end == len(mapped) and hashlib.sha256(mapped[:start]).hexdigest().encode() == value
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{show(path)} is not a whole .onnx file ({error})") from error
@@ -182,7 +182,7 @@ def _metadata(model: memoryview) -> Iterator[tuple[int, bytes, bytes]]:
             yield start, entry.get(1, b""), entry.get(2, b"")
 
 
-def _field(number: int, payload: bytes) -> bytes:
+def protobuf_field(number: int, payload: bytes) -> bytes:
     """A protobuf field of bytes, of fewer than 2¹⁴."""
     size = len(payload)
     length = bytes([size]) if size < 0x80 else bytes([size & 0x7F | 0x80, size >> 7])

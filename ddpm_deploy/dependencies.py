@@ -17,6 +17,15 @@ def require(module: str, extra: str) -> ModuleType:
         raise DependencyError(f"{module} {problem}: pip install 'ddpm-deploy[{extra}]'") from error
 
 
+def importable(module: str) -> bool:
+    """Whether a package imports here."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
 def require_onnxruntime() -> ModuleType:
     """Import onnxruntime, or raise DependencyError where it is missing or installed twice."""
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):

@@ -63,6 +63,10 @@ PARITY: Final[dict[str, Parity]] = {
 # each step passes its rounding on whole, where of ε some hundredth of it enters (β/√(1 - ᾱ)): 40 dB.
 MEAN_PSNR: Final = 70.0  # 2026-11-25, digits trained for 1000 steps, 4 images: 83 dB
 
+DOCTOR: Final = Tolerance(
+    1e-5, 7.5e-7, "the known chain of `ddpm-deploy doctor`, largest error of 49,152 pixels, ONNX Runtime"
+)
+
 TOLERANCES: Final = {
     "box_muller": Tolerance(2.5e-7, 1.6e-7, "relative to the radius, against NumPy's float64 log and cos"),
     "gaussian_table": Tolerance(1e-10, 2.9e-12, "relative, mean and variance of the chain's output, float64"),

@@ -31,7 +31,8 @@ VARIABLES = {
     "tensor": "ITensor",
     "problem": "ParserError",
     "runtime": "Runtime",
-    "loaded": "ICudaEngine",
+    "cuda_engine": "ICudaEngine",
+    "context": "IExecutionContext",
     "refitter": "Refitter",
 }
 RESULTS = {
@@ -39,6 +40,7 @@ RESULTS = {
     "get_timing_cache": "ITimingCache",
     "create_engine_inspector": "EngineInspector",
 }
+FIELDS = {"_context": "IExecutionContext"}
 IN_REFIT = {"parser": "OnnxParserRefitter"}
 RTX_ONLY = {
     "BuilderFlag.REQUIRE_USER_ALLOCATION",
@@ -74,7 +76,8 @@ print(json.dumps([module.__version__, missing]))
 def touched() -> list[str]:
     """The attributes, as Class.attribute or Enumeration.member."""
     names: set[str] = set()
-    for path in (ROOT / "ddpm_deploy" / "engine").glob("*.py"):
+    package = ROOT / "ddpm_deploy"
+    for path in (*(package / "engine").glob("*.py"), package / "runtime" / "trt.py"):
         classes = VARIABLES | (IN_REFIT if path.stem == "refit" else {})
         names |= set(attributes(ast.parse(path.read_text()), classes))
     return sorted(names)
@@ -91,6 +94,8 @@ def attributes(tree: ast.AST, classes: dict[str, str]) -> Iterator[str]:
                 yield f"{parent}.{node.attr}"
             case ast.Name(id=variable) if variable in classes:
                 yield f"{classes[variable]}.{node.attr}"
+            case ast.Attribute(value=ast.Name(id="self"), attr=field) if field in FIELDS:
+                yield f"{FIELDS[field]}.{node.attr}"
             case ast.Call(func=ast.Attribute(attr=method)) if method in RESULTS:
                 yield f"{RESULTS[method]}.{node.attr}"
 

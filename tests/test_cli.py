@@ -51,7 +51,7 @@ def refused(result: Result, code: int, *parts: str) -> None:
 # --- the happy paths ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", "train", "export", "verify", "run", "inspect"])
+@pytest.mark.parametrize("command", ["", "train", "export", "verify", "run", "inspect", "doctor"])
 def test_help_and_version(command: str) -> None:
     for flag in ("--help", "-h"):
         result = call(*filter(None, [command, flag]))

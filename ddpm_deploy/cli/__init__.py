@@ -7,7 +7,7 @@ import click
 from ddpm_deploy.cli.common import Group
 from ddpm_deploy.version import __version__
 
-_COMMANDS = ("train", "export", "verify", "run", "inspect")
+_COMMANDS = ("train", "export", "verify", "run", "inspect", "doctor")
 
 
 class _LazyGroup(Group):

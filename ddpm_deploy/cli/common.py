@@ -181,12 +181,13 @@ def open_denoiser(
     weights: which of a checkpoint's two networks.
     """
     from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec
+    from ddpm_deploy.cli.progress import stage
     from ddpm_deploy.dependencies import require
     from ddpm_deploy.runtime.sampler import load_denoiser
 
     read_spec(path)  # a broken or foreign file is refused before a backend is loaded
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
-        return load_denoiser(path, device=device, threads=threads, max_batch=max_batch)
+        return load_denoiser(path, device=device, threads=threads, max_batch=max_batch, stages=stage)
     require("torch", "train")
     from ddpm_deploy.train.denoiser import TorchDenoiser
 

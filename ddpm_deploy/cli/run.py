@@ -116,7 +116,9 @@ _SNAPSHOT_SECONDS: Final = 60.0
 )
 @click.option("--resume", type=FilePath, help="Go on with a chain from its snapshot, and keep it up to date.")
 @weights_option
-@click.option("--device", help="cpu; for a checkpoint, any torch device.  [default: cpu]")
+@click.option(
+    "--device", help="cpu, or cuda: an .onnx is built into an engine here, once. For a .pt any torch device."
+)
 @click.option("--threads", type=click.IntRange(1, 1024), show_default="one a core", help="Of the CPU.")
 @click.option(
     "--replay", type=FilePath, help="Make this PNG again, from what it says of itself, and compare."

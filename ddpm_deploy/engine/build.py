@@ -326,9 +326,11 @@ def _inspect(trt: Any, plan: memoryview, spec: ModelSpec, log: Log) -> None:
     if gpu is None or (rtx and gpu.capability not in (spec.engine.capabilities or CAPABILITIES)):
         return
     runtime = made("a runtime", log, trt.Runtime, log.handle)
-    loaded = made("the engine again from its plan", log, runtime.deserialize_cuda_engine, plan)
-    if loaded.name.rstrip(" ") != spec.to_json():
+    cuda_engine = made("the engine again from its plan", log, runtime.deserialize_cuda_engine, plan)
+    if cuda_engine.name.rstrip(" ") != spec.to_json():
         raise BackendError("TensorRT dropped the ModelSpec from the engine's name")
-    information = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    information = cuda_engine.create_engine_inspector().get_engine_information(
+        trt.LayerInformationFormat.JSON
+    )
     narrow, kernels = inspected(information, spec.precision)
     logger.info("the inspector: %d kernels, %d of them with %s", kernels, narrow, spec.precision)

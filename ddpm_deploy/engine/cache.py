@@ -12,12 +12,20 @@ from typing import TypeVar
 import msgspec
 
 from ddpm_deploy.artefact import read_spec
-from ddpm_deploy.engine.bindings import load_tensorrt, require_builder
-from ddpm_deploy.engine.build import EngineSettings, build_engine, engine_spec
+from ddpm_deploy.dependencies import importable
+from ddpm_deploy.engine.bindings import load_tensorrt, require_builder, require_gpu
+from ddpm_deploy.engine.build import (
+    CAPABILITIES,
+    EngineSettings,
+    build_engine,
+    default_max_batch,
+    engine_spec,
+)
 from ddpm_deploy.errors import DdpmDeployError, OutputError
 from ddpm_deploy.files import show
+from ddpm_deploy.gpu import visible_gpu
 from ddpm_deploy.plan import require_trusted
-from ddpm_deploy.spec import Flavour
+from ddpm_deploy.spec import Flavour, ModelSpec
 from ddpm_deploy.stages import Stages, silent
 
 logger = logging.getLogger(__name__)
@@ -35,6 +43,27 @@ def timing_cache_path(flavour: Flavour, gpu: str) -> Path | None:
         return None
     version = load_tensorrt(flavour).__version__
     return cache_folder() / f"timing-{version}-{'-'.join(gpu.split()) or 'gpu'}.cache"
+
+
+def settings_here(spec: ModelSpec, max_batch: int | None) -> EngineSettings:
+    """How to build a model on this machine: by TensorRT, or where that is not installed by TensorRT-RTX.
+
+    Raises BackendError where no GPU is visible, DependencyError where neither is installed.
+    """
+    require_gpu()
+    gpu = visible_gpu()
+    assert gpu is not None
+    flavour: Flavour = "tensorrt"
+    if not importable("tensorrt") and importable("tensorrt_rtx") and gpu.capability in CAPABILITIES:
+        flavour = "tensorrt-rtx"
+    load_tensorrt(flavour)  # with the line that installs it
+    largest = max_batch or default_max_batch(spec)
+    return EngineSettings(
+        flavour=flavour,
+        batches=((1, largest, largest),),
+        capabilities=(gpu.capability,) if flavour == "tensorrt-rtx" else (),
+        timing_cache=timing_cache_path(flavour, gpu.name),
+    )
 
 
 def built_on_arrival(

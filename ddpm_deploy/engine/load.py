@@ -1,10 +1,11 @@
 """A plan → an engine, on the machine that it was built for; on any other, what to do instead."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddpm_deploy.artefact import ONNX_SUFFIX, read_spec
-from ddpm_deploy.engine.bindings import load_tensorrt, log_of, made
+from ddpm_deploy.engine.bindings import Log, load_tensorrt, log_of, made
 from ddpm_deploy.errors import ArtefactError, BackendError, SpecError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.gpu import Gpu, visible_gpu
@@ -12,8 +13,18 @@ from ddpm_deploy.plan import PlanHead, read_plan_head, require_trusted
 from ddpm_deploy.spec import EngineSpec
 
 
-def load_engine(path: Path) -> tuple[Any, Any]:
-    """The TensorRT module that built an engine, and the engine, whose name is its spec.
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An ICudaEngine, with the module that made it, its log, and the file it came from."""
+
+    path: Path
+    trt: Any
+    engine: Any
+    log: Log
+
+
+def load_engine(path: Path) -> LoadedEngine:
+    """Load a plan on the GPU.
 
     Raises ArtefactError where it is damaged, not trusted, or of another GPU, version or flavour, DependencyError where
     its TensorRT is not installed, BackendError where no GPU is visible or TensorRT cannot load it.
@@ -27,7 +38,8 @@ def load_engine(path: Path) -> tuple[Any, Any]:
     require_runs_here(path, head, engine_of(path), str(trt.__version__), gpu)
     log = log_of(head.flavour)
     runtime = made("a runtime", log, trt.Runtime, log.handle)  # engine_host_code_allowed stays off
-    return trt, made(f"an engine of {show(path)}", log, runtime.deserialize_cuda_engine, path.read_bytes())
+    loaded = made(f"an engine of {show(path)}", log, runtime.deserialize_cuda_engine, path.read_bytes())
+    return LoadedEngine(path, trt, loaded, log)
 
 
 def engine_of(path: Path) -> EngineSpec | None:

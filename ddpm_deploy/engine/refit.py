@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from ddpm_deploy.artefact import read_spec, require_intact
-from ddpm_deploy.engine.bindings import log_of, made
+from ddpm_deploy.engine.bindings import made
 from ddpm_deploy.engine.load import load_engine
 from ddpm_deploy.errors import ArtefactError, BackendError
 from ddpm_deploy.files import atomic, quoted, show
@@ -26,16 +26,15 @@ def refit_engine(onnx: Path, engine: Path, path: Path) -> None:
     require_intact(onnx)
     new, old = read_spec(onnx), read_spec(engine)
     spec = refitted_spec(onnx, new, engine, old)
-    trt, loaded = load_engine(engine)
-    assert old.engine is not None
-    log = log_of(old.engine.flavour)
-    refitter = made("a refitter", log, trt.Refitter, loaded, log.handle)
+    there = load_engine(engine)
+    trt, cuda_engine, log = there.trt, there.engine, there.log
+    refitter = made("a refitter", log, trt.Refitter, cuda_engine, log.handle)
     parser = made("a parser", log, trt.OnnxParserRefitter, refitter, log.handle)
     if not parser.refit_from_bytes(onnx.read_bytes()) or not refitter.refit_cuda_engine():
         raise BackendError(
             f"TensorRT did not take the weights of {show(onnx)}: {log.reason('it does not say why')}"
         )
-    plan = renamed(bytes(loaded.serialize()), spec)
+    plan = renamed(bytes(cuda_engine.serialize()), spec)
     _require_whole(trt, plan, spec, log.handle)
     with atomic(digest_path(path)) as digest, atomic(path) as temporary:
         temporary.write_bytes(plan)
@@ -76,6 +75,6 @@ def renamed(plan: bytes, spec: ModelSpec) -> bytes:
 def _require_whole(trt: Any, plan: bytes, spec: ModelSpec, handle: Any) -> None:
     """TensorRT must still take the plan, and give the new name back."""
     runtime = trt.Runtime(handle)
-    loaded = runtime.deserialize_cuda_engine(plan)
-    if loaded is None or ModelSpec.from_json(loaded.name, "the refitted engine") != spec:
+    cuda_engine = runtime.deserialize_cuda_engine(plan)
+    if cuda_engine is None or ModelSpec.from_json(cuda_engine.name, "the refitted engine") != spec:
         raise BackendError("TensorRT does not take the plan with its new ModelSpec: build the engine anew")

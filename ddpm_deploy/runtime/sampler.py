@@ -12,18 +12,20 @@ from typing import Any, Final, Self, TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, require_intact
-from ddpm_deploy.engine.load import load_engine
+from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec, require_intact
 from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, SettingError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.plan import PLAN_SUFFIX
 from ddpm_deploy.runtime.chain import Chain, NoiseSource
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
 from ddpm_deploy.runtime.guidance import GuidedDenoiser
+from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.snapshot import Batch, Snapshot
+from ddpm_deploy.runtime.trt import TrtDenoiser
 from ddpm_deploy.solvers import Solver, StepTable
 from ddpm_deploy.spacings import Spacing
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings, ModelSpec
+from ddpm_deploy.stages import Stages, silent
 
 _MAX_TABLES: Final = 16
 _MOST_GUIDANCE: Final = 1000  # of either sign; useful are some 1 to 10
@@ -56,22 +58,38 @@ def load_denoiser(
     threads: int | None = None,
     max_batch: int | None = None,
     spec: ModelSpec | None = None,
+    stages: Stages = silent,
 ) -> Denoiser:
-    """The backend of an exported model, by the suffix of its name. Arguments as of `Sampler.load`."""
-    from ddpm_deploy.runtime.ort import OrtDenoiser
-
-    if path.suffix.lower() == PLAN_SUFFIX:
-        load_engine(path)
-        raise SettingError("running engines is not supported by this version")
-    if device not in (None, "cpu"):
-        raise SettingError(f"device {device!r} is not supported by this version: leave it out, or say 'cpu'")
+    """The backend of an exported model, by the suffix of its name and the device. Arguments as of `Sampler.load`;
+    stages: shows how far the build of an engine is."""
+    if device not in (None, "cpu", "cuda"):
+        raise SettingError(f"device {device!r} is not known: say 'cpu' or 'cuda', or leave it out")
     if threads is not None and threads < 1:
         raise SettingError(f"threads must be 1 or more, not {threads}")
     if max_batch is not None and max_batch < 1:
         raise SettingError(f"max_batch must be 1 or more, not {max_batch}")
-    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix in CHECKPOINT_SUFFIXES:
         raise ArtefactError(f"{show(path)} is a checkpoint: export it first, with ddpm-export {quoted(path)}")
+    if suffix == PLAN_SUFFIX:
+        if device == "cpu":
+            raise SettingError(
+                f"{show(path)} is an engine, which runs on a GPU: leave device out, or load its .onnx"
+            )
+        return TrtDenoiser.load(path, max_batch=max_batch, spec=spec)
+    if device == "cuda":
+        return _on_arrival(path, max_batch, spec, stages)
     return OrtDenoiser(path, threads=threads, max_batch=max_batch, spec=spec)
+
+
+def _on_arrival(path: Path, max_batch: int | None, spec: ModelSpec | None, stages: Stages) -> Denoiser:
+    """An .onnx file on this machine's GPU: its engine is built here, once."""
+    from ddpm_deploy.engine.cache import built_on_arrival, settings_here
+
+    settings = settings_here(spec or read_spec(path), max_batch)
+    return built_on_arrival(
+        path, settings, lambda plan: TrtDenoiser.load(plan, max_batch=max_batch, spec=spec), stages=stages
+    )
 
 
 class Sampler:
@@ -106,11 +124,12 @@ class Sampler:
     ) -> Self:
         """Load an exported model; the suffix of its name chooses the backend.
 
-        path: an .onnx file. device: "cpu". threads: of the backend's pool (None: one a core).
-        max_batch: images in flight at once (None: 64, fewer for images over 16×16). spec: in place of
-        the file's own.
+        path: an .onnx file or an engine (.plan). device: "cpu" or "cuda" (None: an engine on the GPU, an .onnx on the
+        CPU); with "cuda" an .onnx file's engine is built here, once: minutes the first time, seconds ever after.
+        threads: of the CPU's pool (None: one a core). max_batch: images in flight at once (None: on the CPU 64, fewer
+        for images over 16×16; on the GPU what the engine was built for). spec: in place of the file's own.
 
-        Raises ArtefactError, SpecError, DependencyError or SettingError.
+        Raises ArtefactError, SpecError, DependencyError, BackendError or SettingError.
         """
         require_intact(Path(path))
         return cls(load_denoiser(Path(path), device=device, threads=threads, max_batch=max_batch, spec=spec))

@@ -1,0 +1,141 @@
+"""A TensorRT engine as a Denoiser, either flavour: buffers on the GPU for good, mirrored on the host."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from ddpm_deploy.artefact import read_spec
+from ddpm_deploy.engine.bindings import made
+from ddpm_deploy.engine.load import LoadedEngine, load_engine
+from ddpm_deploy.errors import ArtefactError, BackendError
+from ddpm_deploy.files import show
+from ddpm_deploy.runtime.denoiser import allocate
+from ddpm_deploy.runtime.device import Cuda, Device
+from ddpm_deploy.spec import ModelSpec
+
+
+class TrtDenoiser:
+    """An engine on the GPU. Follows `denoiser.Denoiser`.
+
+    spec: of its network. device: where its memory is. max_batch: rows of the buffers, at most the engine's own (None:
+    that).
+
+    A batch smaller than the smallest of the engine's profiles is padded to that.
+
+    Raises ArtefactError where the engine does not fit its spec, BackendError where TensorRT or the GPU fails.
+    """
+
+    def __init__(
+        self, loaded: LoadedEngine, spec: ModelSpec, device: Device, max_batch: int | None = None
+    ) -> None:
+        self.spec, self.device = spec, device.name
+        self._log, self._gpu = loaded.log, device
+        self._profiles = _profiles(loaded.engine)
+        largest = max(high for _, high in self._profiles)
+        self.max_batch = min(max_batch or largest, largest)
+        self.x, self.temb, self.y, self.prediction = allocate(spec, self.max_batch)
+        self._inputs = {"x": self.x, "temb": self.temb} | ({"y": self.y} if spec.num_classes else {})
+        _require_interface(loaded, self._inputs, self.prediction)
+        self._engine, self._context = loaded.engine, self._make_context(loaded.trt, loaded.engine)
+        self._memory = self._bind_memory()
+        self._bound = 0
+
+    @classmethod
+    def load(cls, path: Path, *, max_batch: int | None = None, spec: ModelSpec | None = None) -> Self:
+        """Load a .plan file, with its digest beside it, on the first visible GPU; spec: in place of the file's own.
+
+        Raises also SpecError, DependencyError, and what `load_engine` raises.
+        """
+        loaded = load_engine(path)
+        return cls(loaded, spec or read_spec(path), Cuda(), max_batch)
+
+    def _bind_memory(self) -> dict[str, Any]:
+        """Memory on the device for each input and the output, for as long as the engine is loaded."""
+        _, rows = self._rows(self.max_batch)
+        memory = {
+            name: self._gpu.zeros((rows, *array.shape[1:]), array.dtype)
+            for name, array in {**self._inputs, "prediction": self.prediction}.items()
+        }
+        for name, place in memory.items():
+            taken = self._context.set_tensor_address(name, self._gpu.address(place))
+            self._must(taken, f"the address of {name}")
+        return memory
+
+    def _make_context(self, trt: Any, cuda_engine: Any) -> Any:
+        """The one execution context, over scratch memory of ours."""
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = made("an execution context", self._log, cuda_engine.create_execution_context, strategy)
+        size = cuda_engine.device_memory_size_v2
+        self._scratch = self._gpu.zeros((max(size, 1),), np.uint8)
+        context.set_device_memory(self._gpu.address(self._scratch), size)
+        return context
+
+    def run(self, batch: int) -> None:
+        """Predict for the leading `batch` rows."""
+        if self._context is None:
+            raise BackendError("this model is closed: load it again")
+        if batch != self._bound:
+            self._bind(batch)
+        for name, array in self._inputs.items():
+            self._gpu.upload(array[:batch], self._memory[name])
+        self._must(self._context.execute_async_v3(self._gpu.stream), f"a batch of {batch}")
+        self._gpu.download(self._memory["prediction"], self.prediction[:batch])
+        self._gpu.synchronize()
+
+    def _bind(self, batch: int) -> None:
+        """Choose the profile and set the shapes for a batch."""
+        profile, rows = self._rows(batch)
+        if self._context.active_optimization_profile != profile:
+            chosen = self._context.set_optimization_profile_async(profile, self._gpu.stream)
+            self._must(chosen, f"profile {profile}")
+        for name, array in self._inputs.items():
+            shape = (rows, *array.shape[1:])
+            self._must(self._context.set_input_shape(name, shape), f"the shape {shape} of {name}")
+        self._bound = batch
+
+    def _rows(self, batch: int) -> tuple[int, int]:
+        """The profile for a batch, the one with the smallest largest batch, and the rows to run there."""
+        fitting = [(high, low, index) for index, (low, high) in enumerate(self._profiles) if high >= batch]
+        _, low, index = min(fitting)
+        return index, max(batch, low)
+
+    def _must(self, succeeded: bool, what: str) -> None:
+        """TensorRT says no by False, and why in its log."""
+        if not succeeded:
+            raise BackendError(f"TensorRT refused {what}: {self._log.reason('it does not say why')}")
+
+    def close(self) -> None:
+        """Free the engine and its memory. Closing again does nothing."""
+        self._context = self._engine = self._scratch = None
+        self._memory = {}
+
+
+def _profiles(cuda_engine: Any) -> list[tuple[int, int]]:
+    """The smallest and largest batch of each optimisation profile."""
+    shapes = [
+        cuda_engine.get_tensor_profile_shape("x", index)
+        for index in range(cuda_engine.num_optimization_profiles)
+    ]
+    return [(int(smallest[0]), int(largest[0])) for smallest, _, largest in shapes]
+
+
+def _require_interface(loaded: LoadedEngine, inputs: dict[str, Any], prediction: Any) -> None:
+    """The engine must have the inputs and the output of the contract, in the shapes of the spec."""
+    trt, cuda_engine = loaded.trt, loaded.engine
+    wanted = {name: (trt.TensorIOMode.INPUT, array.dtype, array.shape[1:]) for name, array in inputs.items()}
+    wanted["prediction"] = (trt.TensorIOMode.OUTPUT, prediction.dtype, prediction.shape[1:])
+    names = [cuda_engine.get_tensor_name(index) for index in range(cuda_engine.num_io_tensors)]
+    got = {
+        name: (
+            cuda_engine.get_tensor_mode(name),
+            np.dtype(trt.nptype(cuda_engine.get_tensor_dtype(name))),
+            tuple(cuda_engine.get_tensor_shape(name))[1:],
+        )
+        for name in names
+    }
+    if got != wanted:
+        raise ArtefactError(
+            f"{show(loaded.path)} does not fit its ModelSpec: it has {show(str(got))}, and {wanted} is needed: build "
+            "it again with ddpm-export"
+        )

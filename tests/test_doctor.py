@@ -1,0 +1,204 @@
+"""ddpm-deploy doctor: its known model against theory, what it says of machines, and that wrong numbers are seen."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpm_deploy.artefact import read_spec
+from ddpm_deploy.errors import BackendError
+from ddpm_deploy.gpu import Driver, Gpu, driver
+from ddpm_deploy.runtime import doctor, gaussian
+from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.tolerances import DOCTOR
+from tests.models import GaussianDenoiser
+from tests.test_cli import call, refused
+
+OLD = Driver("550.54", "12.4", (Gpu("A10", "8.6", 1),))
+NEW = Driver("580.65", "13.0", (Gpu("A10", "8.6", 1),))
+ANCIENT = Driver("470.1", "11.4", (Gpu("A10", "8.6", 1),))
+NONE = Driver(problem="no NVIDIA driver is installed (libcuda.so.1 is not there)")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "gaussian.onnx"
+    gaussian.write_onnx(path)
+    return path
+
+
+def test_the_known_model_is_a_valid_onnx_file(model: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    onnx.checker.check_model(onnx.load(model), full_check=True)
+    assert read_spec(model) == gaussian.SPEC
+    assert model.stat().st_size < 2000
+
+
+def test_the_network_is_the_optimal_one(model: Path) -> None:
+    """Against the closed form as the tests write it, at every t."""
+    timesteps = gaussian.SPEC.timesteps
+    network = OrtDenoiser(model, max_batch=timesteps)
+    network.x[:] = np.random.default_rng(0).standard_normal(network.x.shape)
+    network.temb[:] = gaussian.SPEC.embedding.table(timesteps)
+    network.run(timesteps)
+    optimal = GaussianDenoiser(gaussian.SPEC, timesteps, gaussian.MEAN, gaussian.STD)
+    wanted = optimal.predict(network.x, np.arange(timesteps))
+    np.testing.assert_allclose(network.prediction, wanted, atol=1e-5)
+
+
+def test_theory_and_the_chain_agree(model: Path) -> None:
+    """The recursion for the moments, the exact chain, and the real one, which are three pieces of code."""
+    mean, variance = gaussian.moments()
+    exact = gaussian.exact_images(512, seed=1)
+    assert abs(exact.mean() - mean) < 4 * (variance / exact.size) ** 0.5
+    assert abs(exact.var() / variance - 1) < 4 * (2 / exact.size) ** 0.5
+    assert mean == pytest.approx(gaussian.MEAN, abs=1e-3)
+    assert variance != pytest.approx(gaussian.STD**2, rel=0.1)  # twelve steps are not the data's
+    with Sampler.load(model) as sampler:
+        images = sampler.sample(64, seed=1)
+    assert abs(images - exact[:64]).max() < DOCTOR.limit
+
+
+@pytest.mark.parametrize(
+    ("packages", "machine", "says", "mend"),
+    [
+        (
+            ["onnxruntime", "onnxruntime-gpu"],
+            NONE,
+            "overwrites the other's files",
+            "pip uninstall -y onnxruntime ",
+        ),
+        (
+            ["tensorrt-cu13"],
+            OLD,
+            "550.54 runs CUDA 12.4 and older, and tensorrt-cu13 is of CUDA 13",
+            "[gpu-cu12]",
+        ),
+        (["cupy-cuda13x"], OLD, "cupy-cuda13x is of CUDA 13", "pip uninstall -y cupy-cuda13x && "),
+        (["tensorrt-cu12"], ANCIENT, "tensorrt-cu12 is of CUDA 12", "update the NVIDIA driver to r535"),
+        (["tensorrt-cu13"], ANCIENT, "tensorrt-cu13 is of CUDA 13", "update the NVIDIA driver to r580"),
+        (["tensorrt-cu13", "tensorrt-cu12"], NEW, "both installed", "&& pip install tensorrt-cu13"),
+        (["cupy-cuda13x", "cupy-cuda12x"], OLD, "both installed", "&& pip install cupy-cuda12x"),
+        (
+            ["tensorrt-cu13-bindings"],
+            NONE,
+            "without tensorrt-cu13-libs",
+            "pip install tensorrt-cu13-libs==1.2.3",
+        ),
+    ],
+)
+def test_what_cannot_work_together(packages: list[str], machine: Driver, says: str, mend: str) -> None:
+    found = doctor.problems(dict.fromkeys(packages, "1.2.3"), machine)
+    assert all(finding.state == "broken" for finding in found)
+    (right,) = [finding for finding in found if says in finding.says]
+    assert mend in right.mend
+
+
+@pytest.mark.parametrize(
+    ("packages", "machine"),
+    [
+        (["onnxruntime"], NONE),
+        (
+            [
+                "onnxruntime-gpu",
+                "tensorrt-cu13",
+                "tensorrt-cu13-bindings",
+                "tensorrt-cu13-libs",
+                "cupy-cuda13x",
+            ],
+            NEW,
+        ),
+        (["tensorrt-cu12", "tensorrt-cu12-bindings", "tensorrt-cu12-libs", "cupy-cuda12x"], OLD),
+        (["tensorrt-cu13", "tensorrt-rtx"], NONE),  # to build elsewhere
+        ([], NONE),
+    ],
+)
+def test_what_works_together(packages: list[str], machine: Driver) -> None:
+    assert doctor.problems(dict.fromkeys(packages, "1.2.3"), machine) == []
+
+
+def test_the_backends_of_other_machines(model: Path) -> None:
+    """As far as names tell: what is missing, and the line that mends it."""
+    for machine, says, mend in (
+        (NONE, "needs an NVIDIA GPU, and none is visible", "install its driver"),
+        (
+            Driver("580", "13.0", (), "the NVIDIA driver shows no device"),
+            "none is visible",
+            "CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            Driver("580", "13.0", (Gpu("P100", "6.0", 1),)),
+            "does not know compute capability 6.0",
+            "ONNX Runtime",
+        ),
+    ):
+        found = doctor._on_tensorrt(model, {}, machine)
+        assert (found.state, says in found.says, mend in found.mend) == ("absent", True, True)
+    assert doctor._on_onnxruntime(model, {}, NONE).mend == "pip install 'ddpm-deploy[cpu]'"
+    pytest.importorskip("tensorrt_rtx")
+    hopper = Driver("580", "13.0", (Gpu("H100", "9.0", 1),))
+    found = doctor._on_tensorrt_rtx(model, {}, hopper)
+    assert (found.state, "none for compute capability 9.0" in found.says) == ("builds", True)
+    assert "pip install 'ddpm-deploy[gpu]'" in found.mend
+
+
+class Wrong(OrtDenoiser):
+    """A backend that is off by a little, or broken."""
+
+    def __init__(self, path: Path, shift: float) -> None:
+        super().__init__(path)
+        self.shift = shift
+
+    def run(self, batch: int) -> None:
+        super().run(batch)
+        self.prediction[:batch] += self.shift
+        if np.isnan(self.shift):
+            raise BackendError("the driver went away")
+
+
+def test_wrong_numbers_are_seen(model: Path) -> None:
+    right = doctor._chain_finding("it", "mend it", lambda: Sampler(Wrong(model, 0.0)))
+    assert (right.state, right.mend) == ("works", "")
+    for shift, says in (
+        (1e-4, "WRONG NUMBERS"),
+        (0.1, "WRONG NUMBERS"),
+        (float("nan"), "the driver went away"),
+    ):
+        wrong = doctor._chain_finding("it", "mend it", lambda shift=shift: Sampler(Wrong(model, shift)))  # type: ignore[misc]
+        assert (wrong.state, wrong.mend, wrong.says.startswith(says)) == ("broken", "mend it", True)
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = call("doctor")
+    assert result.exit_code == 0, result.output
+    assert "works   ONNX Runtime, CPU  64 images by 12 steps on cpu: mean 0.29" in result.stdout
+    assert "models run here on: ONNX Runtime, CPU" in result.stdout
+    found = json.loads(call("doctor", "--json").stdout)
+    assert found["backends"][0]["state"] == "works"
+    assert found["driver"]["gpus"] == [dict(vars(gpu)) for gpu in driver().gpus]
+
+    def nothing() -> dict[str, str]:
+        return {}
+
+    monkeypatch.setattr(doctor, "installed", nothing)
+    result = call("doctor")
+    assert result.exit_code == 1
+    assert "models run here on: nothing yet" in result.stdout
+    assert "pip install 'ddpm-deploy[cpu]'" in result.stdout
+    refused(call("doctor", "x"), 2, "unexpected extra argument")
+
+
+def test_the_driver_is_asked_without_raising(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ddpm_deploy import gpu
+
+    monkeypatch.setattr(gpu, "_LIBRARY", "no-such-library.so.1")
+    monkeypatch.setattr(gpu, "_VERSION_FILE", tmp_path / "version")
+    assert gpu.driver() == Driver(problem="no NVIDIA driver is installed (no-such-library.so.1 is not there)")
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2026\nGCC version: 12\n"
+    )
+    assert gpu.driver().version == "580.65.06"
+    (tmp_path / "version").write_text("")
+    assert gpu.driver().version == ""
