@@ -213,14 +213,20 @@ def test_numbers_that_are_not_finite_are_an_error() -> None:
     [
         ({"path": "missing.onnx"}, ArtefactError, "does not exist"),
         ({"path": "model.pt"}, ArtefactError, "export it first"),
-        ({"device": "cuda"}, SettingError, "not supported by this version"),
+        ({"device": "cuda"}, BackendError, "no NVIDIA GPU is visible"),
+        ({"device": "tpu"}, SettingError, "device 'tpu' is not known: say 'cpu' or 'cuda'"),
         ({"threads": 0}, SettingError, "threads must be"),
         ({"max_batch": 0}, SettingError, "max_batch must be"),
     ],
 )
 def test_loads_that_are_refused(
-    onnx_path: Path, arguments: dict[str, object], error: type[Exception], problem: str
+    onnx_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, object],
+    error: type[Exception],
+    problem: str,
 ) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     arguments = {**arguments, "path": onnx_path.parent / str(arguments.get("path", onnx_path.name))}
     with pytest.raises(error, match=problem):
         Sampler.load(**arguments)  # type: ignore[arg-type]
