@@ -13,14 +13,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.engine.load import LoadedEngine
 from ddpm_deploy.errors import ArtefactError, BackendError
+from ddpm_deploy.runtime.network import Mirrored
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.sampler import Sampler
-from ddpm_deploy.runtime.trt import TrtDenoiser
+from ddpm_deploy.runtime.trt import TrtNetwork
+from tests.host_device import HostDevice
 
 TRT: Any = SimpleNamespace(
     ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
@@ -30,41 +32,15 @@ TRT: Any = SimpleNamespace(
 SCRATCH = 1000
 
 
-class HostDevice:
-    """Host memory in the place of the GPU's. What was never written is NaN."""
-
-    name = "host"
-    stream = 7
-
-    def __init__(self) -> None:
-        self.allocated: list[tuple[int, int]] = []
-
-    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        memory = np.zeros(shape, dtype)
-        self.allocated.append((memory.ctypes.data, memory.nbytes))
-        return memory
-
-    def address(self, memory: NDArray[Any]) -> int:
-        return memory.ctypes.data
-
-    def upload(self, host: NDArray[Any], memory: NDArray[Any]) -> None:
-        memory[: len(host)] = host
-
-    def download(self, memory: NDArray[Any], host: NDArray[Any]) -> None:
-        host[:] = memory[: len(host)]
-
-    def synchronize(self) -> None:
-        """Everything has happened."""
-
-
 class Engine:
     """ICudaEngine and IExecutionContext, of an .onnx file."""
 
     num_io_tensors = 3
     device_memory_size_v2 = SCRATCH
 
-    def __init__(self, onnx: Path, profiles: list[tuple[int, int, int]]) -> None:
+    def __init__(self, onnx: Path, profiles: list[tuple[int, int, int]], device: HostDevice) -> None:
         spec = read_spec(onnx)
+        self._device = device
         self.num_optimization_profiles = len(profiles)
         self._profiles = profiles
         self._shapes = {
@@ -122,13 +98,17 @@ class Engine:
         assert self.scratch[0]
         assert self.scratch[1] == SCRATCH
         (rows,) = {shape[0] for shape in self._set.values()}
-        self.ran.append((self.active_optimization_profile, rows))
+        profile = self.active_optimization_profile
+        self._device.start(lambda: self._compute(profile, rows))
+        return self.refuses != "run"
+
+    def _compute(self, profile: int, rows: int) -> None:
+        self.ran.append((profile, rows))
         network, at = self._network, self._at
         for buffer, name in ((network.x, "x"), (network.temb, "temb")):
             buffer[:rows] = at(name, rows)
         network.run(rows)
         at("prediction", rows)[:] = network.prediction[:rows]
-        return self.refuses != "run"
 
     def _at(self, name: str, rows: int) -> NDArray[np.float32]:
         shape = rows, *self._shapes[name]
@@ -144,16 +124,17 @@ class Log:
 
 
 @pytest.fixture
-def load(onnx_path: Path) -> Callable[..., tuple[TrtDenoiser, Engine]]:
+def load(onnx_path: Path) -> Callable[..., tuple[TrtNetwork, Engine]]:
     def make(
         profiles: list[tuple[int, int, int]], max_batch: int | None = None, **changed: Any
-    ) -> tuple[TrtDenoiser, Engine]:
-        engine: Any = Engine(onnx_path, profiles)
+    ) -> tuple[TrtNetwork, Engine]:
+        device = HostDevice()
+        engine: Any = Engine(onnx_path, profiles, device)
         engine.refuses = changed.pop("refuses", "")
         spec = msgspec.structs.replace(read_spec(onnx_path), **changed)
         log: Any = Log()
         loaded = LoadedEngine(Path("e.plan"), TRT, engine, log)
-        return TrtDenoiser(loaded, spec, HostDevice(), max_batch), engine
+        return TrtNetwork(loaded, spec, device, max_batch), engine
 
     return make
 
@@ -168,13 +149,14 @@ def load(onnx_path: Path) -> Callable[..., tuple[TrtDenoiser, Engine]]:
     ],
 )
 def test_a_chain_is_that_of_onnx_runtime(
-    load: Callable[..., tuple[TrtDenoiser, Engine]],
+    load: Callable[..., tuple[TrtNetwork, Engine]],
     onnx_path: Path,
     profiles: list[tuple[int, int, int]],
     ran: list[tuple[int, int]],
 ) -> None:
     """Bit for bit, as the engine's stand-in is; padded, in buckets, or as it is; five images in a four and a one."""
-    denoiser, engine = load(profiles)
+    network, engine = load(profiles)
+    denoiser = Mirrored(network)
     assert (denoiser.max_batch, denoiser.device) == (4, "host")
     wanted = Sampler(OrtDenoiser(onnx_path)).sample(5, steps=6, seed=3)
     with Sampler(denoiser) as sampler:
@@ -186,13 +168,29 @@ def test_a_chain_is_that_of_onnx_runtime(
     denoiser.close()
 
 
-def test_memory_is_allocated_at_load_alone(load: Callable[..., tuple[TrtDenoiser, Engine]]) -> None:
-    denoiser, _ = load([(1, 8, 8)], max_batch=3)
-    device: Any = denoiser._gpu
-    sizes = sorted(size for _, size in device.allocated)
-    assert sizes == sorted([SCRATCH, 3 * 64 * 4, 3 * 64 * 4, 3 * 8 * 4])
-    Sampler(denoiser).sample(7, steps=3, seed=0)
-    assert len(device.allocated) == 4
+def test_between_noise_and_images_there_is_the_device_alone(
+    load: Callable[..., tuple[TrtNetwork, Engine]],
+) -> None:
+    """No allocation after load; no copy and no waiting between the start and the images."""
+    network, _ = load([(1, 8, 8)], max_batch=3)
+    device: Any = network.device
+    sampler = Sampler(Mirrored(network))
+    sampler.sample(3, steps=2, seed=0)
+    device.calls.clear()
+    sampler.sample(3, steps=50, seed=0)
+    assert device.calls == (
+        ["upload", "upload", "launch", "replay"]  # the table, the slots; x_T; what was captured before
+        + ["replay"] * 49
+        + ["download", "download", "synchronize"]
+    )
+    device.calls.clear()
+    sampler.sample(2, steps=50, seed=0)
+    assert device.calls == (
+        ["upload", "launch", "launch"]  # the slots; x_T; the first step of a batch of two is not captured
+        + ["capture", "synchronize", "launch", "replay"]
+        + ["replay"] * 48
+        + ["download", "download", "synchronize"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,15 +198,15 @@ def test_memory_is_allocated_at_load_alone(load: Callable[..., tuple[TrtDenoiser
     [("shape", "the shape .* of x"), ("run", "a batch of 2"), ("profile", "profile 1")],
 )
 def test_a_refusal_is_an_error(
-    load: Callable[..., tuple[TrtDenoiser, Engine]], refuses: str, problem: str
+    load: Callable[..., tuple[TrtNetwork, Engine]], refuses: str, problem: str
 ) -> None:
     """TensorRT says no by False."""
-    denoiser, _ = load([(1, 1, 1), (2, 2, 2)], refuses=refuses)
+    network, _ = load([(1, 1, 1), (2, 2, 2)], refuses=refuses)
     with pytest.raises(BackendError, match=f"TensorRT refused {problem}: it said so"):
-        denoiser.run(2)
+        network.enqueue(2)
 
 
-def test_what_does_not_fit_is_refused(load: Callable[..., tuple[TrtDenoiser, Engine]]) -> None:
+def test_what_does_not_fit_is_refused(load: Callable[..., tuple[TrtNetwork, Engine]]) -> None:
     with pytest.raises(BackendError, match="refused the address of x"):
         load([(1, 1, 1)], refuses="address")
     with pytest.raises(ArtefactError, match=r"e\.plan does not fit its ModelSpec"):
@@ -217,8 +215,8 @@ def test_what_does_not_fit_is_refused(load: Callable[..., tuple[TrtDenoiser, Eng
         load([(1, 1, 1)], num_classes=2)
 
 
-def test_more_than_the_engines_batch_is_split(load: Callable[..., tuple[TrtDenoiser, Engine]]) -> None:
-    denoiser, engine = load([(1, 2, 2)], max_batch=64)
-    assert denoiser.max_batch == 2
-    Sampler(denoiser).sample(5, steps=2, seed=0)
+def test_more_than_the_engines_batch_is_split(load: Callable[..., tuple[TrtNetwork, Engine]]) -> None:
+    network, engine = load([(1, 2, 2)], max_batch=64)
+    assert network.max_batch == 2
+    Sampler(Mirrored(network)).sample(5, steps=2, seed=0)
     assert engine.ran == [(0, 2)] * 4 + [(0, 1)] * 2

@@ -14,6 +14,7 @@ from ddpm_deploy.exponential import Exponential
 from ddpm_deploy.noise import AddressedNoise
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
 from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable, learns_variance
+from ddpm_deploy.spec import ModelSpec
 
 T, A, B, LO, HI, C, D, E, F, G, LN_VAR_MIN, LN_VAR_MAX = range(len(COLUMNS))
 _ZERO, _QUARTER, _HALF = np.array([0.0, 0.25, 0.5], np.float32)
@@ -137,7 +138,7 @@ class Chain:
     def _first_row(self, table: StepTable) -> int:
         known = self._tables.get(id(table))
         if known is None:
-            self._require_runs(table)
+            require_runs(table, self.denoiser.spec)
             if len(self._tables) >= _MAX_TABLES and not self.active.any():
                 self._tables, self._rows = {}, self._rows[:1]
             known = table, len(self._rows)
@@ -148,19 +149,6 @@ class Chain:
             if learns_variance(table.rows).any() and not self._exponential:
                 self._exponential = Exponential(*self._x0.shape)
         return known[1]
-
-    def _require_runs(self, table: StepTable) -> None:
-        if learns_variance(table.rows).any() and self.denoiser.spec.variance != "learned_range":
-            raise SettingError("this table needs a learned variance, and the model has none")
-        last, t = self.denoiser.spec.timesteps - 1, table["t"]
-        if not (0 <= t.min() <= t.max() <= last) or (t % 1).any():
-            raise SettingError(
-                f"the timesteps of this table are not whole numbers from 0 to the model's {last}"
-            )
-        if (np.diff(t) >= 0).any():
-            raise SettingError(
-                "the timesteps of a table must fall: the noise of a step is found by its timestep"
-            )
 
     def clear(self) -> None:
         """Leave every slot with nothing to do."""
@@ -248,3 +236,14 @@ class Chain:
     @staticmethod
     def _flat(array: Array) -> Array:
         return array.reshape(len(array), -1)
+
+
+def require_runs(table: StepTable, spec: ModelSpec) -> None:
+    """Raise SettingError unless a model of this spec can run the table."""
+    if learns_variance(table.rows).any() and spec.variance != "learned_range":
+        raise SettingError("this table needs a learned variance, and the model has none")
+    last, t = spec.timesteps - 1, table["t"]
+    if not (0 <= t.min() <= t.max() <= last) or (t % 1).any():
+        raise SettingError(f"the timesteps of this table are not whole numbers from 0 to the model's {last}")
+    if (np.diff(t) >= 0).any():
+        raise SettingError("the timesteps of a table must fall: the noise of a step is found by its timestep")

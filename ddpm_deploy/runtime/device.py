@@ -1,15 +1,25 @@
-"""The GPU as a Denoiser needs it: memory, copies and one stream, through CuPy."""
+"""The GPU as the runtime needs it: memory, copies, one stream, one kernel, and work that is replayed.
 
+Small on purpose: tests put the host in its place (tests/host_device.py), and so run all but the last millimetre of the
+way without a GPU.
+"""
+
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import BackendError, first_line
+from ddpm_deploy.runtime.kernel import OPTIONS, THREADS
+
+# Launches a kernel on a grid of (x, y) blocks of THREADS threads; whole numbers are passed as int32.
+Kernel = Callable[[tuple[int, int], tuple[Any, ...]], None]
 
 
 class Device(Protocol):
-    """Memory by address, and a stream on which everything happens in order.
+    """Memory, which can be sliced by rows, and a stream on which everything that is started happens in order.
 
     name: for people ("cuda:0"). stream: the handle that TensorRT takes.
     """
@@ -17,26 +27,32 @@ class Device(Protocol):
     name: str
     stream: int
 
-    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        """New memory of that shape, with `address` of it; freed with the last reference."""
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """New memory, holding anything; freed with the last reference."""
 
     def address(self, memory: Any) -> int:
         """Where it starts, a multiple of 256."""
 
     def upload(self, host: NDArray[Any], memory: Any) -> None:
-        """Start to copy the host's rows into the leading rows of the memory."""
+        """Start to copy an array into memory of its shape; the array may be changed at once."""
 
     def download(self, memory: Any, host: NDArray[Any]) -> None:
-        """Start to copy the leading rows of the memory into the host's."""
+        """Start to copy memory into an array of its shape, which is whole after `synchronize`."""
 
     def synchronize(self) -> None:
         """Wait for all that was started."""
 
+    def compile(self, source: str, name: str) -> Kernel:
+        """A kernel of CUDA C."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What `work` starts, done so far at least once, as one piece that can be started again and again."""
+
 
 class Cuda:
-    """The first visible GPU. Follows `Device`.
+    """The first visible GPU, through CuPy. Follows `Device`.
 
-    Raises DependencyError where CuPy is missing, BackendError where it sees no GPU or has no memory left.
+    Raises DependencyError where CuPy is missing, BackendError where it sees no GPU.
     """
 
     def __init__(self) -> None:
@@ -50,14 +66,17 @@ class Cuda:
             ) from error
         self.stream = self._stream.ptr
 
-    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        """New memory of that shape."""
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """New memory, holding anything."""
         try:
             with self._stream:
-                return self._cupy.zeros(shape, dtype)
+                return self._cupy.empty(shape, dtype)
         except self._cupy.cuda.memory.OutOfMemoryError as error:
+            free, total = self._cupy.cuda.runtime.memGetInfo()
+            asked = np.dtype(dtype).itemsize * int(np.prod(shape))
             raise BackendError(
-                f"the GPU has no memory left: {first_line(error)}; load the model with a smaller max_batch"
+                f"the GPU has {free / 2**20:.0f} MiB of {total / 2**20:.0f} left, and {asked / 2**20:.0f} MiB more are "
+                "needed: load the model with a smaller max_batch"
             ) from error
 
     def address(self, memory: Any) -> int:
@@ -65,13 +84,37 @@ class Cuda:
         return int(memory.data.ptr)
 
     def upload(self, host: NDArray[Any], memory: Any) -> None:
-        """Start to copy the host's rows into the leading rows of the memory."""
-        memory[: len(host)].set(host, stream=self._stream)
+        """Start to copy an array into memory of its shape."""
+        memory.set(host, stream=self._stream)  # from pageable memory: staged before it returns
 
     def download(self, memory: Any, host: NDArray[Any]) -> None:
-        """Start to copy the leading rows of the memory into the host's."""
-        memory[: len(host)].get(stream=self._stream, out=host, blocking=False)
+        """Start to copy memory into an array of its shape."""
+        memory.get(stream=self._stream, out=host, blocking=False)
 
     def synchronize(self) -> None:
         """Wait for all that was started."""
         self._stream.synchronize()
+
+    def compile(self, source: str, name: str) -> Kernel:
+        """Compile with NVRTC, for this GPU; CuPy keeps the result in a cache of its own."""
+        try:
+            kernel = self._cupy.RawModule(code=source, options=OPTIONS, backend="nvrtc").get_function(name)
+        except Exception as error:  # CuPy's own
+            raise BackendError(f"the kernel {name} does not compile: {first_line(error)}") from error
+
+        def launch(grid: tuple[int, int], arguments: tuple[Any, ...]) -> None:
+            with self._stream:
+                kernel(grid, (THREADS,), tuple(np.int32(a) if isinstance(a, int) else a for a in arguments))
+
+        return launch
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A CUDA graph."""
+        self.synchronize()
+        with self._stream:
+            self._stream.begin_capture()
+            try:
+                work()
+            finally:
+                graph = self._stream.end_capture()
+        return lambda: graph.launch(self._stream)

@@ -18,10 +18,12 @@ from ddpm_deploy.files import quoted, show
 from ddpm_deploy.plan import PLAN_SUFFIX
 from ddpm_deploy.runtime.chain import Chain, NoiseSource
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
+from ddpm_deploy.runtime.device_chain import DeviceChain
 from ddpm_deploy.runtime.guidance import GuidedDenoiser
+from ddpm_deploy.runtime.network import Mirrored
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.snapshot import Batch, Snapshot
-from ddpm_deploy.runtime.trt import TrtDenoiser
+from ddpm_deploy.runtime.trt import TrtNetwork
 from ddpm_deploy.solvers import Solver, StepTable
 from ddpm_deploy.spacings import Spacing
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings, ModelSpec
@@ -76,7 +78,7 @@ def load_denoiser(
             raise SettingError(
                 f"{show(path)} is an engine, which runs on a GPU: leave device out, or load its .onnx"
             )
-        return TrtDenoiser.load(path, max_batch=max_batch, spec=spec)
+        return Mirrored(TrtNetwork.load(path, max_batch=max_batch, spec=spec))
     if device == "cuda":
         return _on_arrival(path, max_batch, spec, stages)
     return OrtDenoiser(path, threads=threads, max_batch=max_batch, spec=spec)
@@ -87,9 +89,11 @@ def _on_arrival(path: Path, max_batch: int | None, spec: ModelSpec | None, stage
     from ddpm_deploy.engine.cache import built_on_arrival, settings_here
 
     settings = settings_here(spec or read_spec(path), max_batch)
-    return built_on_arrival(
-        path, settings, lambda plan: TrtDenoiser.load(plan, max_batch=max_batch, spec=spec), stages=stages
-    )
+
+    def load(plan: Path) -> Denoiser:
+        return Mirrored(TrtNetwork.load(plan, max_batch=max_batch, spec=spec))
+
+    return built_on_arrival(path, settings, load, stages=stages)
 
 
 class Sampler:
@@ -105,9 +109,9 @@ class Sampler:
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
-        self._chain = Chain(denoiser)
+        self._chain = DeviceChain(denoiser.network) if isinstance(denoiser, Mirrored) else Chain(denoiser)
         self._guided_chain: Chain | None = None
-        self._under_way: tuple[Batch, Chain, int] | None = None  # and the steps that are done
+        self._under_way: tuple[Batch, Chain | DeviceChain, int] | None = None  # and the steps that are done
         self._tables: dict[ChainSettings, StepTable] = {}
         self._busy = threading.Lock()
         self._thread = 0  # that takes the steps
@@ -242,8 +246,9 @@ class Sampler:
     def _copies(self, draw: "_Draw") -> Generator[tuple[int, Array, Array], None, None]:
         with self._owned():
             (batch,) = draw.batches(draw.count)
-            for step, x, x0 in self._steps(batch, self._started(draw, batch), 0):
-                yield step, x.copy(), x0.copy()
+            chain, part = self._started(draw, batch), slice(0, batch.count)
+            for step in self._steps(batch, chain, 0):
+                yield step, chain.x[part].copy(), chain.x0[part].copy()
 
     def snapshot(self) -> Snapshot:
         """The batch that is under way, as it is after its last step: ask in a callback, or between a stream's steps.
@@ -380,7 +385,7 @@ class Sampler:
             self._guided_chain = Chain(GuidedDenoiser(self.denoiser))
         return self._guided_chain
 
-    def _chain_of(self, batch: Batch) -> Chain:
+    def _chain_of(self, batch: Batch) -> Chain | DeviceChain:
         """The chain that the batch runs in, the scales of its guidance set."""
         if batch.guidance is None:
             return self._chain
@@ -389,33 +394,37 @@ class Sampler:
         chain.denoiser.scale[: batch.count] = batch.guidance
         return chain
 
-    def _started(self, draw: "_Draw", batch: Batch) -> Chain:
+    def _started(self, draw: "_Draw", batch: Batch) -> Chain | DeviceChain:
         chain = self._chain_of(batch)
-        if draw.noise is not None:
+        if draw.noise is not None:  # which is the host's
             done = batch.first_index - draw.first_index
-            chain = Chain(chain.denoiser, _GivenNoise(draw.noise, self.spec.image_shape, draw.count, done))
+            denoiser = chain.denoiser if isinstance(chain, Chain) else self.denoiser
+            chain = Chain(denoiser, _GivenNoise(draw.noise, self.spec.image_shape, draw.count, done))
         chain.start(slice(0, batch.count), batch.table, *batch.addresses(), batch.labels)
         return chain
 
-    def _steps(self, batch: Batch, chain: Chain, first: int) -> Iterator[tuple[int, Array, Array]]:
-        """Step by step to the end: (step, x, x̂0), views that the next step overwrites."""
+    def _steps(self, batch: Batch, chain: Chain | DeviceChain, first: int) -> Iterator[int]:
+        """Step by step to the end: the number of each step that was taken."""
         for step in range(first, len(batch.table)):
             self._under_way, self._thread = None, threading.get_ident()
             chain.step()
             self._under_way = batch, chain, step + 1
-            yield step, chain.x[: batch.count], chain.x0[: batch.count]
+            yield step
         if not np.isfinite(chain.x[: batch.count]).all():
             raise BackendError(
                 "the network gave numbers that are not finite, so the images are worthless: "
                 "check the model with ddpm-verify"
             )
 
-    def _finished(self, batch: Batch, chain: Chain, first: int, callback: Callback | None) -> Array:
+    def _finished(
+        self, batch: Batch, chain: Chain | DeviceChain, first: int, callback: Callback | None
+    ) -> Array:
         """The images of a batch, from step `first` of its chain."""
-        for step, x, x0 in self._steps(batch, chain, first):
+        part = slice(0, batch.count)
+        for step in self._steps(batch, chain, first):
             if callback is not None:
-                callback(step, x, x0)
-        return chain.x[: batch.count].copy()
+                callback(step, chain.x[part], chain.x0[part])
+        return chain.x[part].copy()
 
     @contextmanager
     def _owned(self) -> Iterator[None]:
@@ -426,8 +435,9 @@ class Sampler:
             yield
         finally:
             self._under_way = None
-            for chain in filter(None, (self._chain, self._guided_chain)):
-                chain.clear()
+            self._chain.clear()
+            if self._guided_chain:
+                self._guided_chain.clear()
             self._busy.release()
 
     def close(self) -> None:

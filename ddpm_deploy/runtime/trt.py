@@ -1,4 +1,4 @@
-"""A TensorRT engine as a Denoiser, either flavour: buffers on the GPU for good, mirrored on the host."""
+"""A TensorRT engine, of either flavour, as a network on a GPU."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -10,13 +10,12 @@ from ddpm_deploy.engine.bindings import made
 from ddpm_deploy.engine.load import LoadedEngine, load_engine
 from ddpm_deploy.errors import ArtefactError, BackendError
 from ddpm_deploy.files import show
-from ddpm_deploy.runtime.denoiser import allocate
 from ddpm_deploy.runtime.device import Cuda, Device
 from ddpm_deploy.spec import ModelSpec
 
 
-class TrtDenoiser:
-    """An engine on the GPU. Follows `denoiser.Denoiser`.
+class TrtNetwork:
+    """An engine. Follows `network.DeviceNetwork`.
 
     spec: of its network. device: where its memory is. max_batch: rows of the buffers, at most the engine's own (None:
     that).
@@ -29,16 +28,17 @@ class TrtDenoiser:
     def __init__(
         self, loaded: LoadedEngine, spec: ModelSpec, device: Device, max_batch: int | None = None
     ) -> None:
-        self.spec, self.device = spec, device.name
-        self._log, self._gpu = loaded.log, device
+        self.spec, self.device = spec, device
+        self._log = loaded.log
         self._profiles = _profiles(loaded.engine)
         largest = max(high for _, high in self._profiles)
         self.max_batch = min(max_batch or largest, largest)
-        self.x, self.temb, self.y, self.prediction = allocate(spec, self.max_batch)
-        self._inputs = {"x": self.x, "temb": self.temb} | ({"y": self.y} if spec.num_classes else {})
-        _require_interface(loaded, self._inputs, self.prediction)
+        self._shapes = {"x": spec.image_shape, "temb": (spec.embedding.dim,)} | (
+            {"y": ()} if spec.num_classes else {}
+        )
+        _require_interface(loaded, self._shapes, spec.prediction_shape)
         self._engine, self._context = loaded.engine, self._make_context(loaded.trt, loaded.engine)
-        self._memory = self._bind_memory()
+        self.memory = self._bind_memory()
         self._bound = 0
 
     @classmethod
@@ -54,11 +54,14 @@ class TrtDenoiser:
         """Memory on the device for each input and the output, for as long as the engine is loaded."""
         _, rows = self._rows(self.max_batch)
         memory = {
-            name: self._gpu.zeros((rows, *array.shape[1:]), array.dtype)
-            for name, array in {**self._inputs, "prediction": self.prediction}.items()
+            name: self.device.empty((rows, *shape), _dtype(name))
+            for name, shape in {**self._shapes, "prediction": self.spec.prediction_shape}.items()
         }
         for name, place in memory.items():
-            taken = self._context.set_tensor_address(name, self._gpu.address(place))
+            self.device.upload(
+                np.zeros(place.shape, _dtype(name)), place
+            )  # labels of padded rows are looked up
+            taken = self._context.set_tensor_address(name, self.device.address(place))
             self._must(taken, f"the address of {name}")
         return memory
 
@@ -67,31 +70,26 @@ class TrtDenoiser:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = made("an execution context", self._log, cuda_engine.create_execution_context, strategy)
         size = cuda_engine.device_memory_size_v2
-        self._scratch = self._gpu.zeros((max(size, 1),), np.uint8)
-        context.set_device_memory(self._gpu.address(self._scratch), size)
+        self._scratch = self.device.empty((max(size, 1),), np.uint8)
+        context.set_device_memory(self.device.address(self._scratch), size)
         return context
 
-    def run(self, batch: int) -> None:
-        """Predict for the leading `batch` rows."""
-        if self._context is None:
-            raise BackendError("this model is closed: load it again")
+    def enqueue(self, batch: int) -> None:
+        """Start to predict for the leading `batch` rows."""
         if batch != self._bound:
             self._bind(batch)
-        for name, array in self._inputs.items():
-            self._gpu.upload(array[:batch], self._memory[name])
-        self._must(self._context.execute_async_v3(self._gpu.stream), f"a batch of {batch}")
-        self._gpu.download(self._memory["prediction"], self.prediction[:batch])
-        self._gpu.synchronize()
+        self._must(self._context.execute_async_v3(self.device.stream), f"a batch of {batch}")
 
     def _bind(self, batch: int) -> None:
         """Choose the profile and set the shapes for a batch."""
         profile, rows = self._rows(batch)
         if self._context.active_optimization_profile != profile:
-            chosen = self._context.set_optimization_profile_async(profile, self._gpu.stream)
+            chosen = self._context.set_optimization_profile_async(profile, self.device.stream)
             self._must(chosen, f"profile {profile}")
-        for name, array in self._inputs.items():
-            shape = (rows, *array.shape[1:])
-            self._must(self._context.set_input_shape(name, shape), f"the shape {shape} of {name}")
+        for name, shape in self._shapes.items():
+            self._must(
+                self._context.set_input_shape(name, (rows, *shape)), f"the shape {(rows, *shape)} of {name}"
+            )
         self._bound = batch
 
     def _rows(self, batch: int) -> tuple[int, int]:
@@ -106,9 +104,14 @@ class TrtDenoiser:
             raise BackendError(f"TensorRT refused {what}: {self._log.reason('it does not say why')}")
 
     def close(self) -> None:
-        """Free the engine and its memory. Closing again does nothing."""
+        """Free the engine and its memory."""
         self._context = self._engine = self._scratch = None
-        self._memory = {}
+        self.memory = {}
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    """Of an input or the output."""
+    return np.dtype(np.int64 if name == "y" else np.float32)
 
 
 def _profiles(cuda_engine: Any) -> list[tuple[int, int]]:
@@ -120,11 +123,13 @@ def _profiles(cuda_engine: Any) -> list[tuple[int, int]]:
     return [(int(smallest[0]), int(largest[0])) for smallest, _, largest in shapes]
 
 
-def _require_interface(loaded: LoadedEngine, inputs: dict[str, Any], prediction: Any) -> None:
+def _require_interface(
+    loaded: LoadedEngine, inputs: dict[str, tuple[int, ...]], prediction: tuple[int, ...]
+) -> None:
     """The engine must have the inputs and the output of the contract, in the shapes of the spec."""
     trt, cuda_engine = loaded.trt, loaded.engine
-    wanted = {name: (trt.TensorIOMode.INPUT, array.dtype, array.shape[1:]) for name, array in inputs.items()}
-    wanted["prediction"] = (trt.TensorIOMode.OUTPUT, prediction.dtype, prediction.shape[1:])
+    wanted = {name: (trt.TensorIOMode.INPUT, _dtype(name), shape) for name, shape in inputs.items()}
+    wanted["prediction"] = (trt.TensorIOMode.OUTPUT, _dtype("prediction"), prediction)
     names = [cuda_engine.get_tensor_name(index) for index in range(cuda_engine.num_io_tensors)]
     got = {
         name: (

@@ -1,0 +1,186 @@
+"""The slots and the loop on a device: a step is the network and one kernel, and nothing comes back until it is asked.
+
+The host only counts: it knows how many steps each slot has to go, as the device does what it is told. After a start
+there is no allocation, no copy to the device and no waiting for it until images are read.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.errors import SettingError
+from ddpm_deploy.runtime.chain import require_runs
+from ddpm_deploy.runtime.denoiser import Array, Labels
+from ddpm_deploy.runtime.kernel import SLOT, blocks, kernel_source
+from ddpm_deploy.runtime.network import DeviceNetwork
+from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable
+
+_TABLES: Final = 16  # of all T steps, that there is room for at once
+# The row before a table's own: x ← 1·z and x̂0 ← 0, of draw 0, which is t + 1 for t = -1.
+START: Final = np.array(
+    [{"t": -1.0, "e": 1.0, "lo": -np.inf, "hi": np.inf}.get(column, 0.0) for column in COLUMNS], np.float32
+)
+
+
+class DeviceChain:
+    """The reverse chains in the slots of a network's batch, as `chain.Chain` has them on the host."""
+
+    noise: Final = None  # the addressed one alone, which the kernel makes
+
+    def __init__(self, network: DeviceNetwork) -> None:
+        spec, slots, self._device = network.spec, network.max_batch, network.device
+        self._network, self._spec = network, spec
+        self._size, self._outputs = int(np.prod(spec.image_shape)), int(np.prod(spec.prediction_shape))
+        self._kernel = self._device.compile(kernel_source(), "step")
+        self._embedding = spec.embedding.table(spec.timesteps)
+        empty = self._device.empty
+        self._x0 = empty((slots, *spec.image_shape), np.float32)
+        self._slots = empty((slots, SLOT.itemsize // 4), np.uint32)
+        self._rows = empty((1 + _TABLES * (spec.timesteps + 1), len(COLUMNS)), np.float32)
+        self._embeddings = empty(self._embedding.shape, np.float32)
+        self._device.upload(self._embedding, self._embeddings)
+        self._device.upload(np.array([IDENTITY], np.float32), self._rows[:1])
+        self._device.upload(np.zeros((slots, SLOT.itemsize // 4), np.uint32), self._slots)
+        self._tables: dict[int, tuple[StepTable, int]] = {}  # by id: the table and its first row
+        self._used = 1  # rows
+        self._left = np.zeros(slots, np.int64)  # steps to go
+        self._replay: tuple[int, Callable[[], None] | None] = (
+            0,
+            None,
+        )  # of a batch: None before its first step
+        self._host_x, self._host_x0 = np.empty((2, slots, *spec.image_shape), np.float32)  # as last read
+        self._fresh = False
+
+    @property
+    def x(self) -> Array:
+        """x_t of every slot, (slots, C, H, W), as it is now: this waits for the device. Overwritten when read again."""
+        self._read()
+        return self._host_x
+
+    @property
+    def x0(self) -> Array:
+        """x̂0 of the slots that took the last step, likewise."""
+        self._read()
+        return self._host_x0
+
+    @property
+    def active(self) -> NDArray[np.bool_]:
+        """Which slots have steps to go, (slots,)."""
+        active: NDArray[np.bool_] = self._left > 0
+        return active
+
+    def start(
+        self,
+        slots: slice,
+        table: StepTable,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.uint64],
+        labels: Labels | None = None,
+    ) -> None:
+        """Start chains in slots that have nothing to do, as `Chain.start`."""
+        self._occupy(slots, table, -1, seeds, indices, labels)
+        self._launch(slots.start, slots.stop - slots.start)  # the START row makes x_T
+
+    def restore(
+        self,
+        slots: slice,
+        table: StepTable,
+        step: int,
+        x: Array,
+        x0: Array,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.uint64],
+        labels: Labels | None = None,
+    ) -> None:
+        """Take chains up again after `step` of their steps, as `Chain.restore`."""
+        self._occupy(slots, table, step, seeds, indices, labels)
+        upload, memory = self._device.upload, self._network.memory
+        upload(np.ascontiguousarray(x, np.float32), memory["x"][slots])
+        upload(np.ascontiguousarray(x0, np.float32), self._x0[slots])
+        if step < len(table):
+            seen = self._embedding[int(table.timesteps[step])]
+            upload(np.repeat(seen[None], slots.stop - slots.start, axis=0), memory["temb"][slots])
+
+    def _occupy(
+        self,
+        slots: slice,
+        table: StepTable,
+        step: int,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.uint64],
+        labels: Labels | None,
+    ) -> None:
+        """Point slots at a step of a table, -1 for the START row."""
+        assert not self.active[slots].any()
+        first = self._first_row(table)
+        chains = np.zeros(slots.stop - slots.start, SLOT)
+        chains["row"] = first + step if step < len(table) else 0
+        chains["end"] = first + len(table)
+        for field, numbers in (("key", seeds), ("sample", indices)):
+            chains[field][:, 0], chains[field][:, 1] = (
+                numbers & np.uint64(0xFFFFFFFF),
+                numbers >> np.uint64(32),
+            )
+        self._device.upload(chains.view(np.uint32).reshape(len(chains), -1), self._slots[slots])
+        if labels is not None:
+            self._device.upload(np.ascontiguousarray(labels, np.int64), self._network.memory["y"][slots])
+        self._left[slots] = len(table) - max(step, 0)
+        self._fresh = False
+
+    def _first_row(self, table: StepTable) -> int:
+        """Where a table's first step is in the device's rows; its START row stands before that."""
+        known = self._tables.get(id(table))
+        if known is None:
+            require_runs(table, self._spec)
+            if self._used + 1 + len(table) > len(self._rows):
+                if self.active.any():
+                    raise SettingError(
+                        "too many different tables are in use at once: wait for some chains to end"
+                    )
+                self._tables, self._used = {}, 1
+            rows = np.concatenate([START[None], table.float32_rows()[:-1]])  # of an end, `end` tells
+            self._device.upload(rows, self._rows[self._used : self._used + len(rows)])
+            known = self._tables[id(table)] = table, self._used + 1
+            self._used += len(rows)
+        return known[1]
+
+    def clear(self) -> None:
+        """Leave every slot with nothing to do."""
+        if self.active.any():
+            self._device.upload(np.zeros(self._slots.shape, np.uint32), self._slots)
+        self._left[:] = 0
+
+    def step(self) -> None:
+        """Take every active slot one step on. It returns as soon as that is started."""
+        batch = int(np.flatnonzero(self._left)[-1]) + 1
+        of, replay = self._replay
+        if of != batch:  # the first step of a batch is taken as it is, and the second is captured
+            self._start_step(batch)
+            self._replay = batch, None
+        else:
+            if replay is None:
+                replay = self._device.capture(lambda: self._start_step(batch))
+                self._replay = batch, replay
+            replay()
+        self._left[:batch] -= self._left[:batch] > 0
+        self._fresh = False
+
+    def _start_step(self, batch: int) -> None:
+        self._network.enqueue(batch)
+        self._launch(0, batch)
+
+    def _launch(self, first: int, count: int) -> None:
+        memory = self._network.memory
+        data = self._rows, self._embeddings, memory["x"], self._x0, memory["temb"], memory["prediction"]
+        sizes = self._size, self._outputs, self._spec.embedding.dim
+        self._kernel((blocks(self._size), count), (self._slots, first, *data, *sizes))
+
+    def _read(self) -> None:
+        """Bring x and x̂0 to the host, where they are not there yet."""
+        if not self._fresh:
+            self._device.download(self._network.memory["x"][: len(self._left)], self._host_x)
+            self._device.download(self._x0, self._host_x0)
+            self._device.synchronize()
+            self._fresh = True

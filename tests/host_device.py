@@ -1,0 +1,120 @@
+"""The host in the place of a GPU: its memory, its stream, and step.cu itself, compiled as C++.
+
+It keeps the rules that a GPU would enforce by being wrong: what is started happens when it is waited for, not before;
+memory that was never written holds NaN; nothing is copied from the host while work is captured.
+"""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import DTypeLike, NDArray
+
+from ddpm_deploy.runtime.device import Kernel
+from ddpm_deploy.runtime.kernel import THREADS
+
+STAND_IN = Path(__file__).parent / "stand_in"
+# As OPTIONS of the kernel: no contraction. Its `step` is not the one of the C library.
+FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wl,-Bsymbolic")
+_BUILT = Path(tempfile.gettempdir()) / "ddpm-deploy-kernels"
+
+
+def build(source: str) -> ctypes.CDLL:
+    """step.cu over the stand-in for CUDA, as a library; built once for each source."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    parts = [source, *(path.read_text() for path in sorted(STAND_IN.iterdir()))]
+    folder = _BUILT / hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    library = folder / "step.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "step.cu").write_text(source)
+        temporary = folder / f"{id(parts)}.so"
+        include = f'-DSOURCE="{folder / "step.cu"}"'
+        subprocess.run([compiler, *FLAGS, include, "-o", temporary, STAND_IN / "main.cpp"], check=True)
+        temporary.replace(library)
+    return ctypes.CDLL(str(library))
+
+
+class HostDevice:
+    """Follows `runtime.device.Device`. seed: of the order in which threads run."""
+
+    name = "host"
+    stream = 7
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seeds = np.random.default_rng(seed)
+        self._pending: list[Callable[[], None]] = []
+        self._recording: list[Callable[[], None]] | None = None
+        self.calls: list[str] = []
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Work on the stream: done when it is waited for, or recorded."""
+        (self._pending if self._recording is None else self._recording).append(work)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        assert self._recording is None
+        self.calls.append("empty")
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.full(size, 0xFF, np.uint8).view(dtype).reshape(shape)  # NaN, or -1
+
+    def address(self, memory: NDArray[Any]) -> int:
+        return memory.ctypes.data
+
+    def upload(self, host: NDArray[Any], memory: NDArray[Any]) -> None:
+        assert self._recording is None
+        assert (host.shape, host.dtype) == (memory.shape, memory.dtype)
+        assert host.flags.c_contiguous
+        self.calls.append("upload")
+        staged = host.copy()
+        self.start(lambda: np.copyto(memory, staged))
+
+    def download(self, memory: NDArray[Any], host: NDArray[Any]) -> None:
+        assert self._recording is None
+        assert (host.shape, host.dtype) == (memory.shape, memory.dtype)
+        self.calls.append("download")
+        self.start(lambda: np.copyto(host, memory))
+
+    def synchronize(self) -> None:
+        assert self._recording is None
+        self.calls.append("synchronize")
+        pending, self._pending = self._pending, []
+        for work in pending:
+            work()
+
+    def compile(self, source: str, name: str) -> Kernel:
+        library = build(source)
+        assert name == "step"
+
+        def launch(grid: tuple[int, int], arguments: tuple[Any, ...]) -> None:
+            assert all(isinstance(a, int | np.ndarray) for a in arguments)
+            converted = [
+                ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments
+            ]
+            self.calls.append("launch")
+            self.start(lambda: library.launch(*grid, THREADS, int(self._seeds.integers(2**31)), *converted))
+
+        return launch
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        assert self._recording is None
+        self.calls.append("capture")
+        self.synchronize()
+        self._recording = recorded = []
+        work()
+        self._recording = None
+
+        def replay() -> None:
+            self.calls.append("replay")
+            for piece in recorded:
+                self.start(piece)
+
+        return replay
