@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from ddpm_deploy.errors import ArtefactError
-from ddpm_deploy.files import require_file, show
+from ddpm_deploy.files import atomic, quoted, require_file, show
 from ddpm_deploy.spec import MAX_SPEC_BYTES, Flavour
 
 PLAN_SUFFIX: Final = ".plan"
@@ -25,7 +25,7 @@ _SPEC_START: Final = b'{"spec_version":'
 
 @dataclass(frozen=True)
 class PlanHead:
-    """flavour: which TensorRT wrote it. version: of that, as "11.1.0.106"."""
+    """flavour: which TensorRT wrote it. version: of that, as "11.1.0.106"; "" where the head does not tell."""
 
     flavour: Flavour
     version: str
@@ -51,7 +51,8 @@ def read_plan_head(path: Path) -> PlanHead:
         raise ArtefactError(
             f"{show(path)} is not whole: it has {has} bytes, and says that it has {says}; copy or build it again"
         )
-    return PlanHead(flavour, ".".join(map(str, head[24:28])))
+    known = head[4:8] == bytes(4)  # of another serialization the rest of the head may mean something else
+    return PlanHead(flavour, ".".join(map(str, head[24:28])) if known else "")
 
 
 def spec_in_plan(path: Path) -> str | None:
@@ -83,26 +84,35 @@ def digest_path(plan: Path) -> Path:
     return plan.with_name(plan.name + ".sha256")
 
 
+def write_plan(path: Path, plan: bytes | memoryview) -> None:
+    """Write an engine with its digest beside it. Raises OutputError where it cannot be written."""
+    with atomic(digest_path(path)) as digest, atomic(path) as temporary:
+        temporary.write_bytes(plan)
+        digest.write_text(digest_line(temporary, path.name))
+
+
 def digest_line(plan: Path, name: str) -> str:
     """The digest of a file as `sha256sum` writes it, under the name it will have."""
     with plan.open("rb") as file:
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n"
 
 
-def require_trusted(plan: Path) -> None:
-    """Raise ArtefactError unless the digest beside an engine is its own: an engine is native code, and is run."""
+def trusted(plan: Path) -> bytes:
+    """The bytes of an engine, which is native code: ArtefactError is raised unless the digest beside it is theirs."""
     require_file(plan)
     beside = digest_path(plan)
     if not beside.exists():
         raise ArtefactError(
             f"{show(beside)} is missing: an engine is native code, and is loaded only with its digest beside it. If "
-            f"you built it yourself: sha256sum {show(plan.name)} > {show(beside.name)}"
+            f"you built it yourself: sha256sum {quoted(plan)} > {quoted(beside)}"
         )
     require_file(beside)
     with beside.open("rb") as file:
         wanted = file.read(64).decode(errors="replace")
-    if digest_line(plan, "").split()[0] != wanted:
+    content = plan.read_bytes()
+    if hashlib.sha256(content).hexdigest() != wanted:
         raise ArtefactError(
             f"{show(plan)} is not the engine that {show(beside.name)} is of: it was damaged, edited or replaced; copy "
             "both again, or build it again with ddpm-export"
         )
+    return content

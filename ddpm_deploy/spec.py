@@ -34,7 +34,8 @@ Precision = Literal[
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Size = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
 Text = Annotated[str, msgspec.Meta(max_length=200)]
-Batch = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+MAX_BATCH: Final = 65_536
+Batch = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
 
 
 class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,13 +121,15 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """What an engine was built by, and for.
 
     flavour, version: the TensorRT that built it, which must run it too. capabilities: compute capabilities it runs
-        on, as "8.6"; none: any that the flavour supports. gpu, driver: where it was built.
+        on, as "8.6"; none: any that the flavour supports. hardware_compatible: every GPU from Ampere (8.0) on.
+    gpu, driver: where it was built.
     batches: smallest, best and largest batch of each profile.
     """
 
     flavour: Flavour
     version: Text
     capabilities: tuple[Text, ...] = ()
+    hardware_compatible: bool = False
     gpu: Text = ""
     driver: Text = ""
     batches: tuple[tuple[Batch, Batch, Batch], ...]

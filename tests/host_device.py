@@ -90,6 +90,9 @@ class HostDevice:
         for work in pending:
             work()
 
+    def release(self) -> None:
+        self.calls.append("release")
+
     def compile(self, source: str, name: str) -> Kernel:
         library = build(source)
         assert name == "step"

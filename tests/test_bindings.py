@@ -32,13 +32,17 @@ VARIABLES = {
     "problem": "ParserError",
     "runtime": "Runtime",
     "cuda_engine": "ICudaEngine",
+    "inspector": "EngineInspector",
+    "serialization": "ISerializationConfig",
+    "kinds": "LayerType",
+    "severity": "ILogger.Severity",
     "context": "IExecutionContext",
     "refitter": "Refitter",
 }
 RESULTS = {
     "get_input": "ITensor",
     "get_timing_cache": "ITimingCache",
-    "create_engine_inspector": "EngineInspector",
+    "deserialized": "ICudaEngine",
 }
 FIELDS = {"_context": "IExecutionContext"}
 IN_REFIT = {"parser": "OnnxParserRefitter"}
@@ -96,7 +100,7 @@ def attributes(tree: ast.AST, classes: dict[str, str]) -> Iterator[str]:
                 yield f"{classes[variable]}.{node.attr}"
             case ast.Attribute(value=ast.Name(id="self"), attr=field) if field in FIELDS:
                 yield f"{FIELDS[field]}.{node.attr}"
-            case ast.Call(func=ast.Attribute(attr=method)) if method in RESULTS:
+            case ast.Call(func=ast.Attribute(attr=method) | ast.Name(id=method)) if method in RESULTS:
                 yield f"{RESULTS[method]}.{node.attr}"
 
 
@@ -121,6 +125,13 @@ def test_what_is_touched_is_found() -> None:
         names
     )
     assert {"ITensor.dtype", "OnnxParserRefitter.refit_from_bytes", "ICudaEngine.name"} <= set(names)
+    assert {"LayerType.SOFTMAX", "ILogger.Severity.WARNING", "IExecutionContext.execute_async_v3"} <= set(
+        names
+    )
+    assert {"ICudaEngine.refittable", "SerializationFlag.INCLUDE_REFIT", "EngineInspector"} <= {
+        *names,
+        *(name.partition(".")[0] for name in names),
+    }
     assert len(names) > 50
 
 

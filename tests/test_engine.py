@@ -16,18 +16,23 @@ import numpy as np
 import pytest
 
 from ddpm_deploy.artefact import read_meant_float32, read_spec, seal
+from ddpm_deploy.cli.engine import _CAPABILITIES, engine_settings
+from ddpm_deploy.cli.export import main
+from ddpm_deploy.engine.bindings import log_of
 from ddpm_deploy.engine.build import (
     EngineSettings,
+    _configure,
     _set_name,
     build_engine,
-    default_max_batch,
+    default_engine_batch,
+    engine_spec,
 )
 from ddpm_deploy.engine.layers import Layers, inspected, require_precision
-from ddpm_deploy.engine.load import rebuild_hint, require_runs_here, source_of
+from ddpm_deploy.engine.load import CAPABILITIES, _options_of, require_runs_here, runs_on, source_of
 from ddpm_deploy.engine.refit import refitted_spec, renamed
 from ddpm_deploy.errors import ArtefactError, BackendError, OutputError, ParityError, SettingError, SpecError
 from ddpm_deploy.gpu import Gpu
-from ddpm_deploy.plan import PlanHead, digest_path, read_plan_head, require_trusted, spec_place
+from ddpm_deploy.plan import PlanHead, digest_path, read_plan_head, spec_place, trusted
 from ddpm_deploy.runtime.proof import proof_path
 from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, EngineSpec, GraphPrecision, ModelSpec, Precision
 from tests.models import tiny_spec
@@ -91,7 +96,7 @@ def test_an_engine_is_what_it_says(
     assert path.read_bytes().count(spec.to_json().encode()) == 1
     assert read_plan_head(path) == PlanHead("tensorrt-rtx", trt.__version__)
     assert digest_path(path).read_text() == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  e.plan\n"
-    require_trusted(path)
+    trusted(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.plan", "e.plan.sha256"]
 
 
@@ -167,14 +172,41 @@ def test_tf32_is_asked_for_or_off(exported: dict[Precision, Path], tmp_path: Pat
         build_engine(exported["fp16"], path, EngineSettings(flavour="tensorrt-rtx", tf32=True))
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_settings_reach_tensorrt(asked: bool) -> None:
+    """TF32 is on where nothing is said."""
+    log = log_of("tensorrt-rtx")
+    builder = trt.Builder(log.handle)
+    assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
+    settings = EngineSettings(
+        flavour="tensorrt-rtx",
+        batches=((1, 1, 1), (2, 4, 8)),
+        tf32=asked,
+        refittable=asked,
+        workspace=1 << 20,
+        level=4,
+        capabilities=("8.6",) if asked else (),
+    )
+    spec = engine_spec(tiny_spec(), settings, "1")
+    config = _configure(trt, builder, settings, spec, log)
+    assert config.get_flag(trt.BuilderFlag.TF32) is asked
+    assert config.get_flag(trt.BuilderFlag.REFIT) is asked
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 20
+    assert (config.builder_optimization_level, config.num_optimization_profiles) == (4, 2)
+    assert config.num_compute_capabilities == asked
+
+
 def test_settings_out_of_range() -> None:
     for settings, problem in (
-        ({"batches": ((0, 1, 1),)}, "not in order from 1 up"),
-        ({"batches": ((1, 9, 8),)}, "not in order from 1 up"),
+        ({"batches": ((0, 1, 1),)}, "not in order from 1 to 65536"),
+        ({"batches": ((1, 9, 8),)}, "not in order"),
         ({"flavour": "tensorrt-rtx", "capabilities": ("9.0",)}, "not for 9.0"),
         ({"capabilities": ("8.6",)}, "are of TensorRT-RTX"),
         ({"flavour": "tensorrt-rtx", "hardware_compatible": True}, "is of TensorRT"),
-        ({"flavour": "tensorrt-rtx", "timing_cache": Path("x")}, "are of TensorRT"),
+        ({"flavour": "tensorrt-rtx", "timing_cache": Path("x.cache")}, "are of TensorRT"),
+        ({"timing_cache": Path("model.onnx")}, "must end in .cache"),
+        ({"batches": ((1, 1, 70_000),)}, "not in order from 1 to 65536"),
         ({"level": 6}, "0 to 5"),
         ({"workspace": 0}, "workspace"),
     ):
@@ -182,9 +214,14 @@ def test_settings_out_of_range() -> None:
             EngineSettings(**settings)  # type: ignore[arg-type]
 
 
+def test_the_command_line_knows_the_capabilities() -> None:
+    """It names them itself, so that --help is quick."""
+    assert _CAPABILITIES == CAPABILITIES
+
+
 def test_the_default_batch_shrinks_with_the_image() -> None:
     sizes = {8: 64, 32: 64, 64: 64, 128: 16, 256: 4, 1024: 1}
-    assert {size: default_max_batch(tiny_spec((3, size, size))) for size in sizes} == sizes
+    assert {size: default_engine_batch(tiny_spec((3, size, size))) for size in sizes} == sizes
 
 
 def test_the_longest_name_is_kept_and_a_longer_one_refused() -> None:
@@ -225,7 +262,7 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(
     caplog.set_level(logging.INFO)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        build_engine(exported["fp16"], tmp_path / "e.plan", RTX, interrupting)
+        build_engine(exported["fp16"], tmp_path / "e.plan", RTX, stages=interrupting)
     assert "stopping after this step, with nothing written" in caplog.text
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is handler
@@ -280,6 +317,26 @@ def islands(value: str) -> Callable[[Any], None]:
     return change
 
 
+def claim_and_mean_it(model: Any) -> None:
+    """All of it in float32, and meant to be."""
+    claim("fp16")(model)
+    names = [node.name for node in model.graph.node]
+    model.metadata_props.add(key=ISLANDS_KEY, value=json.dumps(names))
+
+
+def external_weights(model: Any) -> None:
+    """In a file beside it, which a graph could name anywhere."""
+    tensor = model.graph.initializer[0]
+    Path("weights.bin").write_bytes(tensor.raw_data)
+    onnx.external_data_helper.set_external_data(tensor, "weights.bin")
+    tensor.ClearField("raw_data")
+
+
+def no_text(model: Any) -> None:
+    """An operator whose name is no UTF-8, once its bytes are changed."""
+    model.graph.node.insert(0, onnx.helper.make_node("Bernoulli", ["x"], ["unused"]))
+
+
 def rename_output(model: Any) -> None:
     model.graph.output[0].name = "epsilon"
     model.graph.node[-1].output[0] = "epsilon"
@@ -297,9 +354,12 @@ def rename_output(model: Any) -> None:
         ("fp32", rename_output, ArtefactError, "does not fit its ModelSpec: it has .*epsilon.*prediction"),
         ("fp32", claim("fp16"), ParityError, "44 of 44 .* are not in fp16.*temb1, temb2, .* and 39 more"),
         ("fp16", claim("fp32"), ParityError, "39 of 44 .* are not in fp32"),
-        ("fp16", claim("bf16"), ParityError, "39 of 44 .* are not in bf16"),
+        ("fp16", claim("bf16"), ParityError, "44 of 44 .* are not in bf16"),
         ("fp16", forget_islands, ParityError, "5 of 44 .* are not in fp16.*: temb1, .*conv_out"),
         ("fp16", islands('["temb1"]'), ParityError, "4 of 44 "),
+        ("fp32", claim_and_mean_it, ParityError, "44 of 44 .* are not in fp16"),
+        ("fp32", external_weights, ArtefactError, "TensorRT cannot read it"),
+        ("fp32", no_text, ArtefactError, "uses what TensorRT does not support: "),
         ("fp16", islands("{"), ArtefactError, "not a whole .onnx"),
         ("fp16", islands('{"a": 1}'), ArtefactError, "no list of names"),
     ],
@@ -307,15 +367,20 @@ def rename_output(model: Any) -> None:
 def test_graphs_that_are_refused(
     exported: dict[Precision, Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     source: Precision,
     change: Callable[[Any], None],
     error: type[Exception],
     problem: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     bad = spoil(exported[source], change, tmp_path / "bad.onnx")
-    with pytest.raises(error, match=problem):
+    if change is no_text:
+        bad.write_bytes(bad.read_bytes().replace(b"Bernoulli", b"Bern\xff\xfe\x1b[m"))
+    with pytest.raises(error, match=problem) as refusal:
         build_engine(bad, tmp_path / "e.plan", RTX)
-    assert [p.name for p in tmp_path.iterdir()] == ["bad.onnx"]
+    assert "\x1b" not in str(refusal.value)
+    assert not list(tmp_path.glob("*plan*"))
 
 
 def test_files_that_are_refused(exported: dict[Precision, Path], tmp_path: Path) -> None:
@@ -405,11 +470,11 @@ def test_damaged_plans(engine: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="not a whole .plan file"):
         read_spec(plan(whole[:spec] + b'{"spec_version":' + b"[" * 3000 + whole[spec + 3016 :]))
     with pytest.raises(ArtefactError, match="is missing: an engine is native code"):
-        require_trusted(plan(whole))
-    require_trusted(plan(whole, right))
+        trusted(plan(whole))
+    trusted(plan(whole, right))
     for content, digest in ((whole[:-1] + b"x", right), (whole, "0" * 64), (whole, "ü"), (whole, "\n")):
         with pytest.raises(ArtefactError, match="damaged, edited or replaced"):
-            require_trusted(plan(content, digest))
+            trusted(plan(content, digest))
     assert json.loads(call("inspect", nameless, "--json").stdout)["plan"] == {
         "flavour": "tensorrt-rtx",
         "version": trt.__version__,
@@ -417,25 +482,77 @@ def test_damaged_plans(engine: Path, tmp_path: Path) -> None:
     }
 
 
-def test_a_plan_of_another_machine() -> None:
+AMPERE, HOPPER, TURING = Gpu("RTX 3060", "8.6", 1), Gpu("H100", "9.0", 1), Gpu("T4", "7.5", 1)
+BUILT = EngineSpec(
+    flavour="tensorrt", version="11.4.0.106", capabilities=("8.6",), gpu="A10", batches=((1, 64, 64),)
+)
+
+
+def test_a_plan_of_another_machine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What it was built for, what is here, and the command."""
-    path, ampere, hopper = Path("my engine.plan"), Gpu("RTX 3060", "8.6", 1), Gpu("H100", "9.0", 1)
-    built = EngineSpec(
-        flavour="tensorrt", version="11.4.0.106", capabilities=("8.6",), gpu="A10", batches=((1, 1, 1),)
-    )
-    head = PlanHead("tensorrt", "11.4.0.106")
-    require_runs_here(path, head, built, "11.4.0.99", ampere)
-    require_runs_here(path, head, None, "11.4.0.106", hopper)
-    again = "build it again here, with ddpm-export 'my engine.onnx' -o 'my engine.plan'"
+    path, head = tmp_path / "my engine.plan", PlanHead("tensorrt", "11.4.0.106")
+    path.write_bytes(b"ftrt" + bytes(20) + bytes([11, 4, 0, 106]) + bytes(100))
+    require_runs_here(path, head, BUILT, "11.4.0.99", Gpu("A10", "8.6", 1))
+    require_runs_here(path, head, None, "11.4.0.106", HOPPER)
+    require_runs_here(path, PlanHead("tensorrt", ""), None, "10.16.1.11", HOPPER)  # TensorRT itself will say
+    assert caplog.text == ""
+    require_runs_here(path, head, BUILT, "11.4.0.99", AMPERE)
+    assert "was built on A10, and this is RTX 3060: it may be slow or fail; build it again" in caplog.text
+    again = f"build it again here, with ddpm-export '{tmp_path}/my engine.onnx' -o '{path}'"
     with pytest.raises(
         ArtefactError, match=f"built for compute capability 8.6 .A10., and this is H100 .9.0.: {again}"
     ):
-        require_runs_here(path, head, built, "11.4.0.106", hopper)
+        require_runs_here(path, head, BUILT, "11.4.0.106", HOPPER)
     with pytest.raises(
         ArtefactError, match=f"built by tensorrt 11.4.0.106, and 10.16.1.11 is installed here: {again}"
     ):
-        require_runs_here(path, head, built, "10.16.1.11", ampere)
-    assert " --rtx " in rebuild_hint(path, msgspec.structs.replace(built, flavour="tensorrt-rtx"))
+        require_runs_here(path, head, BUILT, "10.16.1.11", AMPERE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus"),
+    [
+        ({}, [AMPERE]),
+        ({"hardware_compatible": True, "capabilities": ()}, [AMPERE, HOPPER]),
+        ({"flavour": "tensorrt-rtx", "capabilities": ()}, [AMPERE]),
+        ({"flavour": "tensorrt-rtx", "capabilities": ("8.9",)}, []),
+    ],
+)
+def test_which_gpus_an_engine_runs_on(changes: dict[str, Any], gpus: list[Gpu]) -> None:
+    built = msgspec.structs.replace(BUILT, **changes)
+    assert [gpu for gpu in (AMPERE, HOPPER, TURING) if runs_on(built, gpu)] == gpus
+
+
+@pytest.mark.parametrize(
+    ("changes", "precision", "gpu", "options"),
+    [
+        ({}, "fp16", HOPPER, "--max-batch 64"),
+        ({"batches": ((1, 8, 64),)}, "tf32", HOPPER, "--precision tf32 --max-batch 64 --opt-batch 8"),
+        (
+            {"batches": ((1, 1, 1), (8, 8, 8)), "refittable": True},
+            "fp16",
+            HOPPER,
+            "--batch-buckets 1,8 --refittable",
+        ),
+        ({"flavour": "tensorrt-rtx", "capabilities": ()}, "fp16", AMPERE, "--rtx --max-batch 64"),
+        (
+            {"flavour": "tensorrt-rtx", "capabilities": ()},
+            "fp16",
+            HOPPER,
+            "--max-batch 64",
+        ),  # which RTX cannot
+        ({"hardware_compatible": True}, "fp16", TURING, "--max-batch 64 --hardware-compatible"),
+    ],
+)
+def test_the_command_that_rebuilds_an_engine(
+    changes: dict[str, Any], precision: Precision, gpu: Gpu, options: str
+) -> None:
+    spec = msgspec.structs.replace(
+        tiny_spec(), precision=precision, engine=msgspec.structs.replace(BUILT, **changes)
+    )
+    assert " ".join(_options_of(spec, gpu)) == options
+    parsed = main.make_context("ddpm-export", ["m.onnx", *options.split(), "-o", "e.plan"])
+    assert engine_settings(parsed.params, spec).batches == spec.engine.batches  # type: ignore[union-attr]
 
 
 def test_the_source_of_a_plan(tmp_path: Path) -> None:
@@ -500,9 +617,13 @@ def test_without_a_gpu_the_engine_is_skipped_or_insisted_on(
     for insisting in (["-o", "engine.plan"], ["--engine"], ["--precision", "tf32"]):
         refused(call("export", "model.pt", *insisting), 1, "cannot be built here: no NVIDIA GPU is visible")
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
-    result = call("export", "model.pt", "--max-batch", 8, "--batch-buckets", "1,8")
+    for contradiction in (["--max-batch", 8, "--batch-buckets", "1"], ["-o", "net.onnx", "--max-batch", 8]):
+        refused(call("export", "model.pt", *contradiction), 2)
+    refused(call("export", "model.pt", "--compute-capability", "8.6"), 1, "are of TensorRT-RTX")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    result = call("export", "model.pt", "--timing-cache", "my timing.cache", "--batch-buckets", "1,8")
     assert result.exit_code == 0
-    again = "ddpm-export model.onnx --max-batch 8 --batch-buckets 1,8 -o engine.plan"
+    again = "ddpm-export model.onnx --batch-buckets 1,8 --timing-cache 'my timing.cache' -o engine.plan"
     assert (
         result.stdout.splitlines()[-1]
         == f"engine.plan skipped: no NVIDIA GPU is visible. On the target: {again}"
@@ -551,7 +672,9 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
         (["m.onnx", "--rtx", "--batch-buckets", "a"], 2, "not of the form 1,8,64"),
         (["m.onnx", "--rtx", "--compute-capability", "9.0"], 2, "'9.0' is not one of"),
         (["m.onnx", "--rtx", "--hardware-compatible"], 1, "is of TensorRT"),
-        (["m.onnx", "--rtx", "--timing-cache", "t"], 1, "are of TensorRT"),
+        (["m.onnx", "--rtx", "--timing-cache", "t.cache"], 1, "are of TensorRT"),
+        (["m.onnx", "--timing-cache", "m.onnx"], 1, "must end in .cache"),
+        (["m.onnx", "--rtx", "-o", "a.plan"], 1, "a.proof.npz exists and is not the proof of this model"),
         (["m.onnx", "--compute-capability", "8.6"], 1, "are of TensorRT-RTX"),
         (["m.onnx", "--rtx", "--workspace", "0"], 2, "--workspace"),
         (["m.onnx", "--rtx", "-o", "other.plan"], 1, "holds another model"),
@@ -567,6 +690,7 @@ def test_bad_arguments(
     monkeypatch.chdir(fp16.parent)
     Path("other.plan").write_text("all that there is of it")
     Path("folder.plan").mkdir()
+    Path("a.proof.npz").write_text("the proof of a")
     before = sorted(fp16.parent.iterdir())
     refused(call("export", *arguments), code, problem)
     assert sorted(fp16.parent.iterdir()) == before

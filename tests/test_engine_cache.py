@@ -1,5 +1,6 @@
 """Build on arrival: one engine for the machine, whoever asks and however often."""
 
+import fcntl
 import logging
 import os
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from ddpm_deploy.artefact import read_spec
+from ddpm_deploy.engine import cache
 from ddpm_deploy.engine.build import EngineSettings
-from ddpm_deploy.engine.cache import built_on_arrival, cache_folder, timing_cache_path
+from ddpm_deploy.engine.cache import built_on_arrival, cache_folder, with_timing_cache
 from ddpm_deploy.errors import ArtefactError, BackendError, OutputError
-from ddpm_deploy.plan import digest_path
+from ddpm_deploy.gpu import Driver, Gpu
+from ddpm_deploy.plan import digest_path, trusted
 from ddpm_deploy.spec import Precision
 
 pytest.importorskip("tensorrt_rtx")
@@ -29,7 +32,8 @@ print(built_on_arrival(Path(sys.argv[1]), EngineSettings(flavour="tensorrt-rtx")
 
 
 def same(path: Path) -> Path:
-    """A loader that loads nothing."""
+    """A loader that does the first thing that one does."""
+    trusted(path)
     return path
 
 
@@ -61,37 +65,81 @@ def test_what_an_engine_depends_on_is_in_its_name(exported: dict[Precision, Path
     assert len({built_on_arrival(*each, same, folder=tmp_path) for each in others}) == len(others)
 
 
-def test_an_engine_that_does_not_load_is_built_again_loudly(
+def test_the_machine_is_in_its_name(exported: dict[Precision, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPU, driver, CUDA and TensorRT's version: names of machines, of which none is here."""
+    machines = [
+        Driver(),
+        Driver("580", "13.0", (Gpu("A10", "8.6", 1),)),
+        Driver("590", "13.0", (Gpu("A10", "8.6", 1),)),
+        Driver("580", "13.1", (Gpu("A10", "8.6", 1),)),
+        Driver("580", "13.0", (Gpu("A100", "8.0", 1),)),
+    ]
+    keys = []
+    for machine in machines:
+        monkeypatch.setattr(cache, "driver", lambda machine=machine: machine)
+        keys.append(cache._key(exported["fp16"], read_spec(exported["fp16"]), RTX))
+    monkeypatch.setattr("tensorrt_rtx.__version__", "1.8.0")
+    keys.append(cache._key(exported["fp16"], read_spec(exported["fp16"]), RTX))
+    assert len(set(keys)) == len(machines) + 1
+
+
+def test_an_engine_that_cannot_be_used_is_built_again_loudly(
     exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
     whole = plan.read_bytes()
     plan.write_bytes(whole[:-1])
     built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
-    assert "the cached engine does not load, and is built again: " in caplog.text
+    assert "the cached engine cannot be used, and is built again: " in caplog.text
     assert len(plan.read_bytes()) == len(whole)
-
-    refusals = [BackendError("an older driver's"), None]
-
-    def refuse_once(path: Path) -> Path:
-        error = refusals.pop(0)
-        if error:
-            raise error
-        return path
-
-    caplog.clear()
-    built_on_arrival(exported["fp16"], RTX, refuse_once, folder=tmp_path)
-    assert "built again: an older driver's" in caplog.text
     digest_path(plan).unlink()
     caplog.clear()
     built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
     assert "is missing: an engine is native code" in caplog.text
 
-    def refuse(path: Path) -> Path:
-        raise BackendError("never")
 
-    with pytest.raises(BackendError, match="never"):  # and not again and again
-        built_on_arrival(exported["fp16"], RTX, refuse, folder=tmp_path)
+def test_what_building_again_cannot_mend_is_not_built_again(
+    exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No memory left, say; and an engine that was just built is not built again and again."""
+    written = built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path).stat().st_mtime_ns
+
+    def full(path: Path) -> Path:
+        raise BackendError("the GPU has no memory left")
+
+    def refused(path: Path) -> Path:
+        raise ArtefactError("never")
+
+    with pytest.raises(BackendError, match="no memory left"):
+        built_on_arrival(exported["fp16"], RTX, full, folder=tmp_path)
+    (plan,) = tmp_path.glob("*.plan")
+    assert plan.stat().st_mtime_ns == written
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    with pytest.raises(ArtefactError, match="never"):
+        built_on_arrival(exported["fp16"], RTX, refused, folder=tmp_path)
+    assert caplog.text.count("building an engine") == 1
+
+
+def test_loading_does_not_wait_for_others(exported: dict[Precision, Path], tmp_path: Path) -> None:
+    """Nor write anything: a cache that is filled may be read-only, and its lock be held."""
+    plan = built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    with plan.with_suffix(".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path) == plan
+    plan.with_suffix(".lock").unlink()
+    assert built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path) == plan
+    assert not plan.with_suffix(".lock").exists()
+
+
+def test_a_cache_that_others_may_write_to(exported: dict[Precision, Path], tmp_path: Path) -> None:
+    open_to_all = tmp_path / "shared"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    with pytest.raises(OutputError, match="others may write to .* chmod go-w"):
+        built_on_arrival(exported["fp16"], RTX, same, folder=open_to_all)
+    built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path / "own")
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
 
 
 def test_two_processes_build_it_once(exported: dict[Precision, Path], tmp_path: Path) -> None:
@@ -116,7 +164,7 @@ def test_two_processes_build_it_once(exported: dict[Precision, Path], tmp_path: 
 
 def test_a_cache_that_cannot_be_written(exported: dict[Precision, Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="the cache of engines .* cannot be written: .*XDG_CACHE_HOME"):
+    with pytest.raises(OutputError, match="the cache of engines .* cannot be used: .*XDG_CACHE_HOME"):
         built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path / "file" / "engines")
 
 
@@ -149,4 +197,6 @@ def test_where_the_caches_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "ddpm-deploy"
-    assert timing_cache_path("tensorrt-rtx", "any") is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its specification says to ignore
+    assert cache_folder() == tmp_path / ".cache" / "ddpm-deploy"
+    assert with_timing_cache(RTX) == RTX

@@ -27,7 +27,7 @@ from tests.host_device import HostDevice
 TRT: Any = SimpleNamespace(
     ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
     TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
-    nptype=np.dtype,
+    DataType=SimpleNamespace(FLOAT="float", INT64="int64"),
 )
 SCRATCH = 1000
 
@@ -63,7 +63,7 @@ class Engine:
         return "out" if name == "prediction" else "in"
 
     def get_tensor_dtype(self, name: str) -> str:
-        return "float32"
+        return "int64" if name == "y" else "float"
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return -1, *self._shapes[name]

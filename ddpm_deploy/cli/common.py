@@ -217,13 +217,17 @@ def require_apart(output: Path, others: Iterable[Path]) -> None:
 
 def refuse_given(ctx: click.Context, allowed: Container[str], why: str) -> None:
     """A mistake in the command line where options were typed other than the allowed ones."""
-    given = sorted(
-        "--" + name.replace("_", "-")
-        for name in ctx.params
-        if name not in allowed and ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-    )
+    given = [
+        max(parameter.opts, key=len) for parameter in typed_options(ctx) if parameter.name not in allowed
+    ]
     if given:
-        raise click.UsageError(f"{', '.join(given)} {why}")
+        raise click.UsageError(f"{', '.join(sorted(given))} {why}")
+
+
+def typed_options(ctx: click.Context) -> list[click.Parameter]:
+    """What was typed on the command line, and not left to its default."""
+    typed = click.core.ParameterSource.COMMANDLINE
+    return [p for p in ctx.command.params if p.name and ctx.get_parameter_source(p.name) == typed]
 
 
 weights_option = click.option(

@@ -27,7 +27,7 @@ _MARKS: Final = {"works": "works", "builds": "builds", "absent": "-", "broken": 
 def main(as_json: bool) -> None:
     """Say what is installed and visible, run a chain whose answer is known on every backend, and give a verdict.
 
-    Exits with 1 where something is broken, or nothing runs. Takes seconds, and changes nothing.
+    Exits with 1 where something is broken, or nothing runs. Takes seconds, and leaves nothing behind.
     """
     from ddpm_deploy.gpu import driver as ask_driver
     from ddpm_deploy.runtime.doctor import about, installed, problems, run_backends

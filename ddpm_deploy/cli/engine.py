@@ -1,12 +1,13 @@
 """What ddpm-export says and asks of engines: its options, what was built, and why one was not."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ddpm_deploy.cli.common import FilePath, logger
+from ddpm_deploy.cli.common import FilePath, logger, typed_options
 from ddpm_deploy.cli.progress import plural, stage
 
 if TYPE_CHECKING:
@@ -110,15 +111,11 @@ def flavour_of(options: dict[str, Any]) -> "Flavour":
 
 
 def engine_settings(options: dict[str, Any], spec: "ModelSpec") -> "EngineSettings":
-    """What the options say. Raises SettingError where they contradict one another."""
+    """What the options say of a model's engine. Raises SettingError where they contradict one another."""
     from ddpm_deploy.engine.build import EngineSettings
-    from ddpm_deploy.engine.cache import timing_cache_path
-    from ddpm_deploy.gpu import visible_gpu
 
-    gpu, flavour = visible_gpu(), flavour_of(options)
-    timing_cache = options["timing_cache"] or (timing_cache_path(flavour, gpu.name) if gpu else None)
     return EngineSettings(
-        flavour=flavour,
+        flavour=flavour_of(options),
         batches=_batches(options, spec),
         tf32=options["precision"] == "tf32",
         workspace=None if options["workspace"] is None else int(options["workspace"] * _GIB),
@@ -126,18 +123,18 @@ def engine_settings(options: dict[str, Any], spec: "ModelSpec") -> "EngineSettin
         refittable=options["refittable"],
         hardware_compatible=options["hardware_compatible"],
         capabilities=options["capabilities"],
-        timing_cache=timing_cache,
+        timing_cache=options["timing_cache"],
     )
 
 
 def _batches(options: dict[str, Any], spec: "ModelSpec") -> tuple[tuple[int, int, int], ...]:
-    from ddpm_deploy.engine.build import default_max_batch
+    from ddpm_deploy.engine.build import default_engine_batch
 
     if options["buckets"]:
         if options["max_batch"] or options["opt_batch"]:
             raise click.UsageError("--batch-buckets is instead of --max-batch and --opt-batch")
         return tuple((size, size, size) for size in options["buckets"])
-    largest = options["max_batch"] or default_max_batch(spec)
+    largest = options["max_batch"] or default_engine_batch(spec)
     best = options["opt_batch"] or largest
     if best > largest:
         raise click.UsageError(f"--opt-batch {best} is more than --max-batch {largest}")
@@ -154,15 +151,25 @@ def build(onnx: Path, plan: Path, settings: "EngineSettings") -> None:
     """Build an engine, put the proof of the .onnx beside it, and tell what was built."""
     from ddpm_deploy.artefact import read_spec
     from ddpm_deploy.engine.build import build_engine
+    from ddpm_deploy.engine.cache import with_timing_cache
     from ddpm_deploy.files import show
 
     logger.info("building %s with %s", show(plan), settings.flavour)
-    layers = build_engine(onnx, plan, settings, stage)
+    layers = build_engine(onnx, plan, with_timing_cache(settings), stages=stage)
     carry_proof(onnx, plan)
     _tell(plan, read_spec(plan), layers)
 
 
+def engine_files(plan: Path) -> list[Path]:
+    """What is written of an engine."""
+    from ddpm_deploy.plan import digest_path
+    from ddpm_deploy.runtime.proof import proof_path
+
+    return [plan, digest_path(plan), proof_path(plan)]
+
+
 def carry_proof(onnx: Path, plan: Path) -> None:
+    """Put the proof of an .onnx beside its engine."""
     from ddpm_deploy.files import atomic
     from ddpm_deploy.runtime.proof import proof_path
 
@@ -170,6 +177,25 @@ def carry_proof(onnx: Path, plan: Path) -> None:
     if proof.exists() and proof.resolve() != copy.resolve():
         with atomic(copy) as temporary:
             temporary.write_bytes(proof.read_bytes())
+
+
+def require_same_proof(plan: Path, digest: str) -> None:
+    """Refuse to replace the proof of another model, which is beside `plan` by its name."""
+    from ddpm_deploy.errors import ArtefactError, OutputError
+    from ddpm_deploy.files import show
+    from ddpm_deploy.runtime.proof import load_proof, proof_path
+
+    proof = proof_path(plan)
+    if not proof.exists():
+        return
+    try:
+        same = load_proof(proof).spec.provenance.digest == digest
+    except ArtefactError:
+        same = False
+    if not same:
+        raise OutputError(
+            f"{show(proof)} exists and is not the proof of this model: choose another --output, or pass --force"
+        )
 
 
 def _tell(plan: Path, spec: "ModelSpec", layers: "Layers") -> None:
@@ -182,7 +208,7 @@ def _tell(plan: Path, spec: "ModelSpec", layers: "Layers") -> None:
     if spec.precision in ("fp16", "bf16"):
         click.echo(
             f"{len(layers.products) - len(kept)} of {plural(len(layers.products), 'convolution')} and matrix products "
-            f"are in {spec.precision}; in float32, as was meant: {', '.join(kept)}"
+            f"are in {spec.precision}; in float32, as was meant: {', '.join(map(show, kept))}"
         )
     click.echo("next, on a machine with such a GPU:")
     click.echo(f"  ddpm-run {quoted(plan)} --steps {spec.timesteps} -o samples.png")
@@ -199,30 +225,29 @@ def built_for(engine: "EngineSpec") -> str:
     return f"{name} {engine.version} for {gpus}{where}, batch {batches}"
 
 
-def skipped(onnx: Path, typed: list[str], reason: str) -> None:
-    """Tell why there is no engine, and the command that makes one elsewhere."""
+def skipped(onnx: Path, options: list[str], reason: str) -> None:
+    """Tell why there is no engine, and the command that makes one elsewhere with these options."""
     from ddpm_deploy.files import quoted
 
-    command = " ".join(["ddpm-export", quoted(onnx), *typed, "-o", "engine.plan"])
+    command = " ".join(["ddpm-export", quoted(onnx), *options, "-o", "engine.plan"])
     click.echo(f"engine.plan skipped: {reason}. On the target: {command}")
 
 
-def typed_options(ctx: click.Context) -> list[str]:
-    """The options of engines as they were typed."""
-    words = []
-    for parameter in ctx.command.params:
-        name = parameter.name or ""
-        if (
-            name in ENGINE_OPTIONS
-            and ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        ):
-            value = ctx.params[name]
-            flag = parameter.opts[0]
-            if value is True:
-                words.append(flag)
-            elif name == "buckets":
-                words += [flag, ",".join(map(str, value))]
-            else:
-                values = value if isinstance(value, tuple) else (value,)
-                words += [word for item in values for word in (flag, str(item))]
-    return words
+def engine_words(ctx: click.Context) -> list[str]:
+    """The options of engines as they were typed, to be pasted into a shell."""
+    words: list[str] = []
+    for parameter in typed_options(ctx):
+        value, flag = ctx.params[parameter.name or ""], parameter.opts[0]
+        if parameter.name not in ENGINE_OPTIONS:
+            continue
+        if value is True:
+            words.append(flag)
+        elif parameter.name == "buckets":
+            words += [flag, ",".join(map(str, value))]
+        else:
+            words += [
+                word
+                for item in (value if isinstance(value, tuple) else (value,))
+                for word in (flag, str(item))
+            ]
+    return [shlex.quote(word) for word in words]

@@ -13,12 +13,14 @@ from ddpm_deploy.cli.engine import (
     ENGINE_OPTIONS,
     build,
     carry_proof,
+    engine_files,
     engine_name,
     engine_options,
     engine_settings,
+    engine_words,
     flavour_of,
+    require_same_proof,
     skipped,
-    typed_options,
 )
 from ddpm_deploy.cli.progress import stage
 
@@ -99,7 +101,7 @@ def main(ctx: click.Context, /, model: Path, **options: Any) -> None:
     if suffix in CHECKPOINT_SUFFIXES:
         if options["refit"]:
             raise click.UsageError("--refit takes the new weights from an .onnx: export the checkpoint first")
-        _from_checkpoint(ctx, model, options)
+        _from_checkpoint(ctx, model, spec, options)
     elif options["refit"]:
         refuse_given(ctx, _WITH_REFIT, "cannot be given with --refit: the engine has its own settings")
         _refit(model, spec, options)
@@ -116,46 +118,59 @@ def _half(ctx: click.Context, precision: "Precision") -> "Precision":
     return "fp16"
 
 
-def _from_checkpoint(ctx: click.Context, checkpoint: Path, options: dict[str, Any]) -> None:
+def _from_checkpoint(
+    ctx: click.Context, checkpoint: Path, spec: "ModelSpec", options: dict[str, Any]
+) -> None:
     """The .onnx, and the engine where it was asked for or can be had."""
     from ddpm_deploy.dependencies import require, require_onnxruntime
     from ddpm_deploy.errors import BackendError, SettingError
     from ddpm_deploy.files import show
-    from ddpm_deploy.plan import PLAN_SUFFIX
 
-    precision = options["precision"]
+    precision, output = options["precision"], options["output"]
     if options["every"] and precision in ("fp32", "tf32"):
         raise click.UsageError("--all is of the calibration of bf16 and fp16")
-    output, named = options["output"], None
-    if output and output.suffix.lower() == PLAN_SUFFIX:
-        output, named = output.with_suffix(".onnx"), output
+    named = output if output and output.suffix.lower() == ".plan" else None
     insisted = bool(named) or options["engine"] or options["rtx"] or precision == "tf32"
     wanted = insisted or output is None
+    words = engine_words(ctx)
+    if words and not wanted:
+        raise click.UsageError(
+            f"{' '.join(words)}: of an engine, and -o names an .onnx; add --engine, or leave it out"
+        )
     tag = f".{precision}" if precision in ("bf16", "fp16") else ""
-    onnx = output or checkpoint.with_suffix(f"{tag}.onnx")
+    onnx = output.with_suffix(".onnx") if named else output or checkpoint.with_suffix(f"{tag}.onnx")
     if onnx.suffix.lower() != ".onnx":
         raise SettingError(f"{show(onnx)}: the output's name must end in .onnx or .plan")
     plan = named or engine_name(onnx, options)
+    engines = engine_files(plan) if wanted else []
     check_outputs(
-        [*_written(onnx), *(_engine_files(plan) if wanted else ()), options["report"]], [checkpoint]
+        dict.fromkeys([*_written(onnx), *engines, options["timing_cache"], options["report"]]), [checkpoint]
     )
+    settings = engine_settings(options, spec) if wanted else None
     missing = _why_no_engine(options) if wanted else None
     if insisted and missing:
-        raise BackendError(
-            f"{show(plan)} cannot be built here: {missing}. To make the .onnx here and the engine elsewhere, leave out "
-            "--engine, --precision tf32 and -o with .plan; or build one of TensorRT-RTX with --rtx"
-        )
+        raise BackendError(f"{show(plan)} cannot be built here: {missing}. {_instead(options)}")
     require("torch", "export")
     require("onnx", "export")
     require_onnxruntime()
-    _export(checkpoint, onnx, options)
-    if wanted and missing:
-        skipped(onnx, typed_options(ctx), missing)
-    elif wanted:
-        _engine(onnx, plan, options)
+    _export(checkpoint, onnx, plan if wanted and not missing else None, options)
+    if missing:
+        skipped(onnx, words, missing)
+    elif settings:
+        build(onnx, plan, settings)
 
 
-def _export(checkpoint: Path, onnx: Path, options: dict[str, Any]) -> None:
+def _instead(options: dict[str, Any]) -> str:
+    """What to do where an engine that was insisted on cannot be built."""
+    elsewhere = (
+        "Make the .onnx here, with neither --engine, --rtx, --precision tf32 nor -o with .plan, and the engine of that "
+        "where it can be built"
+    )
+    return elsewhere if options["rtx"] else f"{elsewhere}; or one of TensorRT-RTX here, with --rtx"
+
+
+def _export(checkpoint: Path, onnx: Path, plan: Path | None, options: dict[str, Any]) -> None:
+    """The .onnx; plan: the engine that will be built of it."""
     from ddpm_deploy.export.graph import export_onnx
     from ddpm_deploy.files import show
     from ddpm_deploy.train.checkpoint import load_network
@@ -164,6 +179,8 @@ def _export(checkpoint: Path, onnx: Path, options: dict[str, Any]) -> None:
     graph: GraphPrecision = "fp32" if options["precision"] == "tf32" else options["precision"]
     if not options["force"]:
         _require_same_model(onnx, spec.provenance.digest, graph)
+        if plan:
+            _require_same_engine(plan, spec.provenance.digest, options["precision"])
     logger.info("exporting %s in %s, then checking it in ONNX Runtime", show(checkpoint), graph)
     export = export_onnx(network, spec, onnx, precision=graph, every=options["every"], stages=stage)
     if options["report"]:
@@ -183,48 +200,46 @@ def _from_onnx(ctx: click.Context, onnx: Path, spec: "ModelSpec", options: dict[
             f"{show(onnx)} is in {spec.precision}, which its engine will be: for {precision}, export the checkpoint "
             f"with --precision {precision}"
         )
-    plan = _plan_output(options["output"] or engine_name(onnx, options))
-    check_outputs(_engine_files(plan), [*_written(onnx)] if plan.stem != onnx.stem else [onnx])
-    _engine(onnx, plan, options)
-
-
-def _engine(onnx: Path, plan: Path, options: dict[str, Any]) -> None:
-    from ddpm_deploy.artefact import read_spec
-
-    spec = read_spec(onnx)
     settings = engine_settings(options, spec)
+    plan = _plan_output(options["output"] or engine_name(onnx, options))
+    _check_engine(plan, onnx, [onnx], options)
     if not options["force"]:
-        _require_same_model(plan, spec.provenance.digest, "tf32" if settings.tf32 else spec.precision)
+        _require_same_engine(plan, spec.provenance.digest, "tf32" if settings.tf32 else spec.precision)
     build(onnx, plan, settings)
 
 
 def _refit(onnx: Path, spec: "ModelSpec", options: dict[str, Any]) -> None:
     """New weights in an engine that there is."""
-    from ddpm_deploy.engine.refit import refit_engine
+    from ddpm_deploy.artefact import read_spec
+    from ddpm_deploy.engine.refit import refit_engine, refitted_spec
     from ddpm_deploy.files import show
 
     engine: Path = options["refit"]
-    plan = _plan_output(options["output"] or engine_name(onnx, options))
-    check_outputs(
-        _engine_files(plan), [*_written(onnx), engine] if plan.stem != onnx.stem else [onnx, engine]
-    )
+    result = refitted_spec(onnx, spec, engine, read_spec(engine))
+    assert result.engine is not None
+    like = {"precision": result.precision, "rtx": result.engine.flavour == "tensorrt-rtx"}
+    plan = _plan_output(options["output"] or engine_name(onnx, like))
+    _check_engine(plan, onnx, [onnx, engine], options)
     if not options["force"]:
-        _require_same_model(plan, spec.provenance.digest, spec.precision)
+        _require_same_engine(plan, spec.provenance.digest, result.precision)
     refit_engine(onnx, engine, plan)
     carry_proof(onnx, plan)
     click.echo(f"wrote {show(plan)} (the engine {show(engine)} with the weights of {show(onnx)})")
+
+
+def _check_engine(plan: Path, onnx: Path, read: list[Path], options: dict[str, Any]) -> None:
+    """Refuse outputs that cannot be written, or that would replace what is read."""
+    from ddpm_deploy.runtime.proof import proof_path
+
+    own = proof_path(onnx)
+    files = [file for file in engine_files(plan) if file.resolve() != own.resolve()]
+    check_outputs([*files, options["timing_cache"]], [*read, own])
 
 
 def _written(onnx: Path) -> list[Path]:
     from ddpm_deploy.runtime.proof import proof_path
 
     return [onnx, proof_path(onnx)]
-
-
-def _engine_files(plan: Path) -> list[Path]:
-    from ddpm_deploy.plan import digest_path
-
-    return [plan, digest_path(plan)]
 
 
 def _plan_output(output: Path) -> Path:
@@ -246,6 +261,12 @@ def _why_no_engine(options: dict[str, Any]) -> str | None:
     except (BackendError, DependencyError) as error:
         return str(error)
     return None
+
+
+def _require_same_engine(plan: Path, digest: str, precision: "Precision") -> None:
+    """Refuse to replace an engine, or a proof, of another model."""
+    _require_same_model(plan, digest, precision)
+    require_same_proof(plan, digest)
 
 
 def _tell(export: "Export", checkpoint: Path, output: Path, spec: "ModelSpec") -> None:

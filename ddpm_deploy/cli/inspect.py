@@ -45,11 +45,11 @@ def _plan(file: Path) -> dict[str, Any]:
     """What can be read of an engine: one that another tool built has no ModelSpec."""
     from ddpm_deploy.artefact import read_spec
     from ddpm_deploy.errors import ArtefactError, SpecError
-    from ddpm_deploy.plan import digest_path, read_plan_head, require_trusted
+    from ddpm_deploy.plan import digest_path, read_plan_head, trusted
 
     head = asdict(read_plan_head(file))
     try:
-        require_trusted(file)
+        trusted(file)
         head["digest"] = "right"
     except ArtefactError:
         head["digest"] = "wrong" if digest_path(file).exists() else "missing"
@@ -61,5 +61,5 @@ def _plan(file: Path) -> dict[str, Any]:
 
 def _text(value: object) -> str:
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) if value else "none"
+        return show(", ".join(map(str, value))) if value else "none"
     return "none" if value in (None, "") else show(str(value))

@@ -312,7 +312,7 @@ class _Watch:
         """End after the step at hand."""
         self._stopped = True
 
-    def signals(self) -> AbstractContextManager[None]:
+    def signals(self) -> AbstractContextManager[object]:
         """Take Ctrl-C as `stop` where that saves something."""
         from ddpm_deploy.signals import stop_on_signals
 

@@ -129,11 +129,11 @@ def _climb(
 
 def _look_at(model: Path) -> None:
     """What can be said of a model before minutes of work."""
-    from ddpm_deploy.artefact import is_intact, non_finite_tensor, read_spec
+    from ddpm_deploy.artefact import ONNX_SUFFIX, is_intact, non_finite_tensor, read_spec
     from ddpm_deploy.errors import ArtefactError, SettingError
     from ddpm_deploy.files import show
 
-    if read_spec(model).precision == "bf16":
+    if read_spec(model).precision == "bf16" and model.suffix.lower() == ONNX_SUFFIX:
         raise SettingError(
             f"{show(model)} is in bfloat16, which ONNX Runtime has not on a CPU: ddpm-export checked it, by an oracle"
         )

@@ -1,12 +1,14 @@
 """The two TensorRTs behind one name: which is installed, and its log as ours."""
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import BackendError, DependencyError, first_line
-from ddpm_deploy.gpu import visible_gpu
+from ddpm_deploy.files import show
+from ddpm_deploy.gpu import Gpu, visible_gpu
 from ddpm_deploy.spec import Flavour
 
 logger = logging.getLogger(__name__)
@@ -43,10 +45,12 @@ def require_builder(flavour: Flavour, *, refittable: bool = False) -> Any:
     return load_tensorrt(flavour)
 
 
-def require_gpu() -> None:
-    """Raise BackendError where no GPU is visible; `ddpm-deploy doctor` says why."""
-    if visible_gpu() is None:
+def require_gpu() -> Gpu:
+    """The GPU that is used. Raises BackendError where none is visible; `ddpm-deploy doctor` says why."""
+    gpu = visible_gpu()
+    if gpu is None:
         raise BackendError("no NVIDIA GPU is visible")
+    return gpu
 
 
 class Log:
@@ -111,6 +115,19 @@ def made(what: str, log: Log, make: Any, *arguments: Any) -> Any:
     if result is None:
         raise BackendError(f"TensorRT could not make {what}: {log.reason('it does not say why')}")
     return result
+
+
+def in_words(say: Callable[[], str]) -> str:
+    """What TensorRT says of a file, for a message: its names may be no text at all."""
+    try:
+        return show(say())
+    except UnicodeDecodeError:
+        return "(a name that is no text)"
+
+
+def name_of(thing: Any) -> str:
+    """The name of a layer or a tensor, for a message."""
+    return in_words(lambda: str(thing.name))
 
 
 def _version(trt: Any) -> tuple[int, int]:

@@ -5,7 +5,8 @@ GPU that it runs on, and needs one; TensorRT-RTX builds for any that it is told,
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +15,22 @@ from typing import Any, Final
 import msgspec
 
 from ddpm_deploy.artefact import read_meant_float32, read_spec, require_intact
-from ddpm_deploy.engine.bindings import Log, log_of, made, require_builder
+from ddpm_deploy.engine.bindings import Log, in_words, log_of, made, name_of, require_builder
 from ddpm_deploy.engine.layers import Layers, inspected, layers_of, require_precision
+from ddpm_deploy.engine.load import CAPABILITIES, deserialized, runs_on
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
 from ddpm_deploy.files import atomic, require_output, show
 from ddpm_deploy.gpu import driver, visible_gpu
-from ddpm_deploy.plan import digest_line, digest_path
+from ddpm_deploy.plan import write_plan
 from ddpm_deploy.signals import stop_on_signals
-from ddpm_deploy.spec import EngineSpec, Flavour, ModelSpec
+from ddpm_deploy.spec import MAX_BATCH, EngineSpec, Flavour, ModelSpec
 from ddpm_deploy.stages import Stages, silent
 
 logger = logging.getLogger(__name__)
 
-# What TensorRT-RTX builds for without a GPU of the kind: not 7.5, which lacks float32 matrix products, and it has no
-# target for 9.0 and 10.0, which TensorRT is for.
-CAPABILITIES: Final = ("8.0", "8.6", "8.9", "12.0", "12.1")
 DEFAULT_LEVEL: Final = 3  # TensorRT's own
+# Where a graph is said to be, so that the parser finds no other file that it may name.
+NOWHERE: Final = "/dev/null/model.onnx"
 SPARE: Final = 200  # characters that a refittable engine's name has left for the ModelSpec of other weights
 
 
@@ -37,7 +38,7 @@ SPARE: Final = 200  # characters that a refittable engine's name has left for th
 class EngineSettings:
     """How to build.
 
-    batches: (smallest, best, largest) of each optimisation profile; none: `default_batches` of the model.
+    batches: (smallest, best, largest) of each optimisation profile; none: up to `default_engine_batch` of the model.
     tf32: round to TensorFloat-32 what float32 layers multiply. workspace: bytes of scratch (None: all there are).
     level: of TensorRT's optimisation, 0 to 5. refittable: take new weights later, at some cost in speed.
     hardware_compatible: of TensorRT: run on every GPU from Ampere on, at some cost in speed.
@@ -57,9 +58,9 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         for smallest, best, largest in self.batches:
-            if not 1 <= smallest <= best <= largest:
+            if not 1 <= smallest <= best <= largest <= MAX_BATCH:
                 raise SettingError(
-                    f"a profile of the batches {smallest}, {best}, {largest} is not in order from 1 up"
+                    f"a profile of the batches {smallest}, {best}, {largest} is not in order from 1 to {MAX_BATCH}"
                 )
         if not 0 <= self.level <= 5:
             raise SettingError(f"the optimisation level must be from 0 to 5, not {self.level}")
@@ -76,6 +77,8 @@ class EngineSettings:
             )
         if self.timing_cache and rtx:
             raise SettingError("timing caches are of TensorRT: TensorRT-RTX measures nothing when it builds")
+        if self.timing_cache and self.timing_cache.suffix != ".cache":
+            raise SettingError(f"{show(self.timing_cache)}: the name of a timing cache must end in .cache")
         if self.hardware_compatible and rtx:
             raise SettingError(
                 "hardware compatibility is of TensorRT: an engine of TensorRT-RTX runs on all the compute "
@@ -83,24 +86,31 @@ class EngineSettings:
             )
 
 
-def default_max_batch(spec: ModelSpec) -> int:
+def default_engine_batch(spec: ModelSpec) -> int:
     """The largest batch of an engine, where nothing else is said: 64, and less for images over 64×64."""
     _, height, width = spec.image_shape
     return max(1, min(64, 64**3 // (height * width)))
 
 
-def build_engine(onnx: Path, path: Path, settings: EngineSettings, stages: Stages = silent) -> Layers:
+def build_engine(
+    onnx: Path,
+    path: Path,
+    settings: EngineSettings,
+    *,
+    spec: ModelSpec | None = None,
+    stages: Stages = silent,
+) -> Layers:
     """Build the engine of an .onnx file of ddpm-export, with its ModelSpec as its name and its digest beside it.
 
-    The spec of the engine says how it was built (`EngineSpec`). stages: shows how far it is. Ctrl-C ends it at the
-    next step of TensorRT's; nothing is left under `path` unless the engine is whole.
+    The spec of the engine says how it was built (`EngineSpec`). spec: in place of the file's own. stages: shows how
+    far it is. Ctrl-C ends it at the next step of TensorRT's; nothing is left under `path` unless the engine is whole.
 
     Raises ArtefactError where the .onnx is not one that can be built, ParityError where it is not in the precision
     it says, DependencyError or BackendError where TensorRT is missing or fails, OutputError where it cannot be
     written.
     """
     require_intact(onnx)
-    spec = read_spec(onnx)
+    spec = spec or read_spec(onnx)
     if settings.tf32 and spec.precision != "fp32":
         raise SettingError(
             f"tf32 rounds what float32 layers multiply, and {show(onnx)} is in {spec.precision}"
@@ -123,10 +133,7 @@ def build_engine(onnx: Path, path: Path, settings: EngineSettings, stages: Stage
     with _timing_cache(config, settings.timing_cache, log):
         plan = _run(trt, builder, network, config, log, stages)
     _inspect(trt, plan, spec, log)
-    with atomic(digest_path(path)) as digest, atomic(path) as temporary:
-        with temporary.open("wb") as file:
-            file.write(plan)
-        digest.write_text(digest_line(temporary, path.name))
+    write_plan(path, plan)
     return layers
 
 
@@ -138,11 +145,12 @@ def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> Mode
     else:
         gpu = found.gpus[0]
         capabilities, where = (() if settings.hardware_compatible else (gpu.capability,)), gpu.name
-    largest = default_max_batch(spec)
+    largest = default_engine_batch(spec)
     engine = EngineSpec(
         flavour=settings.flavour,
         version=version,
         capabilities=capabilities,
+        hardware_compatible=settings.hardware_compatible,
         gpu=where,
         driver=found.version if where else "",
         batches=settings.batches or ((1, largest, largest),),
@@ -153,35 +161,38 @@ def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> Mode
 
 def _parse(trt: Any, network: Any, onnx: Path, log: Log) -> None:
     parser = made("a parser", log, trt.OnnxParser, network, log.handle)
-    # From memory, so that it looks for no other file that the graph may name.
-    if parser.parse(onnx.read_bytes()):
+    if parser.parse(onnx.read_bytes(), NOWHERE):
         return
     problems = [parser.get_error(index) for index in range(parser.num_errors)]
-    named = dict.fromkeys(problem.node_operator() for problem in problems)
+    named = dict.fromkeys(in_words(problem.node_operator) for problem in problems)
     operators = [operator for operator in named if operator and not parser.supports_operator(operator)]
     if operators:
         raise ArtefactError(
-            f"{show(onnx)} uses what TensorRT does not support: {', '.join(map(show, operators))}; export the model "
+            f"{show(onnx)} uses what TensorRT does not support: {', '.join(operators)}; export the model "
             "again with ddpm-export"
         )
-    reason = problems[0].desc() if problems else "it does not say why"
-    raise ArtefactError(f"{show(onnx)}: TensorRT cannot read it: {show(log.reason(reason))}")
+    reason = log.reason(in_words(problems[0].desc) if problems else "it does not say why")
+    raise ArtefactError(f"{show(onnx)}: TensorRT cannot read it: {show(reason)}")
 
 
 def _require_interface(trt: Any, network: Any, spec: ModelSpec, onnx: Path) -> None:
     """The graph must have the inputs and the output of the contract, in the shapes of the spec, B dynamic."""
-    wanted = [("x", "FLOAT", (-1, *spec.image_shape)), ("temb", "FLOAT", (-1, spec.embedding.dim))]
+    wanted = {"x": ("FLOAT", (-1, *spec.image_shape)), "temb": ("FLOAT", (-1, spec.embedding.dim))}
     if spec.num_classes:
-        wanted.append(("y", "INT64", (-1,)))
-    wanted.append(("prediction", "FLOAT", (-1, *spec.prediction_shape)))
-    tensors = [network.get_input(i) for i in range(network.num_inputs)]
-    tensors += [network.get_output(i) for i in range(network.num_outputs)]
-    got = [(tensor.name, tensor.dtype.name, tuple(tensor.shape)) for tensor in tensors]
-    if got != wanted:
+        wanted["y"] = ("INT64", (-1,))
+    result = {"prediction": ("FLOAT", (-1, *spec.prediction_shape))}
+    inputs = _tensors(network.get_input(index) for index in range(network.num_inputs))
+    outputs = _tensors(network.get_output(index) for index in range(network.num_outputs))
+    if (inputs, outputs) != (wanted, result):
         raise ArtefactError(
-            f"{show(onnx)} does not fit its ModelSpec: it has {show(str(got))}, and {wanted} is needed: export it "
-            "again with ddpm-export"
+            f"{show(onnx)} does not fit its ModelSpec: it has {show(f'{inputs} → {outputs}')}, and "
+            f"{wanted} → {result} is needed: export it again with ddpm-export"
         )
+
+
+def _tensors(tensors: Iterable[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The type and shape of each, by name; one that is no text is told as such."""
+    return {name_of(tensor): (tensor.dtype.name, tuple(tensor.shape)) for tensor in tensors}
 
 
 def _set_name(network: Any, spec: ModelSpec) -> None:
@@ -271,13 +282,16 @@ def _timing_cache(config: Any, path: Path | None, log: Log) -> Iterator[None]:
 
 
 def _run(trt: Any, builder: Any, network: Any, config: Any, log: Log, stages: Stages) -> memoryview:
-    """Build, with a bar; Ctrl-C is obeyed at the next step."""
+    """Build, with a bar; a signal is obeyed at the next step."""
     monitor = _monitor(trt, stages)
     config.progress_monitor = monitor
-    with stop_on_signals(monitor.stop, "with nothing written"):
+    with stop_on_signals(monitor.stop, "with nothing written") as received:
         plan = builder.build_serialized_network(network, config)
-    if monitor.stopped:
-        raise KeyboardInterrupt
+    if received:
+        signal.raise_signal(
+            received[0]
+        )  # to whoever handles it otherwise, with nothing of TensorRT's on the stack
+        raise BackendError("the build was stopped by a signal")
     if plan is None:
         raise BackendError(f"TensorRT built no engine: {log.reason('it does not say why')}")
     return memoryview(plan)
@@ -319,18 +333,12 @@ def _monitor(trt: Any, stages: Stages) -> Any:
 
 
 def _inspect(trt: Any, plan: memoryview, spec: ModelSpec, log: Log) -> None:
-    """Where there is a GPU: load the engine, and ask it what it is."""
-    assert spec.engine is not None
+    """Where there is a GPU that can run it: load the engine, and ask it what it is."""
     gpu = visible_gpu()
-    rtx = spec.engine.flavour == "tensorrt-rtx"
-    if gpu is None or (rtx and gpu.capability not in (spec.engine.capabilities or CAPABILITIES)):
+    if gpu is None or spec.engine is None or not runs_on(spec.engine, gpu):
         return
-    runtime = made("a runtime", log, trt.Runtime, log.handle)
-    cuda_engine = made("the engine again from its plan", log, runtime.deserialize_cuda_engine, plan)
-    if cuda_engine.name.rstrip(" ") != spec.to_json():
-        raise BackendError("TensorRT dropped the ModelSpec from the engine's name")
-    information = cuda_engine.create_engine_inspector().get_engine_information(
-        trt.LayerInformationFormat.JSON
-    )
+    cuda_engine = deserialized(trt, log, plan, spec)
+    inspector = made("an inspector", log, cuda_engine.create_engine_inspector)
+    information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     narrow, kernels = inspected(information, spec.precision)
     logger.info("the inspector: %d kernels, %d of them with %s", kernels, narrow, spec.precision)

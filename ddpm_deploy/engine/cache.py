@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,16 +16,15 @@ from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.dependencies import importable
 from ddpm_deploy.engine.bindings import load_tensorrt, require_builder, require_gpu
 from ddpm_deploy.engine.build import (
-    CAPABILITIES,
     EngineSettings,
     build_engine,
-    default_max_batch,
+    default_engine_batch,
     engine_spec,
 )
-from ddpm_deploy.errors import DdpmDeployError, OutputError
-from ddpm_deploy.files import show
-from ddpm_deploy.gpu import visible_gpu
-from ddpm_deploy.plan import require_trusted
+from ddpm_deploy.engine.load import CAPABILITIES
+from ddpm_deploy.errors import ArtefactError, OutputError
+from ddpm_deploy.files import quoted, show
+from ddpm_deploy.gpu import driver, visible_gpu
 from ddpm_deploy.spec import Flavour, ModelSpec
 from ddpm_deploy.stages import Stages, silent
 
@@ -33,36 +33,49 @@ Loaded = TypeVar("Loaded")
 
 
 def cache_folder() -> Path:
-    """The user's own: $XDG_CACHE_HOME/ddpm-deploy, else ~/.cache/ddpm-deploy."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-deploy"
+    """The user's own: $XDG_CACHE_HOME/ddpm-deploy, else ~/.cache/ddpm-deploy.
+
+    Raises OutputError where there is no home.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(given).is_absolute():  # others are to be ignored, by its specification
+        return Path(given) / "ddpm-deploy"
+    try:
+        return Path.home() / ".cache" / "ddpm-deploy"
+    except RuntimeError as error:
+        raise OutputError(f"there is no folder for the cache ({error}): set XDG_CACHE_HOME") from error
 
 
-def timing_cache_path(flavour: Flavour, gpu: str) -> Path | None:
-    """Where TensorRT's measurements of one kind of GPU are kept; None for TensorRT-RTX, which measures nothing."""
-    if flavour != "tensorrt":
-        return None
-    version = load_tensorrt(flavour).__version__
-    return cache_folder() / f"timing-{version}-{'-'.join(gpu.split()) or 'gpu'}.cache"
+def with_timing_cache(settings: EngineSettings) -> EngineSettings:
+    """The settings with the user's own timing cache where they name none, for this GPU and TensorRT."""
+    gpu = visible_gpu()
+    if settings.timing_cache or settings.flavour != "tensorrt" or gpu is None:
+        return settings
+    version = load_tensorrt(settings.flavour).__version__
+    return replace(
+        settings, timing_cache=cache_folder() / f"timing-{version}-{'-'.join(gpu.name.split())}.cache"
+    )
 
 
 def settings_here(spec: ModelSpec, max_batch: int | None) -> EngineSettings:
     """How to build a model on this machine: by TensorRT, or where that is not installed by TensorRT-RTX.
 
+    max_batch: what is asked for, of which there may be less in use than the engine can.
+
     Raises BackendError where no GPU is visible, DependencyError where neither is installed.
     """
-    require_gpu()
-    gpu = visible_gpu()
-    assert gpu is not None
+    gpu = require_gpu()
     flavour: Flavour = "tensorrt"
     if not importable("tensorrt") and importable("tensorrt_rtx") and gpu.capability in CAPABILITIES:
         flavour = "tensorrt-rtx"
     load_tensorrt(flavour)  # with the line that installs it
-    largest = max_batch or default_max_batch(spec)
-    return EngineSettings(
-        flavour=flavour,
-        batches=((1, largest, largest),),
-        capabilities=(gpu.capability,) if flavour == "tensorrt-rtx" else (),
-        timing_cache=timing_cache_path(flavour, gpu.name),
+    largest = max(max_batch or 1, default_engine_batch(spec))
+    return with_timing_cache(
+        EngineSettings(
+            flavour=flavour,
+            batches=((1, largest, largest),),
+            capabilities=(gpu.capability,) if flavour == "tensorrt-rtx" else (),
+        )
     )
 
 
@@ -71,43 +84,58 @@ def built_on_arrival(
     settings: EngineSettings,
     load: Callable[[Path], Loaded],
     *,
+    spec: ModelSpec | None = None,
     folder: Path | None = None,
     stages: Stages = silent,
 ) -> Loaded:
     """What `load` makes of the engine of an .onnx file, which is built where it is not in the cache, and says so.
 
     An engine is looked up by all that it depends on: the file, TensorRT, the GPU, the driver and the settings. Of
-    several processes that ask at once one builds, and the others wait for it. A cached engine that does not load is
-    built again, with a warning. folder: of the cache (None: `cache_folder`).
+    several processes that ask at once one builds, and the others wait for it. A cached engine that cannot be used (an
+    ArtefactError of `load`) is built again, with a warning. spec: in place of the file's own. folder: of the cache
+    (None: `cache_folder`).
 
     Raises what `build_engine` and `load` raise, OutputError where the cache cannot be written.
     """
-    plan = (folder or cache_folder() / "engines") / f"{_key(onnx, settings)}.plan"
+    spec = spec or read_spec(onnx)
+    plan = (folder or cache_folder() / "engines") / f"{_key(onnx, spec, settings)}.plan"
+    loaded = _if_there(plan, load, logging.DEBUG)  # without the lock: others may be reading it too
+    if loaded is not None:
+        return loaded
     with _locked(plan.with_suffix(".lock")):
-        if plan.exists():
-            try:
-                require_trusted(plan)
-                return load(plan)
-            except DdpmDeployError as error:
-                logger.warning("the cached engine does not load, and is built again: %s", error)
+        loaded = _if_there(plan, load, logging.WARNING)  # another process may have built it by now
+        if loaded is not None:
+            return loaded
         logger.info(
             "building an engine of %s for this machine, once: it is kept in %s", show(onnx), show(plan)
         )
         try:
-            build_engine(onnx, plan, settings, stages)
+            build_engine(onnx, plan, settings, spec=spec, stages=stages)
         except OutputError as error:
             raise OutputError(f"{error} (XDG_CACHE_HOME names another place for the cache)") from error
-    return load(plan)
+        return load(plan)
 
 
-def _key(onnx: Path, settings: EngineSettings) -> str:
+def _if_there(plan: Path, load: Callable[[Path], Loaded], level: int) -> Loaded | None:
+    """What is in the cache, if it can be used; where it cannot that is said at `level`."""
+    if not plan.exists():
+        return None
+    try:
+        return load(plan)
+    except ArtefactError as error:
+        logger.log(level, "the cached engine cannot be used, and is built again: %s", error)
+        return None
+
+
+def _key(onnx: Path, spec: ModelSpec, settings: EngineSettings) -> str:
     """Of the file's bytes, not of the weights alone, as a graph may change with them the same."""
     trt = require_builder(settings.flavour, refittable=settings.refittable)
-    spec = engine_spec(read_spec(onnx), settings, str(trt.__version__))
+    found = driver()
     with onnx.open("rb") as file:
         key = hashlib.file_digest(file, "sha256")
-    built = (spec.engine, spec.precision, settings.workspace, settings.level, settings.hardware_compatible)
-    key.update(msgspec.json.encode(built))
+    machine = (found.version, found.cuda, [(gpu.name, gpu.capability) for gpu in found.gpus[:1]])
+    how = msgspec.structs.astuple(engine_spec(spec, settings, str(trt.__version__)))
+    key.update(msgspec.json.encode((machine, how, settings.workspace, settings.level)))
     return key.hexdigest()
 
 
@@ -115,17 +143,28 @@ def _key(onnx: Path, settings: EngineSettings) -> str:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, however that ends."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _require_own(path.parent)
         file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process builds this engine: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         raise OutputError(
-            f"the cache of engines {show(path.parent)} cannot be written: {error.strerror} (XDG_CACHE_HOME names "
+            f"the cache of engines {show(path.parent)} cannot be used: {error.strerror or error} (XDG_CACHE_HOME names "
             "another place for it)"
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            logger.info("another process builds this engine: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _require_own(folder: Path) -> None:
+    """Engines are native code: nobody else may be able to put one into the cache."""
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OutputError(
+            f"others may write to the cache of engines {show(folder)}, and what is in it is run: "
+            f"chmod go-w {quoted(folder)}, or set XDG_CACHE_HOME to a folder of your own"
+        )

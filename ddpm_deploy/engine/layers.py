@@ -9,7 +9,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ddpm_deploy.engine.bindings import name_of
 from ddpm_deploy.errors import ParityError
+from ddpm_deploy.files import show
 from ddpm_deploy.spec import Precision
 
 _NARROW: Final[dict[Precision, str]] = {"fp16": "HALF", "bf16": "BF16"}
@@ -42,9 +44,9 @@ def layers_of(trt: Any, network: Any) -> Layers:
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type in (kinds.CONVOLUTION, kinds.MATRIX_MULTIPLY):
-            products[layer.name] = layer.get_input(0).dtype.name
+            products[name_of(layer)] = layer.get_input(0).dtype.name
         elif layer.type in (kinds.SOFTMAX, kinds.NORMALIZATION):
-            norms[layer.name] = layer.get_input(0).dtype.name
+            norms[name_of(layer)] = layer.get_input(0).dtype.name
     return Layers(products, norms)
 
 
@@ -63,6 +65,8 @@ def require_precision(layers: Layers, precision: Precision, meant: Collection[st
     wrong = [name for name, kind in layers.products.items() if kind not in (wanted, _FULL)]
     if wanted != _FULL:
         wrong += [name for name in layers.in_float32 if name not in (meant or ())]
+    if wanted != _FULL and wanted not in layers.products.values():
+        wrong = list(layers.products)  # whatever was meant
     if wrong:
         raise ParityError(
             f"{len(wrong)} of {len(layers.products)} convolutions and matrix products are not in {precision}, which "
@@ -97,4 +101,4 @@ def _kernels(information: str) -> Iterator[str]:
 
 
 def _named(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(map(show, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

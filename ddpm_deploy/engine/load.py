@@ -1,16 +1,25 @@
 """A plan → an engine, on the machine that it was built for; on any other, what to do instead."""
 
+import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ddpm_deploy.artefact import ONNX_SUFFIX, read_spec
 from ddpm_deploy.engine.bindings import Log, load_tensorrt, log_of, made
-from ddpm_deploy.errors import ArtefactError, BackendError, SpecError
+from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, SpecError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.gpu import Gpu, visible_gpu
-from ddpm_deploy.plan import PlanHead, read_plan_head, require_trusted
-from ddpm_deploy.spec import EngineSpec
+from ddpm_deploy.plan import PlanHead, read_plan_head, trusted
+from ddpm_deploy.spec import EngineSpec, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+# What TensorRT-RTX builds for without a GPU of the kind: not 7.5, which lacks float32 matrix products, and it has no
+# target for 9.0 and 10.0, which TensorRT is for.
+CAPABILITIES: Final = ("8.0", "8.6", "8.9", "12.0", "12.1")
+_AMPERE: Final = 8.0
 
 
 @dataclass(frozen=True)
@@ -26,20 +35,40 @@ class LoadedEngine:
 def load_engine(path: Path) -> LoadedEngine:
     """Load a plan on the GPU.
 
-    Raises ArtefactError where it is damaged, not trusted, or of another GPU, version or flavour, DependencyError where
-    its TensorRT is not installed, BackendError where no GPU is visible or TensorRT cannot load it.
+    Raises ArtefactError where it is damaged, not trusted, of another GPU or version, or TensorRT cannot load it,
+    DependencyError where its TensorRT is not installed, BackendError where no GPU is visible.
     """
-    head = read_plan_head(path)
+    head, built = read_plan_head(path), engine_of(path)
     gpu = visible_gpu()
     if gpu is None:
         raise BackendError(f"{show(path)} needs a GPU, and no NVIDIA GPU is visible: {_on_the_cpu(path)}")
-    require_trusted(path)
-    trt = load_tensorrt(head.flavour)
-    require_runs_here(path, head, engine_of(path), str(trt.__version__), gpu)
+    content = trusted(path)
+    try:
+        trt = load_tensorrt(head.flavour)
+    except DependencyError as error:
+        raise DependencyError(
+            f"{show(path)} was built by {head.flavour} {built.version if built else head.version}: {error}; or "
+            f"{rebuild_hint(path, gpu)}"
+        ) from error
+    require_runs_here(path, head, built, str(trt.__version__), gpu)
     log = log_of(head.flavour)
+    return LoadedEngine(path, trt, deserialized(trt, log, content, path), log)
+
+
+def deserialized(trt: Any, log: Log, plan: bytes | memoryview, of: Path | ModelSpec) -> Any:
+    """The ICudaEngine of a plan, on the GPU; of: its file, or the spec that its name must be.
+
+    Raises ArtefactError where TensorRT cannot load it.
+    """
+    log.errors.clear()
     runtime = made("a runtime", log, trt.Runtime, log.handle)  # engine_host_code_allowed stays off
-    loaded = made(f"an engine of {show(path)}", log, runtime.deserialize_cuda_engine, path.read_bytes())
-    return LoadedEngine(path, trt, loaded, log)
+    cuda_engine = runtime.deserialize_cuda_engine(plan)
+    what = show(of) if isinstance(of, Path) else "the new engine"
+    if cuda_engine is None:
+        raise ArtefactError(f"TensorRT cannot load {what}: {log.reason('it does not say why')}")
+    if isinstance(of, ModelSpec) and ModelSpec.from_json(cuda_engine.name, what) != of:
+        raise ArtefactError(f"TensorRT does not keep the ModelSpec of {what} as its name")
+    return cuda_engine
 
 
 def engine_of(path: Path) -> EngineSpec | None:
@@ -50,25 +79,66 @@ def engine_of(path: Path) -> EngineSpec | None:
         return None
 
 
+def runs_on(built: EngineSpec, gpu: Gpu) -> bool:
+    """Whether an engine was built for such a GPU."""
+    if built.flavour == "tensorrt-rtx":
+        return gpu.capability in (built.capabilities or CAPABILITIES)
+    if built.hardware_compatible:
+        return float(gpu.capability) >= _AMPERE
+    return gpu.capability in built.capabilities
+
+
 def require_runs_here(path: Path, head: PlanHead, built: EngineSpec | None, version: str, gpu: Gpu) -> None:
     """Raise ArtefactError where a plan was built for another GPU, or by another version of its TensorRT."""
-    if _release(head.version) != _release(version):
+    by = built.version if built else head.version
+    if by and _release(by) != _release(version):
         raise ArtefactError(
-            f"{show(path)} was built by {head.flavour} {head.version}, and {version} is installed here: "
-            f"{rebuild_hint(path, built)}"
+            f"{show(path)} was built by {head.flavour} {show(by)}, and {version} is installed here: "
+            f"{rebuild_hint(path, gpu)}"
         )
-    if built and built.capabilities and gpu.capability not in built.capabilities:
+    if built is None:
+        return
+    if not runs_on(built, gpu):
+        wanted = ", ".join(
+            built.capabilities or (CAPABILITIES if built.flavour == "tensorrt-rtx" else ["8.0 and up"])
+        )
         where = f" ({built.gpu})" if built.gpu else ""
         raise ArtefactError(
-            f"{show(path)} was built for compute capability {', '.join(built.capabilities)}{where}, and this is "
-            f"{gpu.name} ({gpu.capability}): {rebuild_hint(path, built)}"
+            f"{show(path)} was built for compute capability {show(wanted + where)}, and this is {show(gpu.name)} "
+            f"({gpu.capability}): {rebuild_hint(path, gpu)}"
+        )
+    if built.gpu and built.gpu != gpu.name and not built.hardware_compatible:
+        logger.warning(
+            "%s was built on %s, and this is %s: it may be slow or fail; %s",
+            *(show(path), show(built.gpu), show(gpu.name), rebuild_hint(path, gpu)),
         )
 
 
-def rebuild_hint(path: Path, built: EngineSpec | None) -> str:
-    """The command that builds an engine again here."""
-    rtx = " --rtx" if built and built.flavour == "tensorrt-rtx" else ""
-    return f"build it again here, with ddpm-export {quoted(source_of(path))}{rtx} -o {quoted(path)}"
+def rebuild_hint(path: Path, gpu: Gpu) -> str:
+    """The command that builds an engine again on a machine with this GPU, as it was built."""
+    options: list[str] = []
+    with suppress(SpecError):
+        spec = read_spec(path)
+        options = _options_of(spec, gpu)
+    command = ["ddpm-export", quoted(source_of(path)), *options, "-o", quoted(path)]
+    return f"build it again here, with {' '.join(command)}"
+
+
+def _options_of(spec: ModelSpec, gpu: Gpu) -> list[str]:
+    """Of ddpm-export, to build such an engine."""
+    built = spec.engine
+    if built is None:
+        return []
+    rtx = built.flavour == "tensorrt-rtx" and gpu.capability in CAPABILITIES
+    options = ["--rtx"] if rtx else []
+    options += ["--precision", "tf32"] if spec.precision == "tf32" else []
+    if len(built.batches) > 1:
+        options += ["--batch-buckets", ",".join(str(high) for _, _, high in built.batches)]
+    else:
+        _, best, largest = built.batches[0]
+        options += ["--max-batch", str(largest)] + (["--opt-batch", str(best)] if best != largest else [])
+    options += ["--refittable"] if built.refittable else []
+    return options + (["--hardware-compatible"] if built.hardware_compatible and not rtx else [])
 
 
 def source_of(plan: Path) -> Path:
@@ -80,11 +150,12 @@ def source_of(plan: Path) -> Path:
 
 
 def _on_the_cpu(plan: Path) -> str:
+    """What to run instead. Half precision is no gain there, and bfloat16 does not run at all."""
     onnx = source_of(plan)
     there = "" if onnx.exists() else " (which is not beside it)"
     return (
-        f"on this machine's CPU run the model it was built of, ddpm-run {quoted(onnx)}{there}; ddpm-deploy doctor says "
-        "what is missing"
+        f"on this machine's CPU run the model it was built of, ddpm-run {quoted(onnx)}{there}, better in fp32; "
+        "ddpm-deploy doctor says what is missing"
     )
 
 

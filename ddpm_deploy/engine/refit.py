@@ -1,16 +1,16 @@
 """New weights of the same network in an engine that was built to take them: seconds in place of minutes."""
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from ddpm_deploy.artefact import read_spec, require_intact
 from ddpm_deploy.engine.bindings import made
-from ddpm_deploy.engine.load import load_engine
+from ddpm_deploy.engine.build import NOWHERE
+from ddpm_deploy.engine.load import deserialized, load_engine
 from ddpm_deploy.errors import ArtefactError, BackendError
-from ddpm_deploy.files import atomic, quoted, show
-from ddpm_deploy.plan import digest_line, digest_path, spec_place
+from ddpm_deploy.files import quoted, show
+from ddpm_deploy.plan import spec_place, write_plan
 from ddpm_deploy.spec import ModelSpec
 
 # What must be the same in both for the weights to fit.
@@ -30,15 +30,16 @@ def refit_engine(onnx: Path, engine: Path, path: Path) -> None:
     trt, cuda_engine, log = there.trt, there.engine, there.log
     refitter = made("a refitter", log, trt.Refitter, cuda_engine, log.handle)
     parser = made("a parser", log, trt.OnnxParserRefitter, refitter, log.handle)
-    if not parser.refit_from_bytes(onnx.read_bytes()) or not refitter.refit_cuda_engine():
+    if not parser.refit_from_bytes(onnx.read_bytes(), NOWHERE) or not refitter.refit_cuda_engine():
         raise BackendError(
             f"TensorRT did not take the weights of {show(onnx)}: {log.reason('it does not say why')}"
         )
-    plan = renamed(bytes(cuda_engine.serialize()), spec)
-    _require_whole(trt, plan, spec, log.handle)
-    with atomic(digest_path(path)) as digest, atomic(path) as temporary:
-        temporary.write_bytes(plan)
-        digest.write_text(digest_line(temporary, path.name))
+    serialization = made("a configuration", log, cuda_engine.create_serialization_config)
+    serialization.set_flag(trt.SerializationFlag.INCLUDE_REFIT)  # so that it can be refitted again
+    plan = renamed(bytes(made("a plan", log, cuda_engine.serialize_with_config, serialization)), spec)
+    if not deserialized(trt, log, plan, spec).refittable:
+        raise BackendError("TensorRT made a plan that takes no new weights again: build the engine anew")
+    write_plan(path, plan)
 
 
 def refitted_spec(onnx: Path, new: ModelSpec, engine: Path, old: ModelSpec) -> ModelSpec:
@@ -70,11 +71,3 @@ def renamed(plan: bytes, spec: ModelSpec) -> bytes:
             "the ModelSpec of these weights does not fit in the place of the engine's own: build anew"
         )
     return plan[: place.start] + text.ljust(place.stop - place.start) + plan[place.stop :]
-
-
-def _require_whole(trt: Any, plan: bytes, spec: ModelSpec, handle: Any) -> None:
-    """TensorRT must still take the plan, and give the new name back."""
-    runtime = trt.Runtime(handle)
-    cuda_engine = runtime.deserialize_cuda_engine(plan)
-    if cuda_engine is None or ModelSpec.from_json(cuda_engine.name, "the refitted engine") != spec:
-        raise BackendError("TensorRT does not take the plan with its new ModelSpec: build the engine anew")

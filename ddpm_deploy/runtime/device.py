@@ -4,7 +4,8 @@ Small on purpose: tests put the host in its place (tests/host_device.py), and so
 way without a GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +43,9 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Wait for all that was started."""
 
+    def release(self) -> None:
+        """Give back memory that nothing refers to any more."""
+
     def compile(self, source: str, name: str) -> Kernel:
         """A kernel of CUDA C."""
 
@@ -52,11 +56,12 @@ class Device(Protocol):
 class Cuda:
     """The first visible GPU, through CuPy. Follows `Device`.
 
-    Raises DependencyError where CuPy is missing, BackendError where it sees no GPU.
+    extra: of this package, that brings CuPy. Raises DependencyError where CuPy is missing, BackendError where it sees
+    no GPU; its methods BackendError where the GPU fails.
     """
 
-    def __init__(self) -> None:
-        self._cupy: Any = require("cupy", "gpu")
+    def __init__(self, extra: str = "gpu") -> None:
+        self._cupy: Any = require("cupy", extra)
         try:
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
             self.name = f"cuda:{self._cupy.cuda.Device().id}"
@@ -85,15 +90,22 @@ class Cuda:
 
     def upload(self, host: NDArray[Any], memory: Any) -> None:
         """Start to copy an array into memory of its shape."""
-        memory.set(host, stream=self._stream)  # from pageable memory: staged before it returns
+        with _translated():
+            memory.set(host, stream=self._stream)  # from pageable memory: staged before it returns
 
     def download(self, memory: Any, host: NDArray[Any]) -> None:
         """Start to copy memory into an array of its shape."""
-        memory.get(stream=self._stream, out=host, blocking=False)
+        with _translated():
+            memory.get(stream=self._stream, out=host, blocking=False)
 
     def synchronize(self) -> None:
         """Wait for all that was started."""
-        self._stream.synchronize()
+        with _translated():
+            self._stream.synchronize()
+
+    def release(self) -> None:
+        """Give back to the GPU what is not in use any more; CuPy keeps it otherwise."""
+        self._cupy.get_default_memory_pool().free_all_blocks()
 
     def compile(self, source: str, name: str) -> Kernel:
         """Compile with NVRTC, for this GPU; CuPy keeps the result in a cache of its own."""
@@ -103,7 +115,7 @@ class Cuda:
             raise BackendError(f"the kernel {name} does not compile: {first_line(error)}") from error
 
         def launch(grid: tuple[int, int], arguments: tuple[Any, ...]) -> None:
-            with self._stream:
+            with _translated(), self._stream:
                 kernel(grid, (THREADS,), tuple(np.int32(a) if isinstance(a, int) else a for a in arguments))
 
         return launch
@@ -111,10 +123,26 @@ class Cuda:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph."""
         self.synchronize()
-        with self._stream:
+        with _translated(), self._stream:
             self._stream.begin_capture()
             try:
                 work()
             finally:
                 graph = self._stream.end_capture()
-        return lambda: graph.launch(self._stream)
+
+        def replay() -> None:
+            with _translated():
+                graph.launch(self._stream)
+
+        return replay
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """CUDA's own errors, which CuPy has to be imported to name, as ours."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except RuntimeError as error:
+        raise BackendError(f"the GPU failed: {first_line(error)} (see ddpm-deploy doctor)") from error

@@ -4,12 +4,14 @@ The rules look at names and versions alone, so they can be tried on machines tha
 then runs a chain whose answer is known (`runtime.gaussian`) on every backend that there is.
 """
 
+import ctypes
 import math
 import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +20,9 @@ from typing import Final, Literal
 import numpy as np
 
 from ddpm_deploy.engine.bindings import MODULES, load_tensorrt
-from ddpm_deploy.engine.build import CAPABILITIES, EngineSettings, build_engine
-from ddpm_deploy.errors import DdpmDeployError, first_line
+from ddpm_deploy.engine.build import EngineSettings, build_engine
+from ddpm_deploy.engine.load import CAPABILITIES
+from ddpm_deploy.errors import first_line
 from ddpm_deploy.gpu import Driver
 from ddpm_deploy.runtime import gaussian
 from ddpm_deploy.runtime.sampler import Sampler, load_denoiser
@@ -47,10 +50,16 @@ _PARTS: Final = (
     "tensorrt-cu13-libs",
     "tensorrt-cu12-bindings",
     "tensorrt-cu12-libs",
+    "tensorrt-rtx-cu13",
+    "tensorrt-rtx-cu12",
+    "nvidia-cudnn-cu13",
+    "nvidia-cudnn-cu12",
 )
+_CUDNN: Final = "libcudnn.so.9"  # which onnxruntime-gpu loads
 _OLDEST_CUDA: Final = (12, 2)  # which driver r535 brings
 _OLDEST_CAPABILITY: Final = (7, 5)  # of TensorRT 11
 _COUNT: Final = 64
+_BATCHES: Final = ((1, _COUNT, _COUNT),)
 _SIGMAS: Final = 5.0
 Installed = Mapping[str, str]
 State = Literal["works", "builds", "absent", "broken"]
@@ -77,6 +86,9 @@ def installed() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    with suppress(OSError):
+        ctypes.CDLL(_CUDNN)
+        found[_CUDNN] = "9"
     return found
 
 
@@ -94,6 +106,7 @@ def problems(packages: Installed, driver: Driver) -> list[Finding]:
     for first, second in (("tensorrt-cu13", "tensorrt-cu12"), ("cupy-cuda13x", "cupy-cuda12x")):
         found.append(_both_cudas(packages, driver, first, second))
     found += [_without_libraries(packages, major) for major in (12, 13)]
+    found.append(_without_cudnn(packages, driver))
     return [finding for finding in found if finding]
 
 
@@ -147,6 +160,19 @@ def _without_libraries(packages: Installed, major: int) -> Finding | None:
     )
 
 
+def _without_cudnn(packages: Installed, driver: Driver) -> Finding | None:
+    if (
+        "onnxruntime-gpu" not in packages
+        or {_CUDNN, "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"} & packages.keys()
+    ):
+        return None
+    says = f"onnxruntime-gpu is installed without cuDNN ({_CUDNN}): it falls back to the CPU"
+    major = 13 if not driver.cuda or _number(driver.cuda) >= (13, 0) else 12
+    return Finding(
+        "cudnn", "broken" if driver.gpus else "absent", says, f"pip install nvidia-cudnn-cu{major}"
+    )
+
+
 def run_backends(
     packages: Installed, driver: Driver, tell: Callable[[Finding], None] = lambda finding: None
 ) -> list[Finding]:
@@ -179,11 +205,16 @@ def _on_tensorrt(model: Path, packages: Installed, driver: Driver) -> Finding:
         return Finding(
             name, "absent", f"does not know compute capability {gpu.capability}", "use ONNX Runtime"
         )
+    mend = f"pip install 'ddpm-deploy[{extra}]'"
     if problem := _import_problem("tensorrt"):
-        return Finding(name, "absent", problem, f"pip install 'ddpm-deploy[{extra}]'")
-    return _chain_finding(
-        name, f"pip install -U 'ddpm-deploy[{extra}]'", lambda: Sampler(load_denoiser(model, device="cuda"))
-    )
+        return Finding(name, "absent", problem, mend)
+    plan = model.with_suffix(".plan")
+
+    def load() -> Sampler:
+        build_engine(model, plan, EngineSettings(batches=_BATCHES))
+        return Sampler(load_denoiser(plan))
+
+    return _chain_finding(name, mend, load)
 
 
 def _on_tensorrt_rtx(model: Path, packages: Installed, driver: Driver) -> Finding:
@@ -194,11 +225,10 @@ def _on_tensorrt_rtx(model: Path, packages: Installed, driver: Driver) -> Findin
     plan = model.with_suffix(".rtx.plan")
     start = time.perf_counter()
     try:
-        build_engine(model, plan, EngineSettings(flavour="tensorrt-rtx", batches=((1, _COUNT, _COUNT),)))
-    except DdpmDeployError as error:
-        return Finding(
-            name, "broken", f"builds no engine: {error}", "pip install -U --force-reinstall tensorrt-rtx"
-        )
+        build_engine(model, plan, EngineSettings(flavour="tensorrt-rtx", batches=_BATCHES))
+    except Exception as error:
+        again = "pip install -U --force-reinstall tensorrt-rtx"
+        return Finding(name, "broken", f"builds no engine: {first_line(error)}", again)
     built = f"builds engines here (a tiny one in {time.perf_counter() - start:.1f} s)"
     if not driver.gpus:
         return Finding(
@@ -237,8 +267,8 @@ def _import_problem(flavour: Flavour) -> str:
     """Why a TensorRT does not import, or ""."""
     try:
         load_tensorrt(flavour)
-    except DdpmDeployError as error:
-        return str(error).partition(": pip install")[0].removeprefix(MODULES[flavour][0]).strip()
+    except Exception as error:  # a broken package may raise anything
+        return first_line(error).partition(": pip install")[0].removeprefix(MODULES[flavour][0]).strip()
     return ""
 
 

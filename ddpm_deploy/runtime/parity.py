@@ -125,6 +125,16 @@ class Trajectory:
         kept = _spread(len(self.timesteps), keep)
         return replace(self, timesteps=self.timesteps[kept], x=self.x[kept], prediction=self.prediction[kept])
 
+    def first(self, count: int) -> "Trajectory":
+        """The first `count` of the chains, which do not depend on the others; all where there are no more."""
+        return replace(
+            self,
+            labels=self.labels[:count],
+            x=self.x[:, :count],
+            prediction=self.prediction[:, :count],
+            images=self.images[:count],
+        )
+
 
 def record(
     reference: Denoiser,
@@ -161,11 +171,13 @@ def record(
 
 
 def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = no_progress) -> Comparison:
-    """Ask the candidate what the reference was asked, then run its own chains on the same noise.
+    """Ask the candidate what the reference was asked, then run its own chains on the same noise: as many of the
+    chains as fit its batch.
 
-    Raises SettingError where it is not the same kind of model, or its batch is too small.
+    Raises SettingError where it is not the same kind of model.
     """
     require_comparable(trajectory.spec, candidate.spec)
+    trajectory = trajectory.first(candidate.max_batch)
     errors = teacher_forced(trajectory, candidate, progress)
     table = trajectory.spec.step_table(ChainSettings(steps=trajectory.steps))
     images = _walk(candidate, table, trajectory.labels, trajectory.seed, lambda step: None, progress)

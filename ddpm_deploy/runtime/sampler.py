@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec, require_intact
+from ddpm_deploy.engine.bindings import MODULES
+from ddpm_deploy.engine.cache import built_on_arrival, settings_here
 from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, SettingError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.plan import PLAN_SUFFIX
 from ddpm_deploy.runtime.chain import Chain, NoiseSource
 from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
+from ddpm_deploy.runtime.device import Cuda
 from ddpm_deploy.runtime.device_chain import DeviceChain
 from ddpm_deploy.runtime.guidance import GuidedDenoiser
 from ddpm_deploy.runtime.network import Mirrored
@@ -73,6 +76,8 @@ def load_denoiser(
     suffix = path.suffix.lower()
     if suffix in CHECKPOINT_SUFFIXES:
         raise ArtefactError(f"{show(path)} is a checkpoint: export it first, with ddpm-export {quoted(path)}")
+    if threads is not None and (suffix == PLAN_SUFFIX or device == "cuda"):
+        raise SettingError("threads are of the CPU, and the model is to run on a GPU: leave them out")
     if suffix == PLAN_SUFFIX:
         if device == "cpu":
             raise SettingError(
@@ -86,14 +91,13 @@ def load_denoiser(
 
 def _on_arrival(path: Path, max_batch: int | None, spec: ModelSpec | None, stages: Stages) -> Denoiser:
     """An .onnx file on this machine's GPU: its engine is built here, once."""
-    from ddpm_deploy.engine.cache import built_on_arrival, settings_here
-
     settings = settings_here(spec or read_spec(path), max_batch)
+    Cuda(MODULES[settings.flavour][1])  # what is missing to run it is told before minutes of building
 
     def load(plan: Path) -> Denoiser:
-        return Mirrored(TrtNetwork.load(plan, max_batch=max_batch, spec=spec))
+        return Mirrored(TrtNetwork.load(plan, max_batch=max_batch))
 
-    return built_on_arrival(path, settings, load, stages=stages)
+    return built_on_arrival(path, settings, load, spec=spec, stages=stages)
 
 
 class Sampler:

@@ -6,10 +6,11 @@ from typing import Any, Self
 import numpy as np
 
 from ddpm_deploy.artefact import read_spec
-from ddpm_deploy.engine.bindings import made
+from ddpm_deploy.engine.bindings import MODULES, made
 from ddpm_deploy.engine.load import LoadedEngine, load_engine
 from ddpm_deploy.errors import ArtefactError, BackendError
 from ddpm_deploy.files import show
+from ddpm_deploy.plan import read_plan_head
 from ddpm_deploy.runtime.device import Cuda, Device
 from ddpm_deploy.spec import ModelSpec
 
@@ -30,13 +31,13 @@ class TrtNetwork:
     ) -> None:
         self.spec, self.device = spec, device
         self._log = loaded.log
-        self._profiles = _profiles(loaded.engine)
-        largest = max(high for _, high in self._profiles)
-        self.max_batch = min(max_batch or largest, largest)
         self._shapes = {"x": spec.image_shape, "temb": (spec.embedding.dim,)} | (
             {"y": ()} if spec.num_classes else {}
         )
         _require_interface(loaded, self._shapes, spec.prediction_shape)
+        self._profiles = _profiles(loaded.engine)
+        largest = max(high for _, high in self._profiles)
+        self.max_batch = min(max_batch or largest, largest)
         self._engine, self._context = loaded.engine, self._make_context(loaded.trt, loaded.engine)
         self.memory = self._bind_memory()
         self._bound = 0
@@ -48,7 +49,8 @@ class TrtNetwork:
         Raises also SpecError, DependencyError, and what `load_engine` raises.
         """
         loaded = load_engine(path)
-        return cls(loaded, spec or read_spec(path), Cuda(), max_batch)
+        _, extra = MODULES[read_plan_head(path).flavour]
+        return cls(loaded, spec or read_spec(path), Cuda(extra), max_batch)
 
     def _bind_memory(self) -> dict[str, Any]:
         """Memory on the device for each input and the output, for as long as the engine is loaded."""
@@ -82,6 +84,7 @@ class TrtNetwork:
 
     def _bind(self, batch: int) -> None:
         """Choose the profile and set the shapes for a batch."""
+        self._bound = 0  # until all of it is done
         profile, rows = self._rows(batch)
         if self._context.active_optimization_profile != profile:
             chosen = self._context.set_optimization_profile_async(profile, self.device.stream)
@@ -107,6 +110,7 @@ class TrtNetwork:
         """Free the engine and its memory."""
         self._context = self._engine = self._scratch = None
         self.memory = {}
+        self.device.release()
 
 
 def _dtype(name: str) -> np.dtype[Any]:
@@ -128,13 +132,17 @@ def _require_interface(
 ) -> None:
     """The engine must have the inputs and the output of the contract, in the shapes of the spec."""
     trt, cuda_engine = loaded.trt, loaded.engine
-    wanted = {name: (trt.TensorIOMode.INPUT, _dtype(name), shape) for name, shape in inputs.items()}
-    wanted["prediction"] = (trt.TensorIOMode.OUTPUT, _dtype("prediction"), prediction)
+    types = {"y": trt.DataType.INT64}
+    wanted = {
+        name: (trt.TensorIOMode.INPUT, types.get(name, trt.DataType.FLOAT), shape)
+        for name, shape in inputs.items()
+    }
+    wanted["prediction"] = (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, prediction)
     names = [cuda_engine.get_tensor_name(index) for index in range(cuda_engine.num_io_tensors)]
     got = {
         name: (
             cuda_engine.get_tensor_mode(name),
-            np.dtype(trt.nptype(cuda_engine.get_tensor_dtype(name))),
+            cuda_engine.get_tensor_dtype(name),
             tuple(cuda_engine.get_tensor_shape(name))[1:],
         )
         for name in names
