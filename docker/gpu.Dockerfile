@@ -10,10 +10,10 @@
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
-COPY pyproject.toml README.md LICENSE /src/
+COPY pyproject.toml constraints.txt README.md LICENSE /src/
 COPY ddpm_deploy /src/ddpm_deploy
-RUN python3 -m venv /opt/ddpm && /opt/ddpm/bin/pip install --no-cache-dir '/src[gpu]' && rm -r /src \
-    && useradd --create-home user && mkdir /cache && chown user /cache
+RUN python3 -m venv /opt/ddpm && /opt/ddpm/bin/pip install --no-cache-dir -c /src/constraints.txt '/src[gpu]' && rm -r /src \
+    && userdel --remove ubuntu && useradd --create-home --uid 1000 user && mkdir /cache && chown user /cache
 ENV PATH=/opt/ddpm/bin:$PATH XDG_CACHE_HOME=/cache
 VOLUME /cache
 USER user
