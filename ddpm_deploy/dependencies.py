@@ -4,24 +4,27 @@ import importlib
 from importlib import metadata
 from types import ModuleType
 
-from ddpm_deploy.errors import DependencyError
+from ddpm_deploy.errors import DependencyError, one_line
 
 
 def require(module: str, extra: str) -> ModuleType:
     """Import `module`, or raise DependencyError with the pip line of the extra that brings it."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        missing = error.name == module.partition(".")[0] or error.name == module
-        problem = "is not installed" if missing else f"does not import ({error})"
-        raise DependencyError(f"{module} {problem}: pip install 'ddpm-deploy[{extra}]'") from error
+    except (Exception, SystemExit) as error:  # a broken package may raise anything
+        name = getattr(error, "name", None)
+        if isinstance(error, ImportError) and name in (module.partition(".")[0], module):
+            raise DependencyError(f"{module} is not installed: pip install 'ddpm-deploy[{extra}]'") from error
+        raise DependencyError(
+            f"{module} does not import ({one_line(error)}): pip install --force-reinstall 'ddpm-deploy[{extra}]'"
+        ) from error
 
 
 def importable(module: str) -> bool:
     """Whether a package imports here."""
     try:
         importlib.import_module(module)
-    except ImportError:
+    except (Exception, SystemExit):
         return False
     return True
 

@@ -64,6 +64,11 @@ def newer(source: str, got: str, known: str) -> str:
     )
 
 
+def one_line(error: BaseException) -> str:
+    """All that a foreign error says, on one line; its name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def first_line(error: BaseException) -> str:
     """What a foreign error says, in one line; its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

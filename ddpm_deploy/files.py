@@ -22,7 +22,7 @@ def show(text: str | Path) -> str:
 
 def quoted(path: Path) -> str:
     """A path in a command line to be pasted into a shell."""
-    return shlex.quote(show(path))
+    return shlex.quote(f"./{show(path)}" if show(path).startswith("-") else show(path))
 
 
 def require_file(path: Path, error: type[DdpmDeployError] = ArtefactError) -> None:

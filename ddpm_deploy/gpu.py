@@ -42,6 +42,13 @@ def driver() -> Driver:
         cuda = ctypes.CDLL(_LIBRARY)
     except OSError:
         return Driver(version, problem=f"no NVIDIA driver is installed ({_LIBRARY} is not there)")
+    try:
+        return _ask(cuda, version)
+    except AttributeError as error:
+        return Driver(version, problem=f"{_LIBRARY} is no NVIDIA driver: {error}")
+
+
+def _ask(cuda: ctypes.CDLL, version: str) -> Driver:
     if code := cuda.cuInit(0):
         return Driver(version, _cuda_version(cuda), problem=f"the NVIDIA driver says {_reason(cuda, code)}")
     count = c_int()

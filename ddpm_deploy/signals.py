@@ -11,29 +11,54 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def stop_on_signals(stop: Callable[[], None], says: str) -> Iterator[list[int]]:
+def stop_on_signals(stop: Callable[[], None], says: str) -> Iterator[None]:
     """Call `stop` on Ctrl-C or SIGTERM, so that the step at hand ends; `says` tells the user what is kept.
 
-    Gives the list of the signals that came, for whoever passes them on. A second signal is obeyed at once. Signals
-    reach the main thread alone: in another this does nothing.
+    A second signal is obeyed at once. Signals reach the main thread alone: in another this does nothing.
     """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         restore()
-        received.append(number)
         logger.info("stopping after this step, %s (again: stop at once)", says)
         stop()
+
+    with _handled(handle) as restore:
+        yield
+
+
+@contextmanager
+def signals_held(stop: Callable[[], None]) -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM while native code runs, which cannot bear an exception: `stop` is called, and the
+    signal is passed on at the end."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not received:
+            logger.info("stopping at the next chance, with nothing written")
+        received.append(number)
+        stop()
+
+    try:
+        with _handled(handle):
+            yield
+    finally:
+        if received:
+            signal.raise_signal(received[0])
+
+
+@contextmanager
+def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
+    """Handle both signals, in the main thread; gives what restores the handlers before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield restore
     finally:
         restore()

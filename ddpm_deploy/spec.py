@@ -197,8 +197,10 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """
         text = msgspec.json.encode(self).decode()
         if len(text.encode()) + room > MAX_SPEC_BYTES:
+            spare = f", with {room} to spare for other weights," if room else ""
             raise SpecError(
-                f"the ModelSpec takes {len(text.encode())} bytes, and only {MAX_SPEC_BYTES} fit in an engine"
+                f"the ModelSpec takes {len(text.encode())} bytes, and only {MAX_SPEC_BYTES}{spare} fit in an engine: "
+                "shorten the names of the classes, or build for fewer batches"
             )
         return text
 

@@ -22,7 +22,7 @@ from ddpm_deploy.runtime.kernel import THREADS
 
 STAND_IN = Path(__file__).parent / "stand_in"
 # As OPTIONS of the kernel: no contraction. Its `step` is not the one of the C library.
-FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wl,-Bsymbolic")
+FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wl,-Bsymbolic,-z,now")
 _BUILT = Path(tempfile.gettempdir()) / "ddpm-deploy-kernels"
 
 
@@ -121,3 +121,27 @@ class HostDevice:
                 self.start(piece)
 
         return replay
+
+
+class HostNetwork:
+    """A Denoiser of the tests' as a `network.DeviceNetwork` in the place of the GPU's."""
+
+    def __init__(self, denoiser: Any, device: HostDevice) -> None:
+        self.spec, self.device, self.max_batch = denoiser.spec, device, denoiser.max_batch
+        self._denoiser = denoiser
+        self.memory = {}
+        for name in ("x", "temb", "y", "prediction"):
+            array = getattr(denoiser, name)
+            self.memory[name] = device.empty(array.shape, array.dtype)
+
+    def enqueue(self, batch: int) -> None:
+        self.device.start(lambda: self._run(batch))
+
+    def _run(self, batch: int) -> None:
+        for name in ("x", "temb", "y"):
+            getattr(self._denoiser, name)[:batch] = self.memory[name][:batch]
+        self._denoiser.run(batch)
+        self.memory["prediction"][:batch] = self._denoiser.prediction[:batch]
+
+    def close(self) -> None:
+        """Nothing to free."""

@@ -1,6 +1,10 @@
-"""The chain: equal to the reference bit for bit, however its slots are filled, without allocating."""
+"""The chain: equal to the reference bit for bit, however its slots are filled, without allocating.
+
+That of the host, and that of a device over its stand-in, which runs step.cu: one contract.
+"""
 
 import tracemalloc
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -12,9 +16,11 @@ from ddpm_deploy.errors import SettingError
 from ddpm_deploy.exponential import Exponential
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.denoiser import Array
+from ddpm_deploy.runtime.device_chain import DeviceChain
 from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.solvers import COLUMNS, StepTable, ddpm
 from ddpm_deploy.spacings import spaced
+from tests.host_device import HostDevice, HostNetwork
 from tests.models import ArrayDenoiser, tiny_spec
 
 SPEC = tiny_spec((3, 4, 5), timesteps=30, network=None)
@@ -75,14 +81,25 @@ def reference_images(
     return last
 
 
-def start(chain: Chain, slot: int, table: StepTable, seed: int, index: int) -> None:
+Make = Callable[[ArrayDenoiser], Chain | DeviceChain]
+
+
+@pytest.fixture(params=["host", "device"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """The chain of a Denoiser."""
+    if request.param == "host":
+        return Chain
+    return lambda denoiser: DeviceChain(HostNetwork(denoiser, HostDevice(seed=1)))
+
+
+def start(chain: Chain | DeviceChain, slot: int, table: StepTable, seed: int, index: int) -> None:
     chain.start(slice(slot, slot + 1), table, np.array([seed], np.uint64), np.array([index], np.uint64))
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_batch_equals_the_reference_bit_for_bit(name: str) -> None:
+def test_batch_equals_the_reference_bit_for_bit(make: Make, name: str) -> None:
     table = TABLES[name]
-    chain = Chain(ArrayDenoiser(SPEC, 3))
+    chain = make(ArrayDenoiser(SPEC, 3))
     chain.start(slice(0, 3), table, np.full(3, 7, np.uint64), np.arange(5, 8, dtype=np.uint64))
     for _ in range(len(table)):
         chain.step()
@@ -95,9 +112,9 @@ def test_batch_equals_the_reference_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("name", LEARNED_TABLES)
-def test_a_learned_variance_equals_the_reference_bit_for_bit(name: str, alone: bool) -> None:
+def test_a_learned_variance_equals_the_reference_bit_for_bit(make: Make, name: str, alone: bool) -> None:
     """By itself, and beside other tables, so that rows with and without one share a step."""
-    chain = Chain(LearnedDenoiser(LEARNED_SPEC, 3))
+    chain = make(LearnedDenoiser(LEARNED_SPEC, 3))
     start(chain, 1, LEARNED_TABLES[name], 7, 5)
     if not alone:
         start(chain, 0, LEARNED_TABLES["learned"], 8, 0)
@@ -109,7 +126,7 @@ def test_a_learned_variance_equals_the_reference_bit_for_bit(name: str, alone: b
     np.testing.assert_array_equal(chain.x[1].view(np.uint32), wanted.view(np.uint32))
 
 
-def test_an_infinite_v_does_not_touch_a_slot_of_fixed_variance() -> None:
+def test_an_infinite_v_does_not_touch_a_slot_of_fixed_variance(make: Make) -> None:
     class Overflowing(LearnedDenoiser):
         def predict(self, x: Array, t: NDArray[np.int64]) -> Array:
             """As ever, but for v in slot 0."""
@@ -117,7 +134,7 @@ def test_an_infinite_v_does_not_touch_a_slot_of_fixed_variance() -> None:
             both[0, 3:] = np.inf
             return both
 
-    chain = Chain(Overflowing(LEARNED_SPEC, 2))
+    chain = make(Overflowing(LEARNED_SPEC, 2))
     start(chain, 0, LEARNED_TABLES["fixed"], 7, 5)
     start(chain, 1, LEARNED_TABLES["learned"], 8, 0)
     while chain.active[0]:
@@ -126,9 +143,9 @@ def test_an_infinite_v_does_not_touch_a_slot_of_fixed_variance() -> None:
     np.testing.assert_array_equal(chain.x[0].view(np.uint32), wanted.view(np.uint32))
 
 
-def test_a_learned_variance_needs_a_model_that_has_one() -> None:
+def test_a_learned_variance_needs_a_model_that_has_one(make: Make) -> None:
     with pytest.raises(SettingError, match="needs a learned variance, and the model has none"):
-        start(Chain(ArrayDenoiser(SPEC, 1)), 0, LEARNED_TABLES["learned"], 1, 0)
+        start(make(ArrayDenoiser(SPEC, 1)), 0, LEARNED_TABLES["learned"], 1, 0)
 
 
 def test_exp_is_the_reference_bit_for_bit_and_within_a_rounding() -> None:
@@ -146,9 +163,9 @@ def test_exp_is_the_reference_bit_for_bit_and_within_a_rounding() -> None:
     assert np.isnan(w[0])
 
 
-def test_slots_are_independent() -> None:
+def test_slots_are_independent(make: Make) -> None:
     """Chains of different tables, seeds and ages, started in any slot at any step, give the same bits."""
-    chain = Chain(ArrayDenoiser(SPEC, 4))
+    chain = make(ArrayDenoiser(SPEC, 4))
     admissions = {  # step: slot, table, seed, index
         0: [(2, "full", 1, 0)],
         3: [(0, "every column", 2, 9)],
@@ -172,8 +189,29 @@ def test_slots_are_independent() -> None:
     assert not expected
 
 
-def test_idle_slots_keep_their_images() -> None:
-    chain = Chain(ArrayDenoiser(SPEC, 2))
+def test_a_chain_taken_up_again_ends_as_if_it_had_not_stopped(make: Make) -> None:
+    """Beside another that goes on, and from a float32 x and x̂0 alone."""
+    table = TABLES["every column"]
+    chain = make(ArrayDenoiser(SPEC, 2))
+    start(chain, 0, table, 2, 9)
+    for _ in range(5):
+        chain.step()
+    x, x0 = chain.x[:1].copy(), chain.x0[:1].copy()
+    chain.clear()
+    start(chain, 0, TABLES["full"], 1, 0)
+    chain.step()
+    address = np.array([2], np.uint64), np.array([9], np.uint64)
+    chain.restore(slice(1, 2), table, 5, x, x0, *address)
+    while chain.active[1]:
+        chain.step()
+    np.testing.assert_array_equal(chain.x[1], reference_images(table, 2, 9))
+    chain.restore(slice(1, 2), table, len(table), x, x0, *address)
+    assert not chain.active[1]
+    np.testing.assert_array_equal(chain.x[1], x[0])
+
+
+def test_idle_slots_keep_their_images(make: Make) -> None:
+    chain = make(ArrayDenoiser(SPEC, 2))
     start(chain, 0, TABLES["unclipped"], 1, 0)
     start(chain, 1, TABLES["full"], 1, 1)
     for _ in range(5):

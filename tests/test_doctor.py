@@ -1,6 +1,9 @@
 """ddpm-deploy doctor: its known model against theory, what it says of machines, and that wrong numbers are seen."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from ddpm_deploy.tolerances import DOCTOR
 from tests.models import GaussianDenoiser
 from tests.test_cli import call, refused
 
+ROOT = Path(__file__).parent.parent
 OLD = Driver("550.54", "12.4", (Gpu("A10", "8.6", 1),))
 NEW = Driver("580.65", "13.0", (Gpu("A10", "8.6", 1),))
 ANCIENT = Driver("470.1", "11.4", (Gpu("A10", "8.6", 1),))
@@ -134,6 +138,28 @@ def test_the_backends_of_other_machines(model: Path) -> None:
     found = doctor._on_tensorrt_rtx(model, {}, hopper)
     assert (found.state, "none for compute capability 9.0" in found.says) == ("builds", True)
     assert "pip install 'ddpm-deploy[gpu]'" in found.mend
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "raise ImportError('DLL\\nload failed')",
+        "raise RuntimeError('no')",
+        "",
+        "__version__ = 'x'",
+        "syntax error",
+        "exit(3)",
+    ],
+)
+def test_a_broken_package_is_told_and_the_rest_goes_on(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tensorrt_rtx.py").write_text(content)
+    command = [sys.executable, "-c", "from ddpm_deploy.cli import main; main()", "doctor", "--json"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1, result.stderr
+    states = {finding["name"]: finding["state"] for finding in json.loads(result.stdout)["backends"]}
+    assert states["ONNX Runtime, CPU"] == "works"
+    assert states["TensorRT-RTX"] == "broken"
 
 
 class Wrong(OrtDenoiser):

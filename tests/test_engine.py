@@ -18,6 +18,7 @@ import pytest
 from ddpm_deploy.artefact import read_meant_float32, read_spec, seal
 from ddpm_deploy.cli.engine import _CAPABILITIES, engine_settings
 from ddpm_deploy.cli.export import main
+from ddpm_deploy.engine import build
 from ddpm_deploy.engine.bindings import log_of
 from ddpm_deploy.engine.build import (
     EngineSettings,
@@ -246,7 +247,9 @@ def test_the_longest_name_is_kept_and_a_longer_one_refused() -> None:
     _set_name(network, spec)
     assert network.name == spec.to_json() + " " * 200
     crowded = msgspec.structs.replace(spec, num_classes=30, class_names=tuple(f"{i:0100}" for i in range(30)))
-    with pytest.raises(SpecError, match="only 3999 fit in an engine"):
+    with pytest.raises(
+        SpecError, match="only 3999, with 200 to spare .* fit in an engine: shorten the names of the classes"
+    ):
         _set_name(network, crowded)
 
 
@@ -256,6 +259,16 @@ def interrupting(label: str, length: int) -> Iterator[Callable[[int], None]]:
     yield lambda steps: signal.raise_signal(signal.SIGINT)
 
 
+def test_a_signal_while_the_graph_is_read_is_not_lost(
+    exported: dict[Precision, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it meet native code: it is held until that is done."""
+    monkeypatch.setattr(build, "read_meant_float32", lambda path: signal.raise_signal(signal.SIGINT) or MEANT)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(exported["fp16"], tmp_path / "e.plan", RTX)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ctrl_c_ends_a_build_and_leaves_nothing(
     exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -263,7 +276,7 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         build_engine(exported["fp16"], tmp_path / "e.plan", RTX, stages=interrupting)
-    assert "stopping after this step, with nothing written" in caplog.text
+    assert "stopping at the next chance, with nothing written" in caplog.text
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is handler
 
@@ -337,6 +350,11 @@ def no_text(model: Any) -> None:
     model.graph.node.insert(0, onnx.helper.make_node("Bernoulli", ["x"], ["unused"]))
 
 
+def spoiled_weight(model: Any) -> None:
+    tensor = next(t for t in model.graph.initializer if t.name == "conv_in.weight")
+    tensor.raw_data = b"\xff" * len(tensor.raw_data)
+
+
 def rename_output(model: Any) -> None:
     model.graph.output[0].name = "epsilon"
     model.graph.node[-1].output[0] = "epsilon"
@@ -358,8 +376,9 @@ def rename_output(model: Any) -> None:
         ("fp16", forget_islands, ParityError, "5 of 44 .* are not in fp16.*: temb1, .*conv_out"),
         ("fp16", islands('["temb1"]'), ParityError, "4 of 44 "),
         ("fp32", claim_and_mean_it, ParityError, "44 of 44 .* are not in fp16"),
-        ("fp32", external_weights, ArtefactError, "TensorRT cannot read it"),
+        ("fp32", external_weights, ArtefactError, "TensorRT cannot read it: .*weights.bin"),
         ("fp32", no_text, ArtefactError, "uses what TensorRT does not support: "),
+        ("fp32", spoiled_weight, ArtefactError, "numbers that are not finite in conv_in.weight"),
         ("fp16", islands("{"), ArtefactError, "not a whole .onnx"),
         ("fp16", islands('{"a": 1}'), ArtefactError, "no list of names"),
     ],
@@ -498,7 +517,7 @@ def test_a_plan_of_another_machine(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert caplog.text == ""
     require_runs_here(path, head, BUILT, "11.4.0.99", AMPERE)
     assert "was built on A10, and this is RTX 3060: it may be slow or fail; build it again" in caplog.text
-    again = f"build it again here, with ddpm-export '{tmp_path}/my engine.onnx' -o '{path}'"
+    again = f"build it again here, with ddpm-export '{tmp_path}/my engine.onnx' -o '{path}' --force"
     with pytest.raises(
         ArtefactError, match=f"built for compute capability 8.6 .A10., and this is H100 .9.0.: {again}"
     ):
@@ -577,7 +596,7 @@ def test_weights_go_into_engines_of_their_network_alone() -> None:
             msgspec.structs.replace(old, engine=msgspec.structs.replace(engine, refittable=False)),
             "--refittable",
         ),
-        (msgspec.structs.replace(old, engine=None), "not built to take new weights"),
+        (msgspec.structs.replace(old, engine=None), "not an engine that was built to take new weights"),
         (msgspec.structs.replace(old, image_shape=(3, 8, 8)), "they differ in image_shape"),
         (msgspec.structs.replace(old, precision="fp16"), "they differ in precision"),
     ):
@@ -619,7 +638,7 @@ def test_without_a_gpu_the_engine_is_skipped_or_insisted_on(
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
     for contradiction in (["--max-batch", 8, "--batch-buckets", "1"], ["-o", "net.onnx", "--max-batch", 8]):
         refused(call("export", "model.pt", *contradiction), 2)
-    refused(call("export", "model.pt", "--compute-capability", "8.6"), 1, "are of TensorRT-RTX")
+    refused(call("export", "model.pt", "--compute-capability", "8.6"), 2, "are of TensorRT-RTX")
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
     result = call("export", "model.pt", "--timing-cache", "my timing.cache", "--batch-buckets", "1,8")
     assert result.exit_code == 0
@@ -629,8 +648,11 @@ def test_without_a_gpu_the_engine_is_skipped_or_insisted_on(
         == f"engine.plan skipped: no NVIDIA GPU is visible. On the target: {again}"
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.proof.npz", "model.pt"]
-    refused(call("export", "model.onnx"), 1, "no NVIDIA GPU is visible")
-    refused(call("export", "model.onnx", "--rtx", "--refittable"), 1, "no NVIDIA GPU is visible")
+    refused(
+        call("export", "model.onnx"),
+        1,
+        "cannot be built here: no NVIDIA GPU is visible. Run this on the machine",
+    )
     assert (
         "engine.plan" not in call("export", "model.pt", "-o", "net.onnx").stdout
     )  # which names what is wanted
@@ -652,18 +674,23 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
     spec = json.loads(call("inspect", "m.rtx.plan", "--json").stdout)
     assert spec["engine"]["batches"] == [[1, 1, 1], [4, 4, 4]]
     assert spec["plan"] == {"flavour": "tensorrt-rtx", "version": trt.__version__, "digest": "right"}
-    assert "capabilities       8.6" in call("inspect", "m.rtx.plan").stdout
-    advice = "no NVIDIA GPU is visible: on this machine's CPU run the model it was built of, ddpm-run m.onnx"
+    assert "for compute capability 8.6, batch 1, 4\n" in call("inspect", "m.rtx.plan").stdout
+    advice = "no NVIDIA GPU is visible: on this machine's CPU run the model it was built of, ddpm-run m.onnx;"
     refused(call("run", "m.rtx.plan"), 1, advice)
     refused(call("verify", "m.rtx.plan"), 1, advice)
-    refused(call("export", "m.onnx", "--refit", "m.rtx.plan"), 1, "--refittable -o m.rtx.plan")
+    refused(
+        call("export", "m.onnx", "--refit", "m.rtx.plan"),
+        1,
+        "with ddpm-export m.onnx --rtx --refittable, on a",
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
         (["m.onnx", "--rtx", "-o", "e.onnx"], 1, "must end in .plan"),
-        (["m.onnx", "--rtx", "--weights", "raw"], 2, "--weights are of a checkpoint"),
+        (["m.onnx", "--rtx", "--weights", "raw"], 2, "--weights cannot be given with an .onnx"),
+        (["m.onnx", "--rtx", "--all", "--report", "r.json"], 2, "--all, --report cannot be given"),
         (["m.onnx", "--rtx", "--precision", "bf16"], 1, "is in fp16, which its engine will be"),
         (["m.onnx", "--rtx", "--precision", "tf32"], 1, "is in fp16, which its engine will be"),
         (["m.onnx", "--rtx", "--max-batch", "8", "--batch-buckets", "1"], 2, "instead of --max-batch"),
@@ -671,12 +698,16 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
         (["m.onnx", "--rtx", "--batch-buckets", "8,1"], 2, "each larger than the one before"),
         (["m.onnx", "--rtx", "--batch-buckets", "a"], 2, "not of the form 1,8,64"),
         (["m.onnx", "--rtx", "--compute-capability", "9.0"], 2, "'9.0' is not one of"),
-        (["m.onnx", "--rtx", "--hardware-compatible"], 1, "is of TensorRT"),
-        (["m.onnx", "--rtx", "--timing-cache", "t.cache"], 1, "are of TensorRT"),
-        (["m.onnx", "--timing-cache", "m.onnx"], 1, "must end in .cache"),
+        (["m.onnx", "--rtx", "--hardware-compatible"], 2, "is of TensorRT"),
+        (["m.onnx", "--rtx", "--timing-cache", "t.cache"], 2, "are of TensorRT"),
+        (["m.onnx", "--timing-cache", "m.onnx"], 2, "must end in .cache"),
         (["m.onnx", "--rtx", "-o", "a.plan"], 1, "a.proof.npz exists and is not the proof of this model"),
-        (["m.onnx", "--compute-capability", "8.6"], 1, "are of TensorRT-RTX"),
+        (["m.onnx", "--compute-capability", "8.6"], 2, "are of TensorRT-RTX"),
         (["m.onnx", "--rtx", "--workspace", "0"], 2, "--workspace"),
+        (["m.onnx", "--rtx", "--workspace", "nan"], 2, "--workspace nan"),
+        (["m.onnx", "--rtx", "--refittable"], 1, "a refittable engine is built on a GPU"),
+        (["m.onnx", "--rtx", "-o", "loop.plan"], 1, "loop.plan"),
+        (["m.onnx", "--rtx", "-o", "link.plan"], 1, "link.proof.npz is another file of this command"),
         (["m.onnx", "--rtx", "-o", "other.plan"], 1, "holds another model"),
         (["m.onnx", "--rtx", "-o", "folder.plan"], 1, "is a folder"),
         (["m.onnx", "--refit", "other.plan"], 1, "not a TensorRT engine"),
@@ -691,6 +722,8 @@ def test_bad_arguments(
     Path("other.plan").write_text("all that there is of it")
     Path("folder.plan").mkdir()
     Path("a.proof.npz").write_text("the proof of a")
+    Path("loop.plan").symlink_to("loop.plan")
+    Path("link.proof.npz").symlink_to("m.onnx")
     before = sorted(fp16.parent.iterdir())
     refused(call("export", *arguments), code, problem)
     assert sorted(fp16.parent.iterdir()) == before

@@ -52,10 +52,13 @@ MODULES = [
     "runtime/chain",
     "runtime/denoiser",
     "runtime/device",
+    "runtime/device_chain",
     "runtime/doctor",
     "runtime/gaussian",
     "runtime/guidance",
     "runtime/images",
+    "runtime/kernel",
+    "runtime/network",
     "runtime/ort",
     "runtime/parity",
     "runtime/preview",
@@ -182,7 +185,9 @@ def test_wheel_content(distributions: Path) -> None:
     (wheel,) = distributions.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     package = sorted(name for name in names if ".dist-info/" not in name)
-    assert package == sorted(["ddpm_deploy/py.typed", *(f"ddpm_deploy/{module}.py" for module in MODULES)])
+    assert package == sorted(
+        ["ddpm_deploy/py.typed", "ddpm_deploy/runtime/step.cu", *(f"ddpm_deploy/{m}.py" for m in MODULES)]
+    )
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -183,11 +184,12 @@ def open_denoiser(
     from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec
     from ddpm_deploy.cli.progress import stage
     from ddpm_deploy.dependencies import require
-    from ddpm_deploy.runtime.sampler import load_denoiser
+    from ddpm_deploy.runtime.sampler import load_denoiser, runs_on_gpu
 
     read_spec(path)  # a broken or foreign file is refused before a backend is loaded
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
-        return load_denoiser(path, device=device, threads=threads, max_batch=max_batch, stages=stage)
+        own = None if runs_on_gpu(path, device) else threads  # which are of the CPU
+        return load_denoiser(path, device=device, threads=own, max_batch=max_batch, stages=stage)
     require("torch", "train")
     from ddpm_deploy.train.denoiser import TorchDenoiser
 
@@ -211,7 +213,7 @@ def require_apart(output: Path, others: Iterable[Path]) -> None:
     """Refuse an output, a file or a folder, that is one of the other files of a command."""
     from ddpm_deploy.files import show
 
-    if output.resolve() in {path.resolve() for path in others}:
+    if os.path.realpath(output) in {os.path.realpath(path) for path in others}:  # which bears loops of links
         raise SettingError(f"{show(output)} is another file of this command: name the output otherwise")
 
 

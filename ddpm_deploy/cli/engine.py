@@ -1,5 +1,6 @@
 """What ddpm-export says and asks of engines: its options, what was built, and why one was not."""
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ _OPTIONS: Final = (
     ),
     click.option(
         "--workspace",
-        type=click.FloatRange(min=0, min_open=True, max=65_536),
+        type=float,
         show_default="all there is",
         help="GiB of scratch that TensorRT may use.",
     ),
@@ -111,20 +112,35 @@ def flavour_of(options: dict[str, Any]) -> "Flavour":
 
 
 def engine_settings(options: dict[str, Any], spec: "ModelSpec") -> "EngineSettings":
-    """What the options say of a model's engine. Raises SettingError where they contradict one another."""
+    """What the options say of a model's engine."""
     from ddpm_deploy.engine.build import EngineSettings
+    from ddpm_deploy.errors import SettingError
 
-    return EngineSettings(
-        flavour=flavour_of(options),
-        batches=_batches(options, spec),
-        tf32=options["precision"] == "tf32",
-        workspace=None if options["workspace"] is None else int(options["workspace"] * _GIB),
-        level=options["level"],
-        refittable=options["refittable"],
-        hardware_compatible=options["hardware_compatible"],
-        capabilities=options["capabilities"],
-        timing_cache=options["timing_cache"],
-    )
+    workspace = options["workspace"]
+    if workspace is not None and not 1 / _GIB <= workspace <= 65_536:  # nor NaN
+        raise click.UsageError(f"--workspace {workspace} is no number of GiB above 0")
+    try:
+        return EngineSettings(
+            flavour=flavour_of(options),
+            batches=_batches(options, spec),
+            tf32=options["precision"] == "tf32",
+            workspace=None if workspace is None else int(workspace * _GIB),
+            level=options["level"],
+            refittable=options["refittable"],
+            hardware_compatible=options["hardware_compatible"],
+            capabilities=tuple(dict.fromkeys(options["capabilities"])),
+            timing_cache=options["timing_cache"],
+        )
+    except SettingError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def require_room(spec: "ModelSpec", settings: "EngineSettings") -> None:
+    """Raise SpecError where the ModelSpec will not fit in the engine, before minutes of work for it."""
+    from ddpm_deploy.engine.bindings import load_tensorrt
+    from ddpm_deploy.engine.build import engine_spec, engine_text
+
+    engine_text(engine_spec(spec, settings, str(load_tensorrt(settings.flavour).__version__)))
 
 
 def _batches(options: dict[str, Any], spec: "ModelSpec") -> tuple[tuple[int, int, int], ...]:
@@ -152,9 +168,7 @@ def build(onnx: Path, plan: Path, settings: "EngineSettings") -> None:
     from ddpm_deploy.artefact import read_spec
     from ddpm_deploy.engine.build import build_engine
     from ddpm_deploy.engine.cache import with_timing_cache
-    from ddpm_deploy.files import show
 
-    logger.info("building %s with %s", show(plan), settings.flavour)
     layers = build_engine(onnx, plan, with_timing_cache(settings), stages=stage)
     carry_proof(onnx, plan)
     _tell(plan, read_spec(plan), layers)
@@ -169,12 +183,18 @@ def engine_files(plan: Path) -> list[Path]:
 
 
 def carry_proof(onnx: Path, plan: Path) -> None:
-    """Put the proof of an .onnx beside its engine."""
-    from ddpm_deploy.files import atomic
-    from ddpm_deploy.runtime.proof import proof_path
+    """Put the proof of an .onnx beside its engine, or say that it has none."""
+    from ddpm_deploy.errors import ArtefactError
+    from ddpm_deploy.files import atomic, show
+    from ddpm_deploy.runtime.proof import load_proof, proof_path
 
     proof, copy = proof_path(onnx), proof_path(plan)
-    if proof.exists() and proof.resolve() != copy.resolve():
+    try:
+        load_proof(proof)
+    except ArtefactError as error:
+        logger.warning("%s has no proof to go with it: %s", show(plan), error)
+        return
+    if os.path.realpath(proof) != os.path.realpath(copy):
         with atomic(copy) as temporary:
             temporary.write_bytes(proof.read_bytes())
 
@@ -210,27 +230,35 @@ def _tell(plan: Path, spec: "ModelSpec", layers: "Layers") -> None:
             f"{len(layers.products) - len(kept)} of {plural(len(layers.products), 'convolution')} and matrix products "
             f"are in {spec.precision}; in float32, as was meant: {', '.join(map(show, kept))}"
         )
-    click.echo("next, on a machine with such a GPU:")
+    click.echo("next, on a machine with such a GPU, with the .sha256 and the .proof.npz beside it:")
+    click.echo(f"  ddpm-verify {quoted(plan)}")
     click.echo(f"  ddpm-run {quoted(plan)} --steps {spec.timesteps} -o samples.png")
 
 
-def built_for(engine: "EngineSpec") -> str:
+def built_for(engine: "EngineSpec | None") -> str:
     """What an engine was built by and for, in words."""
-    gpus = "every GPU it supports"
+    if engine is None:
+        return "for what, it does not say"
+    from ddpm_deploy.files import show
+
+    gpus = "every GPU from Ampere on" if engine.hardware_compatible else "every GPU that it supports"
     if engine.capabilities:
         gpus = f"compute capability {', '.join(engine.capabilities)}"
     where = f" ({engine.gpu})" if engine.gpu else ""
     batches = ", ".join(str(low) if low == high else f"{low} to {high}" for low, _, high in engine.batches)
     name = "TensorRT-RTX" if engine.flavour == "tensorrt-rtx" else "TensorRT"
-    return f"{name} {engine.version} for {gpus}{where}, batch {batches}"
+    refittable = ", refittable" if engine.refittable else ""
+    return show(f"{name} {engine.version} for {gpus}{where}, batch {batches}{refittable}")
 
 
 def skipped(onnx: Path, options: list[str], reason: str) -> None:
     """Tell why there is no engine, and the command that makes one elsewhere with these options."""
     from ddpm_deploy.files import quoted
+    from ddpm_deploy.gpu import visible_gpu
 
     command = " ".join(["ddpm-export", quoted(onnx), *options, "-o", "engine.plan"])
-    click.echo(f"engine.plan skipped: {reason}. On the target: {command}")
+    where = "Then" if visible_gpu() else "On the target"
+    click.echo(f"engine.plan skipped: {reason}. {where}: {command}")
 
 
 def engine_words(ctx: click.Context) -> list[str]:

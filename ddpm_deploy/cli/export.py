@@ -1,6 +1,7 @@
 """ddpm-export: a checkpoint → an ONNX file that has been checked against PyTorch → a TensorRT engine."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from ddpm_deploy.cli.engine import (
     engine_settings,
     engine_words,
     flavour_of,
+    require_room,
     require_same_proof,
     skipped,
 )
@@ -54,8 +56,8 @@ _WITH_ONNX: Final = {*_ANY_WAY, *ENGINE_OPTIONS, "engine", "precision", "fp16"}
     "-o",
     "--output",
     type=FilePath,
-    show_default="MODEL with .onnx, .fp16.onnx or .bf16.onnx",
-    help="The .onnx or .plan to write; the proof is written beside it.",
+    show_default="MODEL with .onnx, .fp16.onnx, … and with .plan",
+    help="The .onnx or .plan to write; its proof is written beside it.",
 )
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", help="Averaged, or as trained.")
 @click.option(
@@ -106,7 +108,7 @@ def main(ctx: click.Context, /, model: Path, **options: Any) -> None:
         refuse_given(ctx, _WITH_REFIT, "cannot be given with --refit: the engine has its own settings")
         _refit(model, spec, options)
     else:
-        refuse_given(ctx, _WITH_ONNX, "are of a checkpoint, and this is an .onnx")
+        refuse_given(ctx, _WITH_ONNX, "cannot be given with an .onnx: of checkpoints alone")
         _from_onnx(ctx, model, spec, options)
 
 
@@ -148,6 +150,8 @@ def _from_checkpoint(
     )
     settings = engine_settings(options, spec) if wanted else None
     missing = _why_no_engine(options) if wanted else None
+    if settings and not missing:
+        require_room(spec, settings)
     if insisted and missing:
         raise BackendError(f"{show(plan)} cannot be built here: {missing}. {_instead(options)}")
     require("torch", "export")
@@ -162,11 +166,12 @@ def _from_checkpoint(
 
 def _instead(options: dict[str, Any]) -> str:
     """What to do where an engine that was insisted on cannot be built."""
-    elsewhere = (
-        "Make the .onnx here, with neither --engine, --rtx, --precision tf32 nor -o with .plan, and the engine of that "
-        "where it can be built"
-    )
-    return elsewhere if options["rtx"] else f"{elsewhere}; or one of TensorRT-RTX here, with --rtx"
+    typed = [name for name in ("engine", "rtx", "refittable") if options[name]]
+    words = [f"--{name}" for name in typed] + (["--precision tf32"] if options["precision"] == "tf32" else [])
+    if options["output"] and options["output"].suffix.lower() == ".plan":
+        words.append("-o with a .plan")
+    here = f"Leave out {' and '.join(words)} to make the .onnx here, and the engine of that where it can be built"
+    return here if options["rtx"] else f"{here}; or build one of TensorRT-RTX here, with --rtx"
 
 
 def _export(checkpoint: Path, onnx: Path, plan: Path | None, options: dict[str, Any]) -> None:
@@ -190,7 +195,7 @@ def _export(checkpoint: Path, onnx: Path, plan: Path | None, options: dict[str, 
 
 def _from_onnx(ctx: click.Context, onnx: Path, spec: "ModelSpec", options: dict[str, Any]) -> None:
     """The engine of a file that was exported before."""
-    from ddpm_deploy.errors import SettingError
+    from ddpm_deploy.errors import BackendError, SettingError
     from ddpm_deploy.files import show
 
     precision = options["precision"]
@@ -203,6 +208,11 @@ def _from_onnx(ctx: click.Context, onnx: Path, spec: "ModelSpec", options: dict[
     settings = engine_settings(options, spec)
     plan = _plan_output(options["output"] or engine_name(onnx, options))
     _check_engine(plan, onnx, [onnx], options)
+    if missing := _why_no_engine(options):
+        rtx = "" if options["rtx"] else ", or build one of TensorRT-RTX here, with --rtx"
+        raise BackendError(
+            f"{show(plan)} cannot be built here: {missing}. Run this on the machine it is for{rtx}"
+        )
     if not options["force"]:
         _require_same_engine(plan, spec.provenance.digest, "tf32" if settings.tf32 else spec.precision)
     build(onnx, plan, settings)
@@ -232,7 +242,7 @@ def _check_engine(plan: Path, onnx: Path, read: list[Path], options: dict[str, A
     from ddpm_deploy.runtime.proof import proof_path
 
     own = proof_path(onnx)
-    files = [file for file in engine_files(plan) if file.resolve() != own.resolve()]
+    files = [file for file in engine_files(plan) if os.path.realpath(file) != os.path.realpath(own)]
     check_outputs([*files, options["timing_cache"]], [*read, own])
 
 
@@ -355,5 +365,6 @@ def _require_same_model(output: Path, digest: str, precision: "Precision") -> No
         same = False
     if not same:
         raise OutputError(
-            f"{show(output)} exists and holds another model or precision: choose another --output, or pass --force"
+            f"{show(output)} exists and holds another model or precision, or is broken: choose another --output, or "
+            "pass --force"
         )

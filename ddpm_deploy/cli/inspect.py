@@ -24,6 +24,7 @@ from ddpm_deploy.files import show
 def main(file: Path, as_json: bool) -> None:
     """Print the ModelSpec of FILE, a .pt, .onnx or .plan, without loading torch, TensorRT or the weights."""
     from ddpm_deploy.artefact import read_spec
+    from ddpm_deploy.cli.engine import built_for
     from ddpm_deploy.plan import PLAN_SUFFIX
 
     plan = file.suffix.lower() == PLAN_SUFFIX
@@ -32,6 +33,8 @@ def main(file: Path, as_json: bool) -> None:
         click.echo(json.dumps(content, indent=2))
         return
     click.echo(f"{show(file)} ({file.stat().st_size / 1e6:.1f} MB)")
+    if plan and content.get("engine"):
+        content["engine"] = built_for(read_spec(file).engine)
     for name, value in content.items():
         if isinstance(value, dict):
             click.echo(f"  {name}")
@@ -44,7 +47,7 @@ def main(file: Path, as_json: bool) -> None:
 def _plan(file: Path) -> dict[str, Any]:
     """What can be read of an engine: one that another tool built has no ModelSpec."""
     from ddpm_deploy.artefact import read_spec
-    from ddpm_deploy.errors import ArtefactError, SpecError
+    from ddpm_deploy.errors import ArtefactError
     from ddpm_deploy.plan import digest_path, read_plan_head, trusted
 
     head = asdict(read_plan_head(file))
@@ -55,7 +58,7 @@ def _plan(file: Path) -> dict[str, Any]:
         head["digest"] = "wrong" if digest_path(file).exists() else "missing"
     try:
         return {**read_spec(file).to_builtins(), "plan": head}
-    except SpecError as error:
+    except ArtefactError as error:
         return {"spec": f"none: {error}", "plan": head}
 
 

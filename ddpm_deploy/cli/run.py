@@ -53,6 +53,8 @@ _SNAPSHOT_SECONDS: Final = 60.0
   ddpm-run model.onnx --snapshot chain.npz     can be interrupted, and goes on with
   ddpm-run model.onnx --resume chain.npz       here or on another machine
   ddpm-run model.onnx --replay samples.png     make a picture again, and compare
+  ddpm-run engine.plan                         an engine, on the GPU it was built for
+  ddpm-run model.onnx --device cuda            builds its engine here, once, and runs that
   ddpm-run model.pt                            the checkpoint itself, in PyTorch: the reference
 """,
 )
@@ -80,7 +82,7 @@ _SNAPSHOT_SECONDS: Final = 60.0
 @click.option(
     "--batch",
     type=click.IntRange(1, 65_536),
-    show_default="64, fewer for images over 16×16",
+    show_default="64, fewer for images over 16×16; of an engine, its largest",
     help="Images in flight at once.",
 )
 @click.option(
@@ -128,7 +130,7 @@ _SNAPSHOT_SECONDS: Final = 60.0
 )
 @click.pass_context
 def main(ctx: click.Context, /, model: Path, **options: Any) -> None:
-    """Draw images from MODEL, an exported .onnx file (or a .pt checkpoint, run in PyTorch)."""
+    """Draw images from MODEL: an .onnx file, an engine (.plan), or a checkpoint (.pt), run in PyTorch."""
     from ddpm_deploy.artefact import read_spec, require_intact
 
     read_spec(model)
@@ -197,11 +199,13 @@ def _open(model: Path, options: dict[str, Any], images: int | None, guidance: fl
     """The model, to run so many images at once (None: as many as are best)."""
     from ddpm_deploy.artefact import read_spec
     from ddpm_deploy.runtime.denoiser import default_max_batch
-    from ddpm_deploy.runtime.sampler import Sampler
+    from ddpm_deploy.runtime.sampler import Sampler, runs_on_gpu
 
     rows = images
-    if guidance is not None:
-        rows = max(2, default_max_batch(read_spec(model))) if images is None else 2 * images
+    if guidance is not None and images is not None:
+        rows = 2 * images
+    elif guidance is not None and not runs_on_gpu(model, options["device"]):
+        rows = max(2, default_max_batch(read_spec(model)))
     where = {name: options[name] for name in ("weights", "device", "threads")}
     return Sampler(open_denoiser(model, max_batch=rows, **where))
 
@@ -312,7 +316,7 @@ class _Watch:
         """End after the step at hand."""
         self._stopped = True
 
-    def signals(self) -> AbstractContextManager[object]:
+    def signals(self) -> AbstractContextManager[None]:
         """Take Ctrl-C as `stop` where that saves something."""
         from ddpm_deploy.signals import stop_on_signals
 

@@ -26,6 +26,7 @@ _ROUNDS: Final = 5  # of the timing
   ddpm-verify model.pt model.onnx --all               at every timestep
   ddpm-verify model.pt model.onnx model.fp16.onnx     the ladder: which of them to choose
   ddpm-verify model.onnx                              against its proof, without the checkpoint
+  ddpm-verify engine.plan                             an engine, where it runs, against the same
   ddpm-verify a.onnx b.onnx --report r.json --plot r.png
 """,
 )
@@ -62,7 +63,7 @@ def main(
     weights: Literal["ema", "raw"],
     threads: int | None,
 ) -> None:
-    """Compare the second model, and any further ones, with the first; each is a .pt or an .onnx.
+    """Compare the second model, and any further ones, with the first; each is a .pt, an .onnx or an engine (.plan).
 
     A single model is held against the proof that ddpm-export wrote beside it.
 
@@ -91,6 +92,7 @@ def main(
         trajectory = _recorded(first, count or 4, steps, seed or 0, every, len(candidates))
         first.close()
     rungs = _climb(candidates, trajectory, weights, threads)
+    trajectory = trajectory.first(len(rungs[0].comparison.psnr))
     click.echo(reporting.as_table(rungs, trajectory, reference))
     if report:
         reporting.write_json(rungs, trajectory, report)
@@ -114,13 +116,17 @@ def _climb(
         open_denoiser(path, weights=weights, threads=threads, max_batch=trajectory.count)
         for path in candidates
     ]
+    count = min(trajectory.count, *(denoiser.max_batch for denoiser in denoisers))
+    if count < trajectory.count:
+        logger.warning("%d of %d images are compared: a model's batch takes no more", count, trajectory.count)
+        trajectory = trajectory.first(count)
     comparisons = []
     for path, denoiser in zip(candidates, denoisers, strict=True):
         if denoiser.spec.provenance.digest != trajectory.spec.provenance.digest:
             logger.warning("%s says that its weights are others than the reference's", show(path))
         with stage(show(path), len(trajectory.timesteps) + trajectory.steps) as advance:
             comparisons.append(judge(trajectory, denoiser, advance))
-    times = _milliseconds(denoisers, trajectory.count)
+    times = _milliseconds(denoisers, count)
     return [
         Rung(show(path), denoiser.spec, comparison, time, path.stat().st_size / 1e6)
         for path, denoiser, comparison, time in zip(candidates, denoisers, comparisons, times, strict=True)

@@ -18,6 +18,8 @@ MODULES: Final[dict[Flavour, tuple[str, str]]] = {  # and the extra that brings 
     "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
 }
 _OLDEST: Final[dict[Flavour, tuple[int, int]]] = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 3)}
+_KNOWN: Final = ("has Int64 binding",)  # warnings about what is as it should be: y
+_MEMORY_HINT: Final = " (smaller batches take less memory, and a workspace may be too small)"
 _REPEATED: Final = 2000  # messages of which it is known that they were shown
 
 
@@ -28,7 +30,7 @@ def load_tensorrt(flavour: Flavour) -> Any:
     oldest = _OLDEST[flavour]
     if _version(trt) < oldest:
         raise DependencyError(
-            f"{module} {trt.__version__} is too old, and {oldest[0]}.{oldest[1]} is needed: "
+            f"{module} {getattr(trt, '__version__', '')} is too old or broken, and {oldest[0]}.{oldest[1]} is needed: "
             f"pip install -U 'ddpm-deploy[{extra}]'"
         )
     return trt
@@ -40,16 +42,18 @@ def require_builder(flavour: Flavour, *, refittable: bool = False) -> Any:
 
     Raises DependencyError or BackendError where it cannot.
     """
-    if flavour == "tensorrt" or refittable:
+    if flavour == "tensorrt":
         require_gpu()
+    elif refittable and visible_gpu() is None:
+        raise BackendError("a refittable engine is built on a GPU, and no NVIDIA GPU is visible")
     return load_tensorrt(flavour)
 
 
-def require_gpu() -> Gpu:
-    """The GPU that is used. Raises BackendError where none is visible; `ddpm-deploy doctor` says why."""
+def require_gpu(otherwise: str = "") -> Gpu:
+    """The GPU that is used. Raises BackendError where none is visible, with what to do otherwise."""
     gpu = visible_gpu()
     if gpu is None:
-        raise BackendError("no NVIDIA GPU is visible")
+        raise BackendError("no NVIDIA GPU is visible" + (f": {otherwise}" if otherwise else ""))
     return gpu
 
 
@@ -71,7 +75,9 @@ class Log:
         """One message. It must not raise: C++ calls it."""
         level = self._levels.get(severity, logging.DEBUG)
         if level == logging.ERROR:
-            self.errors.append(first_line(Exception(message)))
+            self.errors.append(" ".join(message.split()))
+        elif level == logging.WARNING and any(known in message for known in _KNOWN):
+            logger.debug("TensorRT: %s", message)
         elif level == logging.WARNING and message not in self._seen and len(self._seen) < _REPEATED:
             self._seen.add(message)
             logger.warning("TensorRT: %s", message)
@@ -81,7 +87,8 @@ class Log:
     def reason(self, otherwise: str) -> str:
         """The first error since the last time it was asked, or `otherwise`."""
         errors, self.errors = self.errors, []
-        return errors[0] if errors else otherwise
+        reason = errors[0] if errors else otherwise
+        return reason + (_MEMORY_HINT if "OutOfMemory" in reason else "")
 
 
 def _handle(trt: Any, log: Log) -> Any:
@@ -130,6 +137,9 @@ def name_of(thing: Any) -> str:
     return in_words(lambda: str(thing.name))
 
 
-def _version(trt: Any) -> tuple[int, int]:
-    major, minor = str(trt.__version__).split(".")[:2]
-    return int(major), int(minor)
+def _version(trt: Any) -> tuple[int, ...]:
+    """(0,) where it tells none."""
+    try:
+        return tuple(int(part) for part in str(trt.__version__).split(".")[:2])
+    except (AttributeError, ValueError):
+        return (0,)

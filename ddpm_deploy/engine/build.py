@@ -5,7 +5,7 @@ GPU that it runs on, and needs one; TensorRT-RTX builds for any that it is told,
 """
 
 import logging
-import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from typing import Any, Final
 
 import msgspec
 
-from ddpm_deploy.artefact import read_meant_float32, read_spec, require_intact
+from ddpm_deploy.artefact import non_finite_tensor, read_meant_float32, read_spec, require_intact
 from ddpm_deploy.engine.bindings import Log, in_words, log_of, made, name_of, require_builder
 from ddpm_deploy.engine.layers import Layers, inspected, layers_of, require_precision
 from ddpm_deploy.engine.load import CAPABILITIES, deserialized, runs_on
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
 from ddpm_deploy.files import atomic, require_output, show
 from ddpm_deploy.gpu import driver, visible_gpu
-from ddpm_deploy.plan import write_plan
-from ddpm_deploy.signals import stop_on_signals
+from ddpm_deploy.plan import digest_path, write_plan
+from ddpm_deploy.signals import signals_held
 from ddpm_deploy.spec import MAX_BATCH, EngineSpec, Flavour, ModelSpec
 from ddpm_deploy.stages import Stages, silent
 
@@ -115,7 +115,23 @@ def build_engine(
         raise SettingError(
             f"tf32 rounds what float32 layers multiply, and {show(onnx)} is in {spec.precision}"
         )
+    if broken := non_finite_tensor(onnx):
+        raise ArtefactError(
+            f"{show(onnx)} has numbers that are not finite in {show(broken)}: export it again"
+        )
     require_output(path)
+    require_output(digest_path(path))
+    stopped = threading.Event()
+    with signals_held(stopped.set):
+        layers, plan = _build(onnx, spec, settings, stopped, stages)
+    write_plan(path, plan)
+    return layers
+
+
+def _build(
+    onnx: Path, spec: ModelSpec, settings: EngineSettings, stopped: threading.Event, stages: Stages
+) -> tuple[Layers, memoryview]:
+    """All that is TensorRT's."""
     trt = require_builder(settings.flavour, refittable=settings.refittable)
     log = log_of(settings.flavour)
     log.errors.clear()
@@ -130,11 +146,17 @@ def build_engine(
     spec = engine_spec(spec, settings, str(trt.__version__))
     _set_name(network, spec)
     config = _configure(trt, builder, settings, spec, log)
+    logger.info("building an engine of %s with %s %s", show(onnx), settings.flavour, trt.__version__)
+    config.progress_monitor = monitor = _monitor(trt, stopped, stages)
     with _timing_cache(config, settings.timing_cache, log):
-        plan = _run(trt, builder, network, config, log, stages)
+        plan = None if stopped.is_set() else builder.build_serialized_network(network, config)
+    del monitor
+    if stopped.is_set():
+        raise BackendError("the build was stopped by a signal")
+    if plan is None:
+        raise BackendError(f"TensorRT built no engine: {log.reason('it does not say why')}")
     _inspect(trt, plan, spec, log)
-    write_plan(path, plan)
-    return layers
+    return layers, memoryview(plan)
 
 
 def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> ModelSpec:
@@ -195,11 +217,18 @@ def _tensors(tensors: Iterable[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name_of(tensor): (tensor.dtype.name, tuple(tensor.shape)) for tensor in tensors}
 
 
+def engine_text(spec: ModelSpec) -> str:
+    """The name of an engine: its spec, and behind that of a refittable one room for those of other weights.
+
+    Raises SpecError where it is too long.
+    """
+    spare = SPARE if spec.engine and spec.engine.refittable else 0
+    return spec.to_json(room=spare) + " " * spare
+
+
 def _set_name(network: Any, spec: ModelSpec) -> None:
     """The spec as the network's name, which a plan keeps verbatim; one that is too long is silently dropped."""
-    assert spec.engine is not None
-    spare = SPARE if spec.engine.refittable else 0
-    text = spec.to_json(room=spare) + " " * spare
+    text = engine_text(spec)
     network.name = text
     if network.name != text:
         raise BackendError(
@@ -281,23 +310,7 @@ def _timing_cache(config: Any, path: Path | None, log: Log) -> Iterator[None]:
         logger.warning("the timing cache was not kept: %s", error)
 
 
-def _run(trt: Any, builder: Any, network: Any, config: Any, log: Log, stages: Stages) -> memoryview:
-    """Build, with a bar; a signal is obeyed at the next step."""
-    monitor = _monitor(trt, stages)
-    config.progress_monitor = monitor
-    with stop_on_signals(monitor.stop, "with nothing written") as received:
-        plan = builder.build_serialized_network(network, config)
-    if received:
-        signal.raise_signal(
-            received[0]
-        )  # to whoever handles it otherwise, with nothing of TensorRT's on the stack
-        raise BackendError("the build was stopped by a signal")
-    if plan is None:
-        raise BackendError(f"TensorRT built no engine: {log.reason('it does not say why')}")
-    return memoryview(plan)
-
-
-def _monitor(trt: Any, stages: Stages) -> Any:
+def _monitor(trt: Any, stopped: threading.Event, stages: Stages) -> Any:
     """TensorRT's progress as bars of ours, one for each of its outermost phases.
 
     Its methods are called from C++, on other threads too: they must not raise.
@@ -306,11 +319,7 @@ def _monitor(trt: Any, stages: Stages) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.stopped = False
             self._bars: dict[str, tuple[ExitStack, Callable[[int], None]]] = {}
-
-        def stop(self) -> None:
-            self.stopped = True
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if not parent_phase:
@@ -322,7 +331,7 @@ def _monitor(trt: Any, stages: Stages) -> Any:
             if phase_name in self._bars:
                 with suppress(Exception):
                     self._bars[phase_name][1](1)
-            return not self.stopped
+            return not stopped.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self._bars:
@@ -337,7 +346,13 @@ def _inspect(trt: Any, plan: memoryview, spec: ModelSpec, log: Log) -> None:
     gpu = visible_gpu()
     if gpu is None or spec.engine is None or not runs_on(spec.engine, gpu):
         return
-    cuda_engine = deserialized(trt, log, plan, spec)
+    try:
+        cuda_engine = deserialized(trt, log, plan, spec)
+    except ArtefactError as error:
+        if spec.engine.flavour == "tensorrt":  # which was built for this very machine
+            raise
+        logger.warning("the engine could not be looked at on this machine's GPU: %s", error)
+        return
     inspector = made("an inspector", log, cuda_engine.create_engine_inspector)
     information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     narrow, kernels = inspected(information, spec.precision)

@@ -64,7 +64,7 @@ def settings_here(spec: ModelSpec, max_batch: int | None) -> EngineSettings:
 
     Raises BackendError where no GPU is visible, DependencyError where neither is installed.
     """
-    gpu = require_gpu()
+    gpu = require_gpu("leave device out to run on the CPU; ddpm-deploy doctor says what is missing")
     flavour: Flavour = "tensorrt"
     if not importable("tensorrt") and importable("tensorrt_rtx") and gpu.capability in CAPABILITIES:
         flavour = "tensorrt-rtx"
@@ -107,7 +107,7 @@ def built_on_arrival(
         if loaded is not None:
             return loaded
         logger.info(
-            "building an engine of %s for this machine, once: it is kept in %s", show(onnx), show(plan)
+            "no engine of %s is kept for this machine: one is built, once, as %s", show(onnx), show(plan)
         )
         try:
             build_engine(onnx, plan, settings, spec=spec, stages=stages)

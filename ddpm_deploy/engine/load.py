@@ -118,10 +118,14 @@ def rebuild_hint(path: Path, gpu: Gpu) -> str:
     """The command that builds an engine again on a machine with this GPU, as it was built."""
     options: list[str] = []
     with suppress(SpecError):
-        spec = read_spec(path)
-        options = _options_of(spec, gpu)
-    command = ["ddpm-export", quoted(source_of(path)), *options, "-o", quoted(path)]
-    return f"build it again here, with {' '.join(command)}"
+        options = _options_of(read_spec(path), gpu)
+    onnx = source_of(path)
+    command = ["ddpm-export", quoted(onnx), *options, "-o", quoted(path), "--force"]
+    return f"build it again here, with {' '.join(command)}{_whether_there(onnx)}"
+
+
+def _whether_there(onnx: Path) -> str:
+    return "" if onnx.exists() else f" ({show(onnx.name)} is not beside it: the .onnx that it was built of)"
 
 
 def _options_of(spec: ModelSpec, gpu: Gpu) -> list[str]:
@@ -150,13 +154,16 @@ def source_of(plan: Path) -> Path:
 
 
 def _on_the_cpu(plan: Path) -> str:
-    """What to run instead. Half precision is no gain there, and bfloat16 does not run at all."""
+    """What to run instead of an engine; bfloat16 does not run there."""
+    doctor = "ddpm-deploy doctor says what is missing"
+    with suppress(SpecError):
+        if read_spec(plan).precision == "bf16":
+            return f"a CPU runs the model exported in fp32, not in bfloat16; {doctor}"
     onnx = source_of(plan)
-    there = "" if onnx.exists() else " (which is not beside it)"
-    return (
-        f"on this machine's CPU run the model it was built of, ddpm-run {quoted(onnx)}{there}, better in fp32; "
-        "ddpm-deploy doctor says what is missing"
+    run = (
+        f"on this machine's CPU run the model it was built of, ddpm-run {quoted(onnx)}{_whether_there(onnx)}"
     )
+    return f"{run}; {doctor}"
 
 
 def _release(version: str) -> tuple[str, ...]:

@@ -45,9 +45,10 @@ def refit_engine(onnx: Path, engine: Path, path: Path) -> None:
 def refitted_spec(onnx: Path, new: ModelSpec, engine: Path, old: ModelSpec) -> ModelSpec:
     """The spec of an engine with new weights. Raises ArtefactError where they cannot be put into it."""
     if old.engine is None or not old.engine.refittable:
+        rtx = " --rtx" if old.engine and old.engine.flavour == "tensorrt-rtx" else ""
         raise ArtefactError(
-            f"{show(engine)} was not built to take new weights: build one that is, with "
-            f"ddpm-export {quoted(onnx)} --refittable -o {quoted(engine)}"
+            f"{show(engine)} is not an engine that was built to take new weights: build one that is, with "
+            f"ddpm-export {quoted(onnx)}{rtx} --refittable, on a machine with a GPU"
         )
     differs = [name for name in _NETWORK if getattr(new, name) != getattr(old, name)]
     if differs or new.precision != ("fp32" if old.precision == "tf32" else old.precision):

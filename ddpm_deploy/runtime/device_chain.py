@@ -43,6 +43,7 @@ class DeviceChain:
         self._device.upload(self._embedding, self._embeddings)
         self._device.upload(np.array([IDENTITY], np.float32), self._rows[:1])
         self._device.upload(np.zeros((slots, SLOT.itemsize // 4), np.uint32), self._slots)
+        self._device.upload(np.repeat(self._embedding[:1], slots, axis=0), network.memory["temb"][:slots])
         self._tables: dict[int, tuple[StepTable, int]] = {}  # by id: the table and its first row
         self._used = 1  # rows
         self._left = np.zeros(slots, np.int64)  # steps to go

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Literal
@@ -22,7 +22,7 @@ import numpy as np
 from ddpm_deploy.engine.bindings import MODULES, load_tensorrt
 from ddpm_deploy.engine.build import EngineSettings, build_engine
 from ddpm_deploy.engine.load import CAPABILITIES
-from ddpm_deploy.errors import first_line
+from ddpm_deploy.errors import one_line
 from ddpm_deploy.gpu import Driver
 from ddpm_deploy.runtime import gaussian
 from ddpm_deploy.runtime.sampler import Sampler, load_denoiser
@@ -58,6 +58,7 @@ _PARTS: Final = (
 _CUDNN: Final = "libcudnn.so.9"  # which onnxruntime-gpu loads
 _OLDEST_CUDA: Final = (12, 2)  # which driver r535 brings
 _OLDEST_CAPABILITY: Final = (7, 5)  # of TensorRT 11
+_UPDATE: Final = "update the NVIDIA driver to r{} or newer"
 _COUNT: Final = 64
 _BATCHES: Final = ((1, _COUNT, _COUNT),)
 _SIGMAS: Final = 5.0
@@ -144,7 +145,7 @@ def _driver_too_old(packages: Installed, driver: Driver, major: int) -> Finding 
             f"pip uninstall -y {old} && pip install 'ddpm-deploy[gpu-cu12]'  (or update the driver to r580)"
         )
     else:
-        mend = f"update the NVIDIA driver to r{535 if major == 12 else 580} or newer"
+        mend = _UPDATE.format(535 if major == 12 else 580)
     return Finding("driver", "broken", says, mend)
 
 
@@ -191,6 +192,8 @@ def _on_onnxruntime(model: Path, packages: Installed, driver: Driver) -> Finding
     name = "ONNX Runtime, CPU"
     if not {"onnxruntime", "onnxruntime-gpu"} & packages.keys():
         return Finding(name, "absent", "is not installed", "pip install 'ddpm-deploy[cpu]'")
+    if both := _both_onnxruntimes(packages):
+        return replace(both, name=name)
     return _chain_finding(
         name, "pip install --force-reinstall onnxruntime", lambda: Sampler(load_denoiser(model))
     )
@@ -205,9 +208,13 @@ def _on_tensorrt(model: Path, packages: Installed, driver: Driver) -> Finding:
         return Finding(
             name, "absent", f"does not know compute capability {gpu.capability}", "use ONNX Runtime"
         )
+    if driver.cuda and _number(driver.cuda) < _OLDEST_CUDA:
+        return Finding(
+            name, "absent", f"needs CUDA 12.2, and the driver runs {driver.cuda}", _UPDATE.format(535)
+        )
     mend = f"pip install 'ddpm-deploy[{extra}]'"
-    if problem := _import_problem("tensorrt"):
-        return Finding(name, "absent", problem, mend)
+    if problem := _import_problem(name, "tensorrt", packages, mend):
+        return problem
     plan = model.with_suffix(".plan")
 
     def load() -> Sampler:
@@ -220,15 +227,15 @@ def _on_tensorrt(model: Path, packages: Installed, driver: Driver) -> Finding:
 def _on_tensorrt_rtx(model: Path, packages: Installed, driver: Driver) -> Finding:
     """It builds anywhere, and runs on the GPUs that it has a target for."""
     name, mend = "TensorRT-RTX", "pip install 'ddpm-deploy[rtx]'"
-    if problem := _import_problem("tensorrt-rtx"):
-        return Finding(name, "absent", problem, mend)
+    if problem := _import_problem(name, "tensorrt-rtx", packages, mend):
+        return problem
     plan = model.with_suffix(".rtx.plan")
     start = time.perf_counter()
     try:
         build_engine(model, plan, EngineSettings(flavour="tensorrt-rtx", batches=_BATCHES))
     except Exception as error:
         again = "pip install -U --force-reinstall tensorrt-rtx"
-        return Finding(name, "broken", f"builds no engine: {first_line(error)}", again)
+        return Finding(name, "broken", f"builds no engine: {one_line(error)}", again)
     built = f"builds engines here (a tiny one in {time.perf_counter() - start:.1f} s)"
     if not driver.gpus:
         return Finding(
@@ -236,7 +243,9 @@ def _on_tensorrt_rtx(model: Path, packages: Installed, driver: Driver) -> Findin
         )
     if driver.gpus[0].capability not in CAPABILITIES:
         says = f"{built}; none for compute capability {driver.gpus[0].capability}, which is this GPU's"
-        return Finding(name, "builds", says, "use TensorRT on this GPU: pip install 'ddpm-deploy[gpu]'")
+        new = _number(driver.gpus[0].capability) >= _OLDEST_CAPABILITY
+        other = "use TensorRT on this GPU: pip install 'ddpm-deploy[gpu]'" if new else "use ONNX Runtime"
+        return Finding(name, "builds", says, other)
     return _chain_finding(name, mend, lambda: Sampler(load_denoiser(plan)))
 
 
@@ -249,7 +258,7 @@ def _chain_finding(name: str, mend: str, load: Callable[[], Sampler]) -> Finding
     except (
         Exception
     ) as error:  # a backend that is broken may raise anything, and the others are yet to be tried
-        return Finding(name, "broken", first_line(error), mend)
+        return Finding(name, "broken", one_line(error), mend)
     mean, variance = gaussian.moments()
     off_mean = (images.mean() - mean) / math.sqrt(variance / images.size)
     off_variance = (images.var() / variance - 1) / math.sqrt(2 / images.size)
@@ -263,13 +272,18 @@ def _chain_finding(name: str, mend: str, load: Callable[[], Sampler]) -> Finding
     return Finding(name, "works", says) if right else Finding(name, "broken", f"WRONG NUMBERS: {says}", mend)
 
 
-def _import_problem(flavour: Flavour) -> str:
-    """Why a TensorRT does not import, or ""."""
+def _import_problem(name: str, flavour: Flavour, packages: Installed, mend: str) -> Finding | None:
+    """Of a TensorRT that does not import: absent where it is not installed, broken where it is."""
+    module, _ = MODULES[flavour]
     try:
         load_tensorrt(flavour)
-    except Exception as error:  # a broken package may raise anything
-        return first_line(error).partition(": pip install")[0].removeprefix(MODULES[flavour][0]).strip()
-    return ""
+    except Exception as error:
+        says = one_line(error).partition(": pip install")[0].removeprefix(module).strip()
+        broken = any(package.startswith(f"{flavour}-cu") or package == flavour for package in packages)
+        if not broken:
+            return Finding(name, "absent", says, mend)
+        return Finding(name, "broken", says, mend.replace("pip install", "pip install --force-reinstall"))
+    return None
 
 
 def _get_a_gpu(driver: Driver) -> str:

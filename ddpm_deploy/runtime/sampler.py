@@ -12,7 +12,7 @@ from typing import Any, Final, Self, TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec, require_intact
+from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, ONNX_SUFFIX, read_spec, require_intact
 from ddpm_deploy.engine.bindings import MODULES
 from ddpm_deploy.engine.cache import built_on_arrival, settings_here
 from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, SettingError
@@ -76,7 +76,7 @@ def load_denoiser(
     suffix = path.suffix.lower()
     if suffix in CHECKPOINT_SUFFIXES:
         raise ArtefactError(f"{show(path)} is a checkpoint: export it first, with ddpm-export {quoted(path)}")
-    if threads is not None and (suffix == PLAN_SUFFIX or device == "cuda"):
+    if threads is not None and runs_on_gpu(path, device):
         raise SettingError("threads are of the CPU, and the model is to run on a GPU: leave them out")
     if suffix == PLAN_SUFFIX:
         if device == "cpu":
@@ -87,6 +87,11 @@ def load_denoiser(
     if device == "cuda":
         return _on_arrival(path, max_batch, spec, stages)
     return OrtDenoiser(path, threads=threads, max_batch=max_batch, spec=spec)
+
+
+def runs_on_gpu(path: Path, device: str | None) -> bool:
+    """Whether `load_denoiser` runs it there: an engine always, an .onnx where it is asked for."""
+    return path.suffix.lower() == PLAN_SUFFIX or (path.suffix.lower() == ONNX_SUFFIX and device == "cuda")
 
 
 def _on_arrival(path: Path, max_batch: int | None, spec: ModelSpec | None, stages: Stages) -> Denoiser:

@@ -1,0 +1,174 @@
+"""step.cu: compiled for every GPU that is supported, and run on the CPU, where a race would show."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from ddpm_deploy import reference
+from ddpm_deploy.embedding import SinusoidalEmbedding
+from ddpm_deploy.runtime import device_chain
+from ddpm_deploy.runtime.device_chain import DeviceChain
+from ddpm_deploy.runtime.kernel import OPTIONS, kernel_source
+from ddpm_deploy.solvers import StepTable
+from ddpm_deploy.spec import ModelSpec
+from tests.host_device import HostDevice, HostNetwork
+from tests.models import ArrayDenoiser, tiny_spec
+from tests.test_chain import every_column_table
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+TABLE = every_column_table(0, 12)
+
+
+def test_the_source_is_short_and_compiled_without_contraction() -> None:
+    source = Path(device_chain.__file__).with_name("step.cu").read_text()
+    assert len(source.splitlines()) < 150
+    assert "--fmad=false" in OPTIONS
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nvrtc_compiles_it(architecture: str) -> None:
+    """As CuPy will on the GPU itself; this needs none."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    _, program = nvrtc.nvrtcCreateProgram(kernel_source().encode(), b"step.cu", 0, [], [])
+    options = [f"--gpu-architecture=sm_{architecture}".encode(), *(option.encode() for option in OPTIONS)]
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    assert code == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    _, size = nvrtc.nvrtcGetCUBINSize(program)
+    assert size > 1000
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_nvcc_compiles_it(tmp_path: Path) -> None:
+    source = tmp_path / "step.cu"
+    source.write_text(kernel_source())
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command = [
+        "nvcc",
+        *targets,
+        "-fmad=false",
+        "-Werror",
+        "all-warnings",
+        "-fatbin",
+        "-o",
+        tmp_path / "s",
+        source,
+    ]
+    subprocess.run(command, check=True)
+
+
+def chained(
+    spec: ModelSpec, source: str | None = None, seed: int = 0, table: StepTable = TABLE
+) -> np.ndarray[Any, Any]:
+    """The images of two chains, the second started a step after the first; source: of another kernel."""
+    device = HostDevice(seed)
+    if source is not None:
+        compiled = device.compile
+        device.compile = lambda _, name: compiled(source, name)  # type: ignore[method-assign]
+    chain = DeviceChain(HostNetwork(ArrayDenoiser(spec, 3), device))
+    for slot in (0, 2):
+        chain.start(slice(slot, slot + 1), table, np.array([7], np.uint64), np.array([slot], np.uint64))
+        chain.step()
+    for _ in range(len(table) + 3):
+        if chain.active.any():
+            chain.step()
+    return chain.x[[0, 2]].copy()
+
+
+def expected(spec: ModelSpec, table: StepTable = TABLE) -> np.ndarray[Any, Any]:
+    """The same by reference.py."""
+    denoiser = ArrayDenoiser(spec, 1)
+
+    def last(index: int) -> Iterator[np.ndarray[Any, Any]]:
+        return reference.chain(
+            lambda x, t: denoiser.predict(x[None], np.array([t]))[0], table, spec.image_shape, 7, index
+        )
+
+    return np.stack([list(last(index))[-1] for index in (0, 2)])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (3, 5, 7), (1, 16, 32), (3, 20, 30)])
+@pytest.mark.parametrize("dim", [8, 301])
+def test_odd_sizes_equal_the_reference_bit_for_bit(shape: tuple[int, int, int], dim: int) -> None:
+    """One number, blocks that are not full, several blocks; an embedding wider than the image has threads."""
+    spec = msgspec.structs.replace(
+        tiny_spec(shape, timesteps=30, network=None), embedding=SinusoidalEmbedding(dim=dim)
+    )
+    np.testing.assert_array_equal(chained(spec).view(np.uint32), expected(spec).view(np.uint32))
+
+
+def test_the_order_of_threads_has_no_say() -> None:
+    spec = tiny_spec((3, 20, 30), timesteps=30, network=None)
+    wanted = expected(spec)
+    for seed in range(1, 6):
+        np.testing.assert_array_equal(chained(spec, seed=seed), wanted)
+
+
+@pytest.mark.parametrize(
+    ("correct", "planted"),
+    [
+        ("    __syncthreads();", "    ;"),
+        ("== gridDim.x - 1", ">= 0"),  # the first block to arrive moves the slot on
+        ("slots[index].arrived = 0;", ";"),
+        ("const Slot slot = slots[index];", "const Slot &slot = slots[index];"),  # read again later
+    ],
+)
+def test_a_planted_race_is_caught(correct: str, planted: str) -> None:
+    """In some order of some ten: the images differ, or the chain walks out of its table."""
+    spec = tiny_spec((3, 20, 30), timesteps=30, network=None)
+    source = kernel_source()
+    assert source.count(correct) == 1
+    wanted = expected(spec)
+    assert any(
+        not np.array_equal(apart(source.replace(correct, planted), seed), wanted) for seed in range(10)
+    )
+
+
+APART = """
+import sys
+import numpy as np
+from tests.models import tiny_spec
+from tests.test_step import chained
+spec = tiny_spec((3, 20, 30), timesteps=30, network=None)
+np.save(sys.argv[2], chained(spec, sys.stdin.read(), int(sys.argv[1])))
+"""
+
+
+def apart(source: str, seed: int) -> np.ndarray[Any, Any] | None:
+    """`chained` in a process of its own, as a wrong kernel may write anywhere; None where it dies of it."""
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        command = [sys.executable, "-c", APART, str(seed), file.name]
+        result = subprocess.run(command, input=source, text=True, capture_output=True, cwd=ROOT)
+        return np.load(file.name) if result.returncode == 0 else None
+
+
+def test_what_was_never_written_would_be_seen() -> None:
+    """The stand-in's new memory is NaN: a kernel that reads what it did not write shows it."""
+    spec = tiny_spec((1, 2, 2), timesteps=30, network=None)
+    source = kernel_source().replace("term(row[D], *x)", "row[D] * *x")  # 0 times what was there before x_T
+    assert not np.array_equal(chained(spec, source), expected(spec))
+
+
+def test_many_tables_and_too_many() -> None:
+    """Rows of finished chains make room; those of running ones cannot."""
+    spec = tiny_spec((1, 2, 2), timesteps=30, network=None)
+    chain = DeviceChain(HostNetwork(ArrayDenoiser(spec, 2), HostDevice()))
+    one = np.zeros(1, np.uint64)
+    tables = [every_column_table(seed, 25) for seed in range(50)]
+    for table in tables:
+        chain.start(slice(0, 1), table, one, one)
+        chain.step()
+        chain.clear()
+    chain.start(slice(1, 2), tables[0], one, one)
+    with pytest.raises(device_chain.SettingError, match="too many different tables are in use at once"):
+        for table in tables:
+            chain.start(slice(0, 1), table, one, one)
+            chain._left[0] = 0
