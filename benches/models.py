@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_deploy.export.graph import export_onnx
-from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.spec import GraphPrecision, ModelSpec
 from ddpm_deploy.train.checkpoint import new_network
 from ddpm_deploy.train.settings import PRESETS
 from ddpm_deploy.train.unet import UNet
@@ -24,7 +24,9 @@ class Model:
     onnx: Path
 
 
-def export_preset(name: str, folder: Path, image_size: int | None = None) -> Model:
+def export_preset(
+    name: str, folder: Path, image_size: int | None = None, precision: GraphPrecision = "fp32"
+) -> Model:
     """Make it, at the preset's image size if no other is given. No weight is zero, so that nothing can be skipped."""
     preset = PRESETS[name]
     spec = preset.spec(name, preset.channels or 3, image_size or preset.image_size)
@@ -34,7 +36,7 @@ def export_preset(name: str, folder: Path, image_size: int | None = None) -> Mod
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     path = folder / f"{name}.onnx"
-    export_onnx(network, spec, path)
+    export_onnx(network, spec, path, precision=precision)
     return Model(name, network, spec, path)
 
 

@@ -55,6 +55,7 @@ class HostDevice:
         self._pending: list[Callable[[], None]] = []
         self._recording: list[Callable[[], None]] | None = None
         self.calls: list[str] = []
+        self.left = 1 << 40
 
     def start(self, work: Callable[[], None]) -> None:
         """Work on the stream: done when it is waited for, or recorded."""
@@ -82,6 +83,30 @@ class HostDevice:
         assert (host.shape, host.dtype) == (memory.shape, memory.dtype)
         self.calls.append("download")
         self.start(lambda: np.copyto(host, memory))
+
+    def copy_out(self, memories: Any, hosts: Any) -> Callable[[], None]:
+        assert self._recording is None
+        self.calls.append("copy_out")
+        staged: list[NDArray[Any]] = []
+        self.start(lambda: staged.extend(memory.copy() for memory in memories))
+
+        def wait() -> None:
+            """Until that point of the stream, and no further."""
+            self.calls.append("wait")
+            while not staged:
+                self._pending.pop(0)()
+            for host, memory in zip(hosts, staged, strict=True):
+                assert (host.shape, host.dtype) == (memory.shape, memory.dtype)
+                host[:] = memory
+
+        return wait
+
+    def finite(self, memory: NDArray[Any]) -> bool:
+        self.synchronize()
+        return bool(np.isfinite(memory).all())
+
+    def free(self) -> int:
+        return self.left
 
     def synchronize(self) -> None:
         assert self._recording is None
@@ -125,6 +150,8 @@ class HostDevice:
 
 class HostNetwork:
     """A Denoiser of the tests' as a `network.DeviceNetwork` in the place of the GPU's."""
+
+    capturable = True
 
     def __init__(self, denoiser: Any, device: HostDevice) -> None:
         self.spec, self.device, self.max_batch = denoiser.spec, device, denoiser.max_batch

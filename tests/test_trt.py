@@ -215,6 +215,19 @@ def test_what_does_not_fit_is_refused(load: Callable[..., tuple[TrtNetwork, Engi
         load([(1, 1, 1)], num_classes=2)
 
 
+def test_too_little_memory_says_which_batch_would_fit(onnx_path: Path) -> None:
+    device = HostDevice()
+    device.left = SCRATCH + 4 * 8 * (3 * 64 + 8) - 1  # one byte short of a batch of 8
+    engine: Any = Engine(onnx_path, [(1, 8, 8)], device)
+    log: Any = Log()
+    loaded = LoadedEngine(Path("e.plan"), TRT, engine, log)
+    with pytest.raises(BackendError, match="batches of 8 need .* build the engine for --max-batch 7"):
+        TrtNetwork(loaded, read_spec(onnx_path), device)
+    device.left = 10
+    with pytest.raises(BackendError, match="free some, or use a larger GPU"):
+        TrtNetwork(loaded, read_spec(onnx_path), device)
+
+
 def test_more_than_the_engines_batch_is_split(load: Callable[..., tuple[TrtNetwork, Engine]]) -> None:
     network, engine = load([(1, 2, 2)], max_batch=64)
     assert network.max_batch == 2

@@ -14,7 +14,7 @@ import msgspec
 
 from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.dependencies import importable
-from ddpm_deploy.engine.bindings import load_tensorrt, require_builder, require_gpu
+from ddpm_deploy.engine.bindings import load_tensorrt, require_builder
 from ddpm_deploy.engine.build import (
     EngineSettings,
     build_engine,
@@ -24,7 +24,7 @@ from ddpm_deploy.engine.build import (
 from ddpm_deploy.engine.load import CAPABILITIES
 from ddpm_deploy.errors import ArtefactError, OutputError
 from ddpm_deploy.files import quoted, show
-from ddpm_deploy.gpu import driver, visible_gpu
+from ddpm_deploy.gpu import Gpu, driver, visible_gpu
 from ddpm_deploy.spec import Flavour, ModelSpec
 from ddpm_deploy.stages import Stages, silent
 
@@ -57,17 +57,19 @@ def with_timing_cache(settings: EngineSettings) -> EngineSettings:
     )
 
 
-def settings_here(spec: ModelSpec, max_batch: int | None) -> EngineSettings:
-    """How to build a model on this machine: by TensorRT, or where that is not installed by TensorRT-RTX.
+def flavour_here(gpu: Gpu) -> Flavour | None:
+    """Which TensorRT builds and runs on this GPU, of those that are installed; None where none does."""
+    if importable("tensorrt"):
+        return "tensorrt"
+    return "tensorrt-rtx" if importable("tensorrt_rtx") and gpu.capability in CAPABILITIES else None
 
-    max_batch: what is asked for, of which there may be less in use than the engine can.
 
-    Raises BackendError where no GPU is visible, DependencyError where neither is installed.
+def settings_here(spec: ModelSpec, max_batch: int | None, gpu: Gpu) -> EngineSettings:
+    """How to build a model on this machine. max_batch: of which there may be less in use than the engine can.
+
+    Raises DependencyError where no TensorRT is installed that could.
     """
-    gpu = require_gpu("leave device out to run on the CPU; ddpm-deploy doctor says what is missing")
-    flavour: Flavour = "tensorrt"
-    if not importable("tensorrt") and importable("tensorrt_rtx") and gpu.capability in CAPABILITIES:
-        flavour = "tensorrt-rtx"
+    flavour = flavour_here(gpu) or "tensorrt"
     load_tensorrt(flavour)  # with the line that installs it
     largest = max(max_batch or 1, default_engine_batch(spec))
     return with_timing_cache(

@@ -4,6 +4,7 @@ A slot has a row pointer into a step table, a seed and a sample index. Slots tha
 batch; a service may start any slot that is done at any step.
 """
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import numpy as np
@@ -43,6 +44,8 @@ class Chain:
     A step is the network on the leading slots in use, then the update of `solvers` in float32, in
     memory allocated here once.
     """
+
+    lag: Final = 0  # steps by which what is watched may be behind
 
     def __init__(self, denoiser: Denoiser, noise: NoiseSource | None = None) -> None:
         spec, slots = denoiser.spec, denoiser.max_batch
@@ -149,6 +152,13 @@ class Chain:
             if learns_variance(table.rows).any() and not self._exponential:
                 self._exponential = Exponential(*self._x0.shape)
         return known[1]
+
+    def watch(self, count: int) -> Callable[[], tuple[Array, Array]]:
+        """What gives x and x̂0 of the leading slots: (count, C, H, W) each, views that the next step overwrites."""
+        return lambda: (self.x[:count], self.x0[:count])
+
+    def close(self) -> None:
+        """Nothing to free but the Denoiser, which is another's."""
 
     def clear(self) -> None:
         """Leave every slot with nothing to do."""

@@ -4,7 +4,7 @@ Small on purpose: tests put the host in its place (tests/host_device.py), and so
 way without a GPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -31,6 +31,9 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """New memory, holding anything; freed with the last reference."""
 
+    def start(self, work: Callable[[], None]) -> None:
+        """Call what starts work on the stream by its handle."""
+
     def address(self, memory: Any) -> int:
         """Where it starts, a multiple of 256."""
 
@@ -39,6 +42,16 @@ class Device(Protocol):
 
     def download(self, memory: Any, host: NDArray[Any]) -> None:
         """Start to copy memory into an array of its shape, which is whole after `synchronize`."""
+
+    def copy_out(self, memories: Sequence[Any], hosts: Sequence[NDArray[Any]]) -> Callable[[], None]:
+        """Bring memory as it is at this point of the stream to arrays of its shapes, beside what is started later;
+        gives what waits for that. Two may be under way at once."""
+
+    def finite(self, memory: Any) -> bool:
+        """Whether all of its numbers are; this waits."""
+
+    def free(self) -> int:
+        """Bytes of memory that are left."""
 
     def synchronize(self) -> None:
         """Wait for all that was started."""
@@ -64,6 +77,7 @@ class Cuda:
         self._cupy: Any = require("cupy", extra)
         try:
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
+            self._side = self._cupy.cuda.Stream(non_blocking=True)  # for what leaves while chains go on
             self.name = f"cuda:{self._cupy.cuda.Device().id}"
         except Exception as error:  # CuPy's own, which needs CuPy to name
             raise BackendError(
@@ -77,12 +91,15 @@ class Cuda:
             with self._stream:
                 return self._cupy.empty(shape, dtype)
         except self._cupy.cuda.memory.OutOfMemoryError as error:
-            free, total = self._cupy.cuda.runtime.memGetInfo()
             asked = np.dtype(dtype).itemsize * int(np.prod(shape))
             raise BackendError(
-                f"the GPU has {free / 2**20:.0f} MiB of {total / 2**20:.0f} left, and {asked / 2**20:.0f} MiB more are "
+                f"the GPU has {self.free() / 2**20:.0f} MiB of memory left, and {asked / 2**20:.0f} MiB more are "
                 "needed: load the model with a smaller max_batch"
             ) from error
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Call it: the stream is CUDA's, and puts it in order."""
+        work()
 
     def address(self, memory: Any) -> int:
         """Where it starts."""
@@ -97,6 +114,34 @@ class Cuda:
         """Start to copy memory into an array of its shape."""
         with _translated():
             memory.get(stream=self._stream, out=host, blocking=False)
+
+    def copy_out(self, memories: Sequence[Any], hosts: Sequence[NDArray[Any]]) -> Callable[[], None]:
+        """By copies on the device, which the stream goes on from, and a side stream to the host."""
+        with _translated():
+            with self._stream:
+                staged = [memory.copy() for memory in memories]
+            self._side.wait_event(self._stream.record())
+            for memory, host in zip(staged, hosts, strict=True):
+                memory.get(stream=self._side, out=host, blocking=False)
+            done = self._side.record()
+
+        def wait() -> None:
+            with _translated():
+                done.synchronize()
+            staged.clear()  # which the copy read until now
+
+        return wait
+
+    def finite(self, memory: Any) -> bool:
+        """Whether all of its numbers are."""
+        with _translated(), self._stream:
+            return bool(self._cupy.isfinite(memory).all())
+
+    def free(self) -> int:
+        """Bytes of memory that are left, CuPy's own reserve among them."""
+        with _translated():
+            left, _ = self._cupy.cuda.runtime.memGetInfo()
+            return int(left) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def synchronize(self) -> None:
         """Wait for all that was started."""

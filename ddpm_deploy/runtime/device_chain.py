@@ -5,12 +5,12 @@ there is no allocation, no copy to the device and no waiting for it until images
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.errors import SettingError
+from ddpm_deploy.errors import BackendError, SettingError
 from ddpm_deploy.runtime.chain import require_runs
 from ddpm_deploy.runtime.denoiser import Array, Labels
 from ddpm_deploy.runtime.kernel import SLOT, blocks, kernel_source
@@ -28,6 +28,7 @@ class DeviceChain:
     """The reverse chains in the slots of a network's batch, as `chain.Chain` has them on the host."""
 
     noise: Final = None  # the addressed one alone, which the kernel makes
+    lag: Final = 1  # what is watched comes while the next step runs
 
     def __init__(self, network: DeviceNetwork) -> None:
         spec, slots, self._device = network.spec, network.max_batch, network.device
@@ -51,6 +52,9 @@ class DeviceChain:
             0,
             None,
         )  # of a batch: None before its first step
+        self._seen = [
+            np.empty((2, slots, *spec.image_shape), np.float32) for _ in range(2)
+        ]  # by `watch`, in turn
         self._host_x, self._host_x0 = np.empty((2, slots, *spec.image_shape), np.float32)  # as last read
         self._fresh = False
 
@@ -114,6 +118,8 @@ class DeviceChain:
         labels: Labels | None,
     ) -> None:
         """Point slots at a step of a table, -1 for the START row."""
+        if self._slots is None:
+            raise BackendError("this model is closed: load it again")
         assert not self.active[slots].any()
         first = self._first_row(table)
         chains = np.zeros(slots.stop - slots.start, SLOT)
@@ -157,7 +163,9 @@ class DeviceChain:
         """Take every active slot one step on. It returns as soon as that is started."""
         batch = int(np.flatnonzero(self._left)[-1]) + 1
         of, replay = self._replay
-        if of != batch:  # the first step of a batch is taken as it is, and the second is captured
+        if (
+            of != batch or not self._network.capturable
+        ):  # the first step of a batch is not captured, the second is
             self._start_step(batch)
             self._replay = batch, None
         else:
@@ -177,6 +185,35 @@ class DeviceChain:
         data = self._rows, self._embeddings, memory["x"], self._x0, memory["temb"], memory["prediction"]
         sizes = self._size, self._outputs, self._spec.embedding.dim
         self._kernel((blocks(self._size), count), (self._slots, first, *data, *sizes))
+
+    def watch(self, count: int) -> Callable[[], tuple[Array, Array]]:
+        """Bring x and x̂0 of the leading slots to the host as they are after this step, while the next one runs.
+
+        Gives what waits for them: (count, C, H, W) each, which the next but one call overwrites.
+        """
+        self._seen.reverse()
+        x, x0 = self._seen[0][:, :count]
+        wait = self._device.copy_out([self._network.memory["x"][:count], self._x0[:count]], [x, x0])
+
+        def seen() -> tuple[Array, Array]:
+            wait()
+            return x, x0
+
+        return seen
+
+    def result(self, count: int) -> Any:
+        """x of the leading slots, on the device: memory that the next start overwrites."""
+        return self._network.memory["x"][:count]
+
+    def finite(self, count: int) -> bool:
+        """Whether x of the leading slots is, asked of the device."""
+        return self._device.finite(self.result(count))
+
+    def close(self) -> None:
+        """Free the memory. Nothing may be called afterwards."""
+        self._left[:] = 0
+        self._x0 = self._slots = self._rows = self._embeddings = None
+        self._replay = 0, None
 
     def _read(self) -> None:
         """Bring x and x̂0 to the host, where they are not there yet."""

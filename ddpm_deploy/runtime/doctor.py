@@ -25,6 +25,9 @@ from ddpm_deploy.engine.load import CAPABILITIES
 from ddpm_deploy.errors import one_line
 from ddpm_deploy.gpu import Driver
 from ddpm_deploy.runtime import gaussian
+from ddpm_deploy.runtime.device import Cuda
+from ddpm_deploy.runtime.network import Mirrored
+from ddpm_deploy.runtime.ort import OrtNetwork
 from ddpm_deploy.runtime.sampler import Sampler, load_denoiser
 from ddpm_deploy.spec import Flavour
 from ddpm_deploy.tolerances import DOCTOR
@@ -59,6 +62,7 @@ _CUDNN: Final = "libcudnn.so.9"  # which onnxruntime-gpu loads
 _OLDEST_CUDA: Final = (12, 2)  # which driver r535 brings
 _OLDEST_CAPABILITY: Final = (7, 5)  # of TensorRT 11
 _UPDATE: Final = "update the NVIDIA driver to r{} or newer"
+_NO_GPU: Final = "needs an NVIDIA GPU, and none is visible"
 _COUNT: Final = 64
 _BATCHES: Final = ((1, _COUNT, _COUNT),)
 _SIGMAS: Final = 5.0
@@ -182,7 +186,7 @@ def run_backends(
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "gaussian.onnx"
         gaussian.write_onnx(model)
-        for look in (_on_onnxruntime, _on_tensorrt, _on_tensorrt_rtx):
+        for look in (_on_onnxruntime, _on_onnxruntime_cuda, _on_tensorrt, _on_tensorrt_rtx):
             findings.append(look(model, packages, driver))
             tell(findings[-1])
     return findings
@@ -199,10 +203,26 @@ def _on_onnxruntime(model: Path, packages: Installed, driver: Driver) -> Finding
     )
 
 
-def _on_tensorrt(model: Path, packages: Installed, driver: Driver) -> Finding:
-    name, extra = "TensorRT", "gpu" if not driver.cuda or _number(driver.cuda) >= (13, 0) else "gpu-cu12"
+def _on_onnxruntime_cuda(model: Path, packages: Installed, driver: Driver) -> Finding:
+    name, mend = "ONNX Runtime, CUDA", f"pip install 'ddpm-deploy[{_extra(driver)}]'"
     if not driver.gpus:
-        return Finding(name, "absent", "needs an NVIDIA GPU, and none is visible", _get_a_gpu(driver))
+        return Finding(name, "absent", _NO_GPU, _get_a_gpu(driver))
+    if "onnxruntime-gpu" not in packages:
+        return Finding(
+            name, "absent", "onnxruntime-gpu is not installed", f"pip uninstall -y onnxruntime && {mend}"
+        )
+    return _chain_finding(name, mend, lambda: Sampler(Mirrored(OrtNetwork(model, Cuda()))))
+
+
+def _extra(driver: Driver) -> str:
+    """The one for this driver."""
+    return "gpu" if not driver.cuda or _number(driver.cuda) >= (13, 0) else "gpu-cu12"
+
+
+def _on_tensorrt(model: Path, packages: Installed, driver: Driver) -> Finding:
+    name = "TensorRT"
+    if not driver.gpus:
+        return Finding(name, "absent", _NO_GPU, _get_a_gpu(driver))
     gpu = driver.gpus[0]
     if _number(gpu.capability) < _OLDEST_CAPABILITY:
         return Finding(
@@ -212,7 +232,7 @@ def _on_tensorrt(model: Path, packages: Installed, driver: Driver) -> Finding:
         return Finding(
             name, "absent", f"needs CUDA 12.2, and the driver runs {driver.cuda}", _UPDATE.format(535)
         )
-    mend = f"pip install 'ddpm-deploy[{extra}]'"
+    mend = f"pip install 'ddpm-deploy[{_extra(driver)}]'"
     if problem := _import_problem(name, "tensorrt", packages, mend):
         return problem
     plan = model.with_suffix(".plan")

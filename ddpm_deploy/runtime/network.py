@@ -12,13 +12,15 @@ class DeviceNetwork(Protocol):
     """A network that owns its input and output memory on a device, from the first call to the last.
 
     memory: "x" (B, C, H, W), "temb" (B, D), "y" (B,) int64 of a class-conditional model, "prediction"
-    (B, *spec.prediction_shape), with B at least max_batch; all others float32.
+    (B, *spec.prediction_shape), with B at least max_batch; all others float32. capturable: whether what `enqueue`
+    starts can be captured and replayed.
     """
 
     spec: ModelSpec
     device: Device
     max_batch: int
     memory: dict[str, Any]
+    capturable: bool
 
     def enqueue(self, batch: int) -> None:
         """Start to predict for the leading `batch` rows, on the device's stream."""

@@ -1,7 +1,10 @@
 """Sampler: the public face of the runtime."""
 
+import logging
+import os
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, ONNX_SUFFIX, read_spec, require_intact
-from ddpm_deploy.engine.bindings import MODULES
-from ddpm_deploy.engine.cache import built_on_arrival, settings_here
+from ddpm_deploy.engine.bindings import MODULES, require_gpu
+from ddpm_deploy.engine.cache import built_on_arrival, flavour_here, settings_here
 from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, SettingError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.plan import PLAN_SUFFIX
@@ -24,13 +27,15 @@ from ddpm_deploy.runtime.device import Cuda
 from ddpm_deploy.runtime.device_chain import DeviceChain
 from ddpm_deploy.runtime.guidance import GuidedDenoiser
 from ddpm_deploy.runtime.network import Mirrored
-from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.runtime.ort import OrtDenoiser, OrtNetwork, onnxruntime_has_cuda
 from ddpm_deploy.runtime.snapshot import Batch, Snapshot
 from ddpm_deploy.runtime.trt import TrtNetwork
 from ddpm_deploy.solvers import Solver, StepTable
 from ddpm_deploy.spacings import Spacing
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings, ModelSpec
 from ddpm_deploy.stages import Stages, silent
+
+logger = logging.getLogger(__name__)
 
 _MAX_TABLES: Final = 16
 _MOST_GUIDANCE: Final = 1000  # of either sign; useful are some 1 to 10
@@ -85,7 +90,7 @@ def load_denoiser(
             )
         return Mirrored(TrtNetwork.load(path, max_batch=max_batch, spec=spec))
     if device == "cuda":
-        return _on_arrival(path, max_batch, spec, stages)
+        return _on_gpu(path, max_batch, spec, stages)
     return OrtDenoiser(path, threads=threads, max_batch=max_batch, spec=spec)
 
 
@@ -94,9 +99,13 @@ def runs_on_gpu(path: Path, device: str | None) -> bool:
     return path.suffix.lower() == PLAN_SUFFIX or (path.suffix.lower() == ONNX_SUFFIX and device == "cuda")
 
 
-def _on_arrival(path: Path, max_batch: int | None, spec: ModelSpec | None, stages: Stages) -> Denoiser:
-    """An .onnx file on this machine's GPU: its engine is built here, once."""
-    settings = settings_here(spec or read_spec(path), max_batch)
+def _on_gpu(path: Path, max_batch: int | None, spec: ModelSpec | None, stages: Stages) -> Denoiser:
+    """An .onnx file on this machine's GPU: by an engine that is built here, once; without TensorRT, by ONNX Runtime."""
+    gpu = require_gpu("leave device out to run on the CPU; ddpm-deploy doctor says what is missing")
+    if flavour_here(gpu) is None and onnxruntime_has_cuda():
+        logger.info("no TensorRT is installed that runs on this GPU: using ONNX Runtime")
+        return Mirrored(OrtNetwork(path, Cuda(), max_batch=max_batch, spec=spec))
+    settings = settings_here(spec or read_spec(path), max_batch, gpu)
     Cuda(MODULES[settings.flavour][1])  # what is missing to run it is told before minutes of building
 
     def load(plan: Path) -> Denoiser:
@@ -124,6 +133,7 @@ class Sampler:
         self._tables: dict[ChainSettings, StepTable] = {}
         self._busy = threading.Lock()
         self._thread = 0  # that takes the steps
+        self._process = os.getpid()
 
     @classmethod
     def load(
@@ -138,7 +148,8 @@ class Sampler:
         """Load an exported model; the suffix of its name chooses the backend.
 
         path: an .onnx file or an engine (.plan). device: "cpu" or "cuda" (None: an engine on the GPU, an .onnx on the
-        CPU); with "cuda" an .onnx file's engine is built here, once: minutes the first time, seconds ever after.
+        CPU); with "cuda" an .onnx file's engine is built here, once: minutes the first time, seconds ever after; or,
+        where there is no TensorRT, ONNX Runtime runs it.
         threads: of the CPU's pool (None: one a core). max_batch: images in flight at once (None: on the CPU 64, fewer
         for images over 16×16; on the GPU what the engine was built for). spec: in place of the file's own.
 
@@ -222,6 +233,29 @@ class Sampler:
             done += len(part)
         return images
 
+    def sample_on_device(self, count: int, **settings: Unpack[SampleSettings]) -> Any:
+        """As `sample`, of one batch, leaving the images on the GPU: float32 (count, C, H, W).
+
+        The result is memory of this Sampler's, which its next call overwrites. It is a CuPy array, which PyTorch and
+        others take over without a copy (`torch.from_dlpack`, `__cuda_array_interface__`).
+
+        Raises also SettingError where the model does not run on a GPU, the count is more than `max_batch`, or guidance
+        or noise are given, which are the host's.
+        """
+        draw = self._draw(count, **settings)
+        chain = self._chain
+        if not isinstance(chain, DeviceChain):
+            raise SettingError(f"this model runs on {self.denoiser.device}, and not on a GPU: use sample")
+        if draw.guidance is not None or draw.noise is not None:
+            raise SettingError("guidance and noise of your own are the host's: use sample")
+        if count > self.max_batch():
+            raise SettingError(f"{count} images are more than one batch: choose 1 to {self.max_batch()}")
+        with self._owned():
+            (batch,) = draw.batches(count)
+            self._run(batch, self._started(draw, batch), 0, None)
+            _require_finite(chain.finite(count))
+            return chain.result(count)
+
     def iter_samples(
         self, count: int, *, callback: Callback | None = None, **settings: Unpack[SampleSettings]
     ) -> Generator[Array, None, None]:
@@ -258,6 +292,7 @@ class Sampler:
             chain, part = self._started(draw, batch), slice(0, batch.count)
             for step in self._steps(batch, chain, 0):
                 yield step, chain.x[part].copy(), chain.x0[part].copy()
+            _require_finite(bool(np.isfinite(chain.x[part]).all()))
 
     def snapshot(self) -> Snapshot:
         """The batch that is under way, as it is after its last step: ask in a callback, or between a stream's steps.
@@ -419,25 +454,38 @@ class Sampler:
             chain.step()
             self._under_way = batch, chain, step + 1
             yield step
-        if not np.isfinite(chain.x[: batch.count]).all():
-            raise BackendError(
-                "the network gave numbers that are not finite, so the images are worthless: "
-                "check the model with ddpm-verify"
-            )
 
     def _finished(
         self, batch: Batch, chain: Chain | DeviceChain, first: int, callback: Callback | None
     ) -> Array:
         """The images of a batch, from step `first` of its chain."""
-        part = slice(0, batch.count)
+        self._run(batch, chain, first, callback)
+        images = chain.x[: batch.count].copy()
+        _require_finite(bool(np.isfinite(images).all()))
+        return images
+
+    def _run(self, batch: Batch, chain: Chain | DeviceChain, first: int, callback: Callback | None) -> None:
+        """To the end; a callback is told of a step while a device takes the next."""
+        if callback is None:
+            deque(self._steps(batch, chain, first), maxlen=0)
+            return
+        seen: deque[tuple[int, Callable[[], tuple[Array, Array]]]] = deque()
         for step in self._steps(batch, chain, first):
-            if callback is not None:
-                callback(step, chain.x[part], chain.x0[part])
-        return chain.x[part].copy()
+            seen.append((step, chain.watch(batch.count)))
+            if len(seen) > chain.lag:
+                number, arrays = seen.popleft()
+                callback(number, *arrays())
+        for number, arrays in seen:
+            callback(number, *arrays())
 
     @contextmanager
     def _owned(self) -> Iterator[None]:
         """Hold the Sampler for one call."""
+        if os.getpid() != self._process and isinstance(self._chain, DeviceChain):
+            raise OwnershipError(
+                "this process was forked after the model was loaded, and a GPU's memory is not shared so: load the "
+                'model in the child, or start it with multiprocessing\'s "spawn"'
+            )
         if not self._busy.acquire(blocking=False):
             raise OwnershipError("this Sampler is in use by another call: load one Sampler for each thread")
         try:
@@ -451,6 +499,7 @@ class Sampler:
 
     def close(self) -> None:
         """Free the backend. The Sampler cannot be used afterwards; closing again does nothing."""
+        self._chain.close()
         self.denoiser.close()
 
     def __enter__(self) -> Self:
@@ -488,6 +537,14 @@ class _Draw:
                 guidance=None if self.guidance is None else self.guidance[part],
             )
             yield replace(batch, labels=self.labels(part, batch.addresses()[1]))
+
+
+def _require_finite(finite: bool) -> None:
+    if not finite:
+        raise BackendError(
+            "the network gave numbers that are not finite, so the images are worthless: "
+            "check the model with ddpm-verify"
+        )
 
 
 def _whole(name: str, value: Any) -> int:

@@ -1,5 +1,6 @@
 """A TensorRT engine, of either flavour, as a network on a GPU."""
 
+import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +27,8 @@ class TrtNetwork:
     Raises ArtefactError where the engine does not fit its spec, BackendError where TensorRT or the GPU fails.
     """
 
+    capturable = True
+
     def __init__(
         self, loaded: LoadedEngine, spec: ModelSpec, device: Device, max_batch: int | None = None
     ) -> None:
@@ -38,6 +41,7 @@ class TrtNetwork:
         self._profiles = _profiles(loaded.engine)
         largest = max(high for _, high in self._profiles)
         self.max_batch = min(max_batch or largest, largest)
+        self._require_memory(loaded.engine)
         self._engine, self._context = loaded.engine, self._make_context(loaded.trt, loaded.engine)
         self.memory = self._bind_memory()
         self._bound = 0
@@ -67,6 +71,21 @@ class TrtNetwork:
             self._must(taken, f"the address of {name}")
         return memory
 
+    def _require_memory(self, cuda_engine: Any) -> None:
+        """Say which batch would fit, where the engine's does not."""
+        _, rows = self._rows(self.max_batch)
+        numbers = sum(
+            map(math.prod, (*self._shapes.values(), self.spec.prediction_shape, self.spec.image_shape))
+        )
+        needed, free = cuda_engine.device_memory_size_v2 + 4 * rows * numbers, self.device.free()
+        if needed > free:
+            fits = self.max_batch * free // needed
+            raise BackendError(
+                f"batches of {self.max_batch} need {needed / 2**20:.0f} MiB of the GPU's memory, and "
+                f"{free / 2**20:.0f} MiB are left: "
+                + (f"build the engine for --max-batch {fits}" if fits else "free some, or use a larger GPU")
+            )
+
     def _make_context(self, trt: Any, cuda_engine: Any) -> Any:
         """The one execution context, over scratch memory of ours."""
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -78,6 +97,8 @@ class TrtNetwork:
 
     def enqueue(self, batch: int) -> None:
         """Start to predict for the leading `batch` rows."""
+        if self._context is None:
+            raise BackendError("this model is closed: load it again")
         if batch != self._bound:
             self._bind(batch)
         self._must(self._context.execute_async_v3(self.device.stream), f"a batch of {batch}")

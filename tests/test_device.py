@@ -1,0 +1,226 @@
+"""A Sampler whose chain is a device's: step.cu over the stand-in for a GPU, with a real network in ONNX Runtime."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError, SettingError
+from ddpm_deploy.runtime.device import Cuda
+from ddpm_deploy.runtime.network import Mirrored
+from ddpm_deploy.runtime.ort import OrtDenoiser, OrtNetwork
+from ddpm_deploy.runtime.parity import judge
+from ddpm_deploy.runtime.proof import load_proof, proof_path
+from ddpm_deploy.runtime.sampler import Sampler
+from tests.host_device import HostDevice, HostNetwork
+from tests.models import ArrayDenoiser, tiny_spec
+
+
+def on_device(path: Path, max_batch: int = 4) -> Sampler:
+    """ONNX Runtime's CPU provider, bound by pointers to memory of the stand-in's."""
+    return Sampler(
+        Mirrored(OrtNetwork(path, HostDevice(), max_batch=max_batch, provider="CPUExecutionProvider"))
+    )
+
+
+@pytest.fixture
+def samplers(onnx_path: Path) -> tuple[Sampler, Sampler]:
+    return on_device(onnx_path), Sampler(OrtDenoiser(onnx_path, max_batch=4))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"solver": "ddim", "eta": 0.5},
+        {"solver": "dpmpp-2m"},
+        {"first_index": 2**40, "spacing": "trailing"},
+    ],
+)
+def test_a_sampler_draws_the_same_images(samplers: tuple[Sampler, Sampler], settings: dict[str, Any]) -> None:
+    device, host = samplers
+    for count in (3, 9):
+        wanted = host.sample(count, steps=7, seed=5, **settings)
+        np.testing.assert_array_equal(device.sample(count, steps=7, seed=5, **settings), wanted)
+
+
+def test_the_full_chain_is_the_hosts(samplers: tuple[Sampler, Sampler]) -> None:
+    device, host = samplers
+    np.testing.assert_array_equal(device.sample(2, seed=1), host.sample(2, seed=1))
+
+
+def test_previews_come_beside_the_chain(samplers: tuple[Sampler, Sampler]) -> None:
+    """Each step's x and x̂0, bit for bit, while the next step has been started already."""
+    device, _ = samplers
+    seen: dict[str, list[tuple[int, Any, Any]]] = {"device": [], "host": []}
+    for name, sampler in zip(seen, samplers, strict=True):
+        sampler.sample(
+            3,
+            steps=6,
+            seed=2,
+            callback=lambda step, x, x0, name=name: seen[name].append((step, x.copy(), x0.copy())),
+        )
+    for (step, x, x0), (wanted, host_x, host_x0) in zip(seen["device"], seen["host"], strict=True):
+        assert step == wanted
+        np.testing.assert_array_equal(x, host_x)
+        np.testing.assert_array_equal(x0, host_x0)
+    calls = device.denoiser.network.device.calls  # type: ignore[attr-defined]
+    first = calls.index("wait")
+    assert (
+        "launch" in calls[calls.index("copy_out") : first]
+    )  # the second step's, before the first is waited for
+
+
+def test_raising_in_a_callback_stops_a_device_too(samplers: tuple[Sampler, Sampler]) -> None:
+    device, host = samplers
+
+    def stop(step: int, x: Any, x0: Any) -> None:
+        if step == 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        device.sample(3, steps=6, seed=2, callback=stop)
+    np.testing.assert_array_equal(device.sample(3, steps=6, seed=2), host.sample(3, steps=6, seed=2))
+
+
+def test_a_stream_and_a_snapshot_cross_from_device_to_host_and_back(
+    samplers: tuple[Sampler, Sampler],
+) -> None:
+    device, host = samplers
+    wanted = host.sample(3, steps=8, seed=4)
+    for one, other in ((device, host), (host, device)):
+        stream = one.stream(3, steps=8, seed=4)
+        for step, x, _ in stream:
+            assert x.shape == (3, 1, 8, 8)
+            if step == 3:
+                snapshot = one.snapshot()
+        np.testing.assert_array_equal(x, wanted)
+        assert snapshot.step == 4
+        np.testing.assert_array_equal(other.resume(snapshot), wanted)
+
+
+def test_a_snapshot_in_a_callback_is_of_one_moment(samplers: tuple[Sampler, Sampler]) -> None:
+    """On a device that is one step later, and goes on to the same images."""
+    device, host = samplers
+    taken: list[Any] = []
+    wanted = device.sample(
+        2,
+        steps=8,
+        seed=4,
+        callback=lambda step, x, x0: taken.append(device.snapshot()) if step == 2 else None,
+    )
+    assert taken[0].step == 4
+    np.testing.assert_array_equal(host.resume(taken[0]), wanted)
+
+
+def test_noise_of_a_callers_own_runs_on_the_host(samplers: tuple[Sampler, Sampler]) -> None:
+    device, host = samplers
+
+    def noise(draw: int) -> Any:
+        return np.random.default_rng(draw).standard_normal((3, 1, 8, 8)).astype(np.float32)
+
+    wanted = host.sample(3, steps=5, noise=noise)
+    np.testing.assert_array_equal(device.sample(3, steps=5, noise=noise), wanted)
+
+
+def test_images_stay_on_the_device(samplers: tuple[Sampler, Sampler]) -> None:
+    device, host = samplers
+    images = device.sample_on_device(3, steps=5, seed=1)
+    assert images.base is not None  # the chain's own memory
+    np.testing.assert_array_equal(images, host.sample(3, steps=5, seed=1))
+    calls = device.denoiser.network.device.calls  # type: ignore[attr-defined]
+    assert "download" not in calls
+    for sampler, arguments, problem in (
+        (host, {}, "runs on cpu, and not on a GPU"),
+        (device, {"count": 5}, "5 images are more than one batch: choose 1 to 4"),
+        (device, {"noise": lambda draw: None}, "are the host's"),
+    ):
+        with pytest.raises(SettingError, match=problem):
+            sampler.sample_on_device(**{"count": 3, "steps": 5, **arguments})
+
+
+def test_parity_judges_a_device(onnx_path: Path) -> None:
+    """Through the mirror; a batch below the proof's is held against as many of its images."""
+    for max_batch in (4, 2):
+        with on_device(onnx_path, max_batch) as sampler:
+            comparison = judge(load_proof(proof_path(onnx_path)), sampler.denoiser)
+        assert comparison.within
+        assert len(comparison.psnr) == max_batch
+
+
+def test_numbers_that_are_not_finite_are_told(onnx_path: Path) -> None:
+    class Broken(ArrayDenoiser):
+        def run(self, batch: int) -> None:
+            """Not a number."""
+            self.prediction[:batch] = np.nan
+
+    sampler = Sampler(Mirrored(HostNetwork(Broken(tiny_spec(network=None), 2), HostDevice())))
+    with pytest.raises(BackendError, match="not finite, so the images are worthless"):
+        sampler.sample(2, steps=3, seed=0)
+    with pytest.raises(BackendError, match="not finite"):
+        sampler.sample_on_device(2, steps=3, seed=0)
+
+
+def test_labels_reach_the_device() -> None:
+    class Labelled(ArrayDenoiser):
+        def run(self, batch: int) -> None:
+            """As ever, with the label added."""
+            super().run(batch)
+            self.prediction[:batch] += self.y[:batch, None, None, None].astype(np.float32) * np.float32(0.1)
+
+    spec = msgspec.structs.replace(tiny_spec(network=None), num_classes=3, null_class=True)
+    device = Sampler(Mirrored(HostNetwork(Labelled(spec, 4), HostDevice())))
+    host = Sampler(Labelled(spec, 4))
+    for settings in ({"labels": [2, 0, 1]}, {}, {"guidance": 2.0}):
+        wanted = host.sample(3, steps=5, seed=0, **settings)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(device.sample(3, steps=5, seed=0, **settings), wanted)  # type: ignore[arg-type]
+
+
+def test_a_closed_model_is_told(onnx_path: Path) -> None:
+    sampler = on_device(onnx_path)
+    sampler.close()
+    sampler.close()
+    for call in (lambda: sampler.sample(1, steps=2), lambda: sampler.denoiser.run(1)):
+        with pytest.raises(BackendError, match="is closed: load it again"):
+            call()
+
+
+def test_a_forked_process_is_refused(onnx_path: Path) -> None:
+    with on_device(onnx_path) as sampler:
+        child = os.fork()
+        if not child:
+            try:
+                sampler.sample(1, steps=2)
+            except OwnershipError as error:
+                os._exit(0 if "was forked after the model was loaded" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_onnx_runtime_that_falls_back_to_the_cpu_is_refused(onnx_path: Path) -> None:
+    """It does so without a word."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(
+        BackendError, match="cannot use its CUDAExecutionProvider here, and would run on the CPU"
+    ):
+        OrtNetwork(onnx_path, HostDevice())
+
+
+def test_a_graph_that_does_not_fit_is_refused_on_a_device_too(onnx_path: Path, tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(tiny_spec((3, 8, 8)))
+    with pytest.raises(ArtefactError, match="does not fit its ModelSpec"):
+        OrtNetwork(onnx_path, HostDevice(), spec=spec, provider="CPUExecutionProvider")
+
+
+def test_cuda_without_cupy_or_a_gpu() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("cupy") is None:
+        with pytest.raises(ImportError, match=r"cupy is not installed: pip install 'ddpm-deploy\[rtx\]'"):
+            Cuda("rtx")
