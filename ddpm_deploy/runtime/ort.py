@@ -88,9 +88,10 @@ class OrtNetwork:
         kind = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
         # TF32 is on by default there.
         options = {"user_compute_stream": str(device.stream), "use_tf32": "0"} if kind == "cuda" else {}
-        there = provider in require_onnxruntime().get_available_providers()
-        self._session: Any = _open(path, self.spec, [(provider, options)], None) if there else None
-        if not there or provider not in self._session.get_providers():
+        self._session: Any = None
+        if provider in require_onnxruntime().get_available_providers():
+            self._session = _open(path, self.spec, [(provider, options)], None)
+        if self._session is None or provider not in self._session.get_providers():
             raise BackendError(
                 f"ONNX Runtime cannot use its {provider} here, and would run on the CPU (see ddpm-deploy doctor)"
             )
