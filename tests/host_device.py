@@ -84,26 +84,32 @@ class HostDevice:
         self.calls.append("download")
         self.start(lambda: np.copyto(host, memory))
 
-    def copy_out(self, memories: Any, hosts: Any) -> Callable[[], None]:
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        self.calls.append("pinned")
+        return self.empty(shape, dtype)
+
+    def copy_out(self, copies: Any) -> Callable[[], None]:
         assert self._recording is None
+        assert all(len({(a.shape, a.dtype) for a in arrays}) == 1 for arrays in copies)
         self.calls.append("copy_out")
-        staged: list[NDArray[Any]] = []
-        self.start(lambda: staged.extend(memory.copy() for memory in memories))
+        done: list[bool] = []
+
+        def keep() -> None:
+            for memory, kept, _ in copies:
+                kept[:] = memory
+            done.append(True)
+
+        self.start(keep)
 
         def wait() -> None:
-            """Until that point of the stream, and no further."""
+            """Until that point of the stream, and no further; the side stream is as late as it may be."""
             self.calls.append("wait")
-            while not staged:
+            while not done:
                 self._pending.pop(0)()
-            for host, memory in zip(hosts, staged, strict=True):
-                assert (host.shape, host.dtype) == (memory.shape, memory.dtype)
-                host[:] = memory
+            for _, kept, host in copies:
+                host[:] = kept
 
         return wait
-
-    def finite(self, memory: NDArray[Any]) -> bool:
-        self.synchronize()
-        return bool(np.isfinite(memory).all())
 
     def free(self) -> int:
         return self.left

@@ -43,12 +43,12 @@ class Device(Protocol):
     def download(self, memory: Any, host: NDArray[Any]) -> None:
         """Start to copy memory into an array of its shape, which is whole after `synchronize`."""
 
-    def copy_out(self, memories: Sequence[Any], hosts: Sequence[NDArray[Any]]) -> Callable[[], None]:
-        """Bring memory as it is at this point of the stream to arrays of its shapes, beside what is started later;
-        gives what waits for that. Two may be under way at once."""
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A new array of the host's, that copies can go to beside other work."""
 
-    def finite(self, memory: Any) -> bool:
-        """Whether all of its numbers are; this waits."""
+    def copy_out(self, copies: Sequence[tuple[Any, Any, NDArray[Any]]]) -> Callable[[], None]:
+        """Bring memory as it is at this point of the stream to arrays, beside what is started later; gives what waits
+        for that. copies: (memory, other memory to keep it in until it is copied, array), all of one shape."""
 
     def free(self) -> int:
         """Bytes of memory that are left."""
@@ -115,27 +115,28 @@ class Cuda:
         with _translated():
             memory.get(stream=self._stream, out=host, blocking=False)
 
-    def copy_out(self, memories: Sequence[Any], hosts: Sequence[NDArray[Any]]) -> Callable[[], None]:
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A new array of page-locked memory."""
+        size = int(np.prod(shape))
+        with _translated():
+            memory = self._cupy.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
+        return np.frombuffer(memory, dtype, size).reshape(shape)
+
+    def copy_out(self, copies: Sequence[tuple[Any, Any, NDArray[Any]]]) -> Callable[[], None]:
         """By copies on the device, which the stream goes on from, and a side stream to the host."""
         with _translated():
-            with self._stream:
-                staged = [memory.copy() for memory in memories]
+            for memory, kept, _ in copies:
+                kept.data.copy_from_device_async(memory.data, memory.nbytes, self._stream)
             self._side.wait_event(self._stream.record())
-            for memory, host in zip(staged, hosts, strict=True):
-                memory.get(stream=self._side, out=host, blocking=False)
+            for _, kept, host in copies:
+                kept.get(stream=self._side, out=host, blocking=False)
             done = self._side.record()
 
         def wait() -> None:
             with _translated():
                 done.synchronize()
-            staged.clear()  # which the copy read until now
 
         return wait
-
-    def finite(self, memory: Any) -> bool:
-        """Whether all of its numbers are."""
-        with _translated(), self._stream:
-            return bool(self._cupy.isfinite(memory).all())
 
     def free(self) -> int:
         """Bytes of memory that are left, CuPy's own reserve among them."""

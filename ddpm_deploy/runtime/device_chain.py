@@ -52,10 +52,11 @@ class DeviceChain:
             0,
             None,
         )  # of a batch: None before its first step
-        self._seen = [
-            np.empty((2, slots, *spec.image_shape), np.float32) for _ in range(2)
-        ]  # by `watch`, in turn
-        self._host_x, self._host_x0 = np.empty((2, slots, *spec.image_shape), np.float32)  # as last read
+        both, pinned = (2, slots, *spec.image_shape), self._device.pinned
+        # What `watch` keeps and gives, in turn: x and x̂0, on the device and on the host.
+        self._seen = [(empty(both, np.float32), pinned(both, np.float32)) for _ in range(2)]
+        host: NDArray[np.float32] = pinned(both, np.float32)
+        self._host_x, self._host_x0 = host[0], host[1]  # as last read
         self._fresh = False
 
     @property
@@ -192,11 +193,13 @@ class DeviceChain:
         Gives what waits for them: (count, C, H, W) each, which the next but one call overwrites.
         """
         self._seen.reverse()
-        x, x0 = self._seen[0][:, :count]
-        wait = self._device.copy_out([self._network.memory["x"][:count], self._x0[:count]], [x, x0])
+        kept, host = (pair[:, :count] for pair in self._seen[0])
+        of = self._network.memory["x"][:count], self._x0[:count]
+        wait = self._device.copy_out(list(zip(of, kept, host, strict=True)))
 
         def seen() -> tuple[Array, Array]:
             wait()
+            x, x0 = host
             return x, x0
 
         return seen
@@ -206,12 +209,16 @@ class DeviceChain:
         return self._network.memory["x"][:count]
 
     def finite(self, count: int) -> bool:
-        """Whether x of the leading slots is, asked of the device."""
-        return self._device.finite(self.result(count))
+        """Whether x of the leading slots was so all the way: the kernel keeps watch."""
+        words = np.empty((count, SLOT.itemsize // 4), np.uint32)
+        self._device.download(self._slots[:count], words)
+        self._device.synchronize()
+        return not words.view(SLOT)["broken"].any()
 
     def close(self) -> None:
         """Free the memory. Nothing may be called afterwards."""
         self._left[:] = 0
+        self._seen = []
         self._x0 = self._slots = self._rows = self._embeddings = None
         self._replay = 0, None
 

@@ -18,6 +18,7 @@ SLOT: Final = np.dtype(
         ("key", np.uint32, 2),
         ("sample", np.uint32, 2),
         ("arrived", np.uint32),
+        ("broken", np.uint32),
     ]
 )
 

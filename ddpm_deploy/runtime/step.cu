@@ -10,6 +10,7 @@ struct Slot {
     unsigned int key[2];         // the seed's low and high half
     unsigned int sample[2];      // the sample index's
     unsigned int arrived;        // blocks of the slot that have read it
+    unsigned int broken;         // whether a number of x was not finite
 };
 
 __device__ void philox4x32(unsigned int c[4], unsigned int k0, unsigned int k1)
@@ -101,6 +102,8 @@ extern "C" __global__ void step(Slot *slots, int first, const float *rows, const
             const long long at = 4 * thread + i, here = (long long)index * size + at;
             const float *out = prediction + (long long)index * outputs + at;
             update(row, x + here, x0 + here, *out, outputs > size ? out[size] : 0.0f, z[i]);
+            if (x[here] - x[here] != 0.0f)
+                slots[index].broken = 1;  // by whichever threads: they write the same
         }
     }
     const float *seen = embedding + (long long)rows[(long long)next * COLUMNS + T] * width;
