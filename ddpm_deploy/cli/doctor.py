@@ -1,7 +1,6 @@
 """ddpm-deploy doctor: what works on this machine, shown by running it."""
 
 import json
-import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,7 +32,6 @@ def main(as_json: bool) -> None:
     from ddpm_deploy.gpu import driver as ask_driver
     from ddpm_deploy.runtime.doctor import about, installed, problems, run_backends
 
-    logging.getLogger("ddpm_deploy.engine").setLevel(logging.WARNING)  # its builds are this command's own
     packages, driver = installed(), ask_driver()
     if not as_json:
         _show_machine(about(), packages, driver)

@@ -55,8 +55,9 @@ class DeviceChain:
         both, pinned = (2, slots, *spec.image_shape), self._device.pinned
         # What `watch` keeps and gives, in turn: x and x̂0, on the device and on the host.
         self._seen = [(empty(both, np.float32), pinned(both, np.float32)) for _ in range(2)]
-        host: NDArray[np.float32] = pinned(both, np.float32)
-        self._host_x, self._host_x0 = host[0], host[1]  # as last read
+        host = pinned(both, np.float32)
+        self._host_x: Array = host[0]  # as last read
+        self._host_x0: Array = host[1]
         self._fresh = False
 
     @property

@@ -5,13 +5,14 @@ then runs a chain whose answer is known (`runtime.gaussian`) on every backend th
 """
 
 import ctypes
+import logging
 import math
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -183,13 +184,25 @@ def run_backends(
 ) -> list[Finding]:
     """Run the known chain on each backend that is here; each finding is told as it is found."""
     findings = []
-    with tempfile.TemporaryDirectory() as folder:
+    with _quiet_builds(), tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "gaussian.onnx"
         gaussian.write_onnx(model)
         for look in (_on_onnxruntime, _on_onnxruntime_cuda, _on_tensorrt, _on_tensorrt_rtx):
             findings.append(look(model, packages, driver))
             tell(findings[-1])
     return findings
+
+
+@contextmanager
+def _quiet_builds() -> Iterator[None]:
+    """The engines that are built here are of no interest to anybody."""
+    log = logging.getLogger("ddpm_deploy.engine")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _on_onnxruntime(model: Path, packages: Installed, driver: Driver) -> Finding:
