@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ddpm_deploy.runtime.device import Kernel
 from ddpm_deploy.runtime.kernel import THREADS
+from ddpm_deploy.runtime.network import allocate_on
 
 STAND_IN = Path(__file__).parent / "stand_in"
 # As OPTIONS of the kernel: no contraction. Its `step` is not the one of the C library.
@@ -99,15 +100,29 @@ class HostDevice:
                 kept[:] = memory
             done.append(True)
 
+        for *_, host in copies:
+            host.view(np.uint8)[:] = 0xFF  # until it is waited for
         self.start(keep)
 
         def wait() -> None:
-            """Until that point of the stream, and no further; the side stream is as late as it may be."""
+            """The side stream is as late as it may be, and the stream as far ahead."""
             self.calls.append("wait")
-            while not done:
-                self._pending.pop(0)()
+            self._run_pending()
+            assert done
             for _, kept, host in copies:
                 host[:] = kept
+
+        return wait
+
+    def mark(self) -> Callable[[], None]:
+        assert self._recording is None
+        self.calls.append("mark")
+        passed: list[bool] = []
+        self.start(lambda: passed.append(True))
+
+        def wait() -> None:
+            while not passed:
+                self._pending.pop(0)()
 
         return wait
 
@@ -117,9 +132,11 @@ class HostDevice:
     def synchronize(self) -> None:
         assert self._recording is None
         self.calls.append("synchronize")
-        pending, self._pending = self._pending, []
-        for work in pending:
-            work()
+        self._run_pending()
+
+    def _run_pending(self) -> None:
+        while self._pending:
+            self._pending.pop(0)()
 
     def release(self) -> None:
         self.calls.append("release")
@@ -161,17 +178,15 @@ class HostNetwork:
 
     def __init__(self, denoiser: Any, device: HostDevice) -> None:
         self.spec, self.device, self.max_batch = denoiser.spec, device, denoiser.max_batch
+        self.buckets = range(1, self.max_batch + 1)
         self._denoiser = denoiser
-        self.memory = {}
-        for name in ("x", "temb", "y", "prediction"):
-            array = getattr(denoiser, name)
-            self.memory[name] = device.empty(array.shape, array.dtype)
+        self.memory = allocate_on(device, self.spec, self.max_batch)
 
-    def enqueue(self, batch: int) -> None:
-        self.device.start(lambda: self._run(batch))
+    def enqueue(self, bucket: int) -> None:
+        self.device.start(lambda: self._run(bucket))
 
     def _run(self, batch: int) -> None:
-        for name in ("x", "temb", "y"):
+        for name in self.memory.keys() - {"prediction"}:
             getattr(self._denoiser, name)[:batch] = self.memory[name][:batch]
         self._denoiser.run(batch)
         self.memory["prediction"][:batch] = self._denoiser.prediction[:batch]

@@ -37,6 +37,7 @@ VARIABLES = {
     "kinds": "LayerType",
     "severity": "ILogger.Severity",
     "context": "IExecutionContext",
+    "runtime_config": "IRuntimeConfig",
     "refitter": "Refitter",
 }
 RESULTS = {
@@ -44,11 +45,14 @@ RESULTS = {
     "get_timing_cache": "ITimingCache",
     "deserialized": "ICudaEngine",
 }
-FIELDS = {"_context": "IExecutionContext"}
 IN_REFIT = {"parser": "OnnxParserRefitter"}
 RTX_ONLY = {
     "BuilderFlag.REQUIRE_USER_ALLOCATION",
     "ComputeCapability",
+    "DynamicShapesKernelSpecializationStrategy",
+    "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "IExecutionContext.is_stream_capturable",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
 }
@@ -98,8 +102,6 @@ def attributes(tree: ast.AST, classes: dict[str, str]) -> Iterator[str]:
                 yield f"{parent}.{node.attr}"
             case ast.Name(id=variable) if variable in classes:
                 yield f"{classes[variable]}.{node.attr}"
-            case ast.Attribute(value=ast.Name(id="self"), attr=field) if field in FIELDS:
-                yield f"{FIELDS[field]}.{node.attr}"
             case ast.Call(func=ast.Attribute(attr=method) | ast.Name(id=method)) if method in RESULTS:
                 yield f"{RESULTS[method]}.{node.attr}"
 

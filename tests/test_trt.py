@@ -28,36 +28,32 @@ TRT: Any = SimpleNamespace(
     ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
     TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
     DataType=SimpleNamespace(FLOAT="float", INT64="int64"),
+    DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
 )
 SCRATCH = 1000
 
 
 class Engine:
-    """ICudaEngine and IExecutionContext, of an .onnx file."""
+    """ICudaEngine, of an .onnx file."""
 
     num_io_tensors = 3
-    device_memory_size_v2 = SCRATCH
 
     def __init__(self, onnx: Path, profiles: list[tuple[int, int, int]], device: HostDevice) -> None:
         spec = read_spec(onnx)
-        self._device = device
+        self.device = device
         self.num_optimization_profiles = len(profiles)
-        self._profiles = profiles
-        self._shapes = {
+        self.profiles = profiles
+        self.shapes = {
             "x": spec.image_shape,
             "temb": (spec.embedding.dim,),
             "prediction": spec.prediction_shape,
         }
-        self._network = OrtDenoiser(onnx)
-        self._addresses: dict[str, int] = {}
-        self._set: dict[str, tuple[int, ...]] = {}
-        self.active_optimization_profile = 0
-        self.scratch = (0, 0)
+        self.network = OrtDenoiser(onnx)
         self.ran: list[tuple[int, int]] = []
         self.refuses = ""
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._shapes)[index]
+        return list(self.shapes)[index]
 
     def get_tensor_mode(self, name: str) -> str:
         return "out" if name == "prediction" else "in"
@@ -66,52 +62,95 @@ class Engine:
         return "int64" if name == "y" else "float"
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return -1, *self._shapes[name]
+        return -1, *self.shapes[name]
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        return [(size, *self._shapes[name]) for size in self._profiles[profile]]
+        return [(size, *self.shapes[name]) for size in self.profiles[profile]]
 
-    def create_execution_context(self, strategy: str) -> "Engine":
-        assert strategy == "user"
-        return self
+    def create_runtime_config(self) -> "Config":
+        return Config()
 
-    def set_device_memory(self, address: int, size: int) -> None:
-        self.scratch = address, size
+    def create_execution_context(self, config: "Config") -> "Context":
+        assert config.strategy == "user"
+        assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
+        return Context(self)
 
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self._addresses[name] = address
-        return self.refuses != "address"
+
+class Config:
+    """IRuntimeConfig."""
+
+    strategy = ""
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+
+class Context:
+    """IExecutionContext. What is set while work is captured, or after it was captured, is an error."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._addresses: dict[str, int] = {}
+        self._set: dict[str, tuple[int, ...]] = {}
+        self._profile = -1
+        self._scratch = (0, 0)
+        self._ran = False
+
+    def _setting(self) -> None:
+        assert self._engine.device._recording is None
+        assert not self._ran, "what was captured before would be stale"
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self._setting()
         assert stream == HostDevice.stream
-        self.active_optimization_profile = profile
-        self._set = {}  # as TensorRT forgets them
-        return self.refuses != "profile"
+        self._profile, self._set = profile, {}
+        return self._engine.refuses != "profile"
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        low, _, high = self._profiles[self.active_optimization_profile]
+        self._setting()
+        low, _, high = self._engine.profiles[self._profile]
         self._set[name] = shape
-        return low <= shape[0] <= high and shape[1:] == self._shapes[name] and self.refuses != "shape"
+        fits = low <= shape[0] <= high and shape[1:] == self._engine.shapes[name]
+        return fits and self._engine.refuses != "shape"
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        assert self._set.keys() == self._engine.shapes.keys() - {"prediction"}
+        (rows,) = {shape[0] for shape in self._set.values()}
+        return SCRATCH * rows
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self._setting()
+        self._scratch = address, size
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._setting()
+        self._addresses[name] = address
+        return self._engine.refuses != "address"
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._engine.refuses != "capture"
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == HostDevice.stream
-        assert self.scratch[0]
-        assert self.scratch[1] == SCRATCH
+        assert self._engine.device._recording is None or self._ran, "it runs once before it is captured"
         (rows,) = {shape[0] for shape in self._set.values()}
-        profile = self.active_optimization_profile
-        self._device.start(lambda: self._compute(profile, rows))
-        return self.refuses != "run"
+        assert self._scratch[0]
+        assert self._scratch[1] >= SCRATCH * rows
+        self._ran = True
+        self._engine.device.start(lambda: self._compute(rows))
+        return self._engine.refuses != "run"
 
-    def _compute(self, profile: int, rows: int) -> None:
-        self.ran.append((profile, rows))
-        network, at = self._network, self._at
+    def _compute(self, rows: int) -> None:
+        self._engine.ran.append((self._profile, rows))
+        network, at = self._engine.network, self._at
         for buffer, name in ((network.x, "x"), (network.temb, "temb")):
             buffer[:rows] = at(name, rows)
         network.run(rows)
         at("prediction", rows)[:] = network.prediction[:rows]
 
     def _at(self, name: str, rows: int) -> NDArray[np.float32]:
-        shape = rows, *self._shapes[name]
+        shape = rows, *self._engine.shapes[name]
         pointer = ctypes.cast(self._addresses[name], ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(pointer, shape)
 
@@ -140,75 +179,107 @@ def load(onnx_path: Path) -> Callable[..., tuple[TrtNetwork, Engine]]:
 
 
 @pytest.mark.parametrize(
-    ("profiles", "ran"),
+    ("profiles", "max_batch", "buckets", "ran"),
     [
-        ([(1, 4, 4)], [(0, 4), (0, 1)]),
-        ([(4, 4, 4)], [(0, 4)]),
-        ([(1, 1, 1), (4, 4, 4)], [(1, 4), (0, 1)]),
-        ([(4, 4, 4), (2, 2, 2)], [(0, 4), (1, 2)]),
+        ([(1, 4, 4)], None, [(0, 1), (0, 2), (0, 4)], [(0, 4), (0, 1)]),
+        ([(1, 6, 6)], None, [(0, 1), (0, 2), (0, 4), (0, 6)], [(0, 6)]),
+        ([(4, 4, 4)], None, [(0, 4)], [(0, 4)]),
+        ([(1, 1, 1), (4, 4, 4)], None, [(0, 1), (1, 4)], [(1, 4), (0, 1)]),
+        ([(4, 4, 4), (2, 2, 2)], None, [(1, 2), (0, 4)], [(0, 4), (1, 2)]),
+        ([(1, 1, 1), (8, 8, 8), (64, 64, 64)], 5, [(0, 1), (1, 8)], [(1, 8)]),
+        ([(1, 8, 64)], 3, [(0, 1), (0, 2), (0, 3)], [(0, 3), (0, 2)]),
     ],
 )
 def test_a_chain_is_that_of_onnx_runtime(
     load: Callable[..., tuple[TrtNetwork, Engine]],
     onnx_path: Path,
     profiles: list[tuple[int, int, int]],
+    max_batch: int | None,
+    buckets: list[tuple[int, int]],
     ran: list[tuple[int, int]],
 ) -> None:
-    """Bit for bit, as the engine's stand-in is; padded, in buckets, or as it is; five images in a four and a one."""
-    network, engine = load(profiles)
-    denoiser = Mirrored(network)
-    assert (denoiser.max_batch, denoiser.device) == (4, "host")
+    """Bit for bit, as the engine's stand-in is; padded, in buckets, or as it is; five images, split where they must."""
+    network, engine = load(profiles, max_batch)
     wanted = Sampler(OrtDenoiser(onnx_path)).sample(5, steps=6, seed=3)
-    with Sampler(denoiser) as sampler:
+    with Sampler(Mirrored(network)) as sampler:
+        assert list(dict.fromkeys(engine.ran)) == buckets  # each run once when it is loaded
         for _ in range(2):
+            engine.ran.clear()
             np.testing.assert_array_equal(sampler.sample(5, steps=6, seed=3), wanted)
-    assert list(dict.fromkeys(engine.ran)) == ran
-    with pytest.raises(BackendError, match="is closed"):
-        denoiser.run(1)
-    denoiser.close()
+            assert list(dict.fromkeys(engine.ran)) == ran
+            sampler.denoiser.run(1)  # through the mirror, between two chains
+    for call in (
+        lambda: network.enqueue(1),
+        lambda: sampler.denoiser.run(1),
+        lambda: sampler.sample(1, steps=1),
+    ):
+        with pytest.raises(BackendError, match="is closed"):
+            call()
+    network.close()
 
 
 def test_between_noise_and_images_there_is_the_device_alone(
     load: Callable[..., tuple[TrtNetwork, Engine]],
 ) -> None:
-    """No allocation after load; no copy and no waiting between the start and the images."""
-    network, _ = load([(1, 8, 8)], max_batch=3)
+    """No allocation, no capture, no copy and no waiting between the start and the images, whatever the batch."""
+    network, _ = load([(1, 8, 8)], max_batch=4)
     device: Any = network.device
     sampler = Sampler(Mirrored(network))
-    sampler.sample(3, steps=2, seed=0)
-    device.calls.clear()
     sampler.sample(3, steps=50, seed=0)
-    assert device.calls == (
-        ["upload", "upload", "launch", "replay"]  # the table, the slots; x_T; what was captured before
-        + ["replay"] * 49
-        + ["download", "download", "synchronize"]
-    )
-    device.calls.clear()
-    sampler.sample(2, steps=50, seed=0)
-    assert device.calls == (
-        ["upload", "launch", "launch"]  # the slots; x_T; the first step of a batch of two is not captured
-        + ["capture", "synchronize", "launch", "replay"]
-        + ["replay"] * 48
-        + ["download", "download", "synchronize"]
-    )
+    for count in (4, 2, 4, 1):
+        device.calls.clear()
+        sampler.sample(count, steps=50, seed=0)
+        between = [call for call in device.calls if call != "mark"]  # which an event is
+        assert between == ["upload", "launch", *["replay"] * 50, "download", "synchronize"]
+
+
+def test_the_queue_is_bounded(load: Callable[..., tuple[TrtNetwork, Engine]]) -> None:
+    """The host is at most some hundred steps ahead of the device, and never behind what it still has to do."""
+    network, engine = load([(1, 1, 1)])
+    device: Any = network.device
+    behind: list[int] = []
+    with Sampler(Mirrored(network)) as sampler:
+        chain: Any = sampler._chain
+        engine.ran.clear()
+        table = sampler.table()
+        chain.start(slice(0, 1), table, np.zeros(1, np.uint64), np.zeros(1, np.uint64))
+        for step in range(len(table)):
+            chain.step()
+            behind.append(step + 1 - len(engine.ran))
+        assert device._pending
+        chain.clear()
+    assert max(behind) <= 96
+    assert min(behind[96:]) >= 64
 
 
 @pytest.mark.parametrize(
     ("refuses", "problem"),
-    [("shape", "the shape .* of x"), ("run", "a batch of 2"), ("profile", "profile 1")],
+    [
+        ("shape", "the shape .* of x"),
+        ("run", "a batch of 1"),
+        ("profile", "profile 0"),
+        ("address", "the address of x"),
+    ],
 )
 def test_a_refusal_is_an_error(
     load: Callable[..., tuple[TrtNetwork, Engine]], refuses: str, problem: str
 ) -> None:
     """TensorRT says no by False."""
-    network, _ = load([(1, 1, 1), (2, 2, 2)], refuses=refuses)
     with pytest.raises(BackendError, match=f"TensorRT refused {problem}: it said so"):
-        network.enqueue(2)
+        Sampler(Mirrored(load([(1, 1, 1), (2, 2, 2)], refuses=refuses)[0]))
+
+
+def test_what_cannot_be_captured_is_started_anew(
+    load: Callable[..., tuple[TrtNetwork, Engine]], onnx_path: Path
+) -> None:
+    network, _ = load([(1, 2, 2)], refuses="capture")
+    device: Any = network.device
+    wanted = Sampler(OrtDenoiser(onnx_path)).sample(2, steps=3, seed=0)
+    np.testing.assert_array_equal(Sampler(Mirrored(network)).sample(2, steps=3, seed=0), wanted)
+    assert not {"capture", "replay"} & set(device.calls)
 
 
 def test_what_does_not_fit_is_refused(load: Callable[..., tuple[TrtNetwork, Engine]]) -> None:
-    with pytest.raises(BackendError, match="refused the address of x"):
-        load([(1, 1, 1)], refuses="address")
     with pytest.raises(ArtefactError, match=r"e\.plan does not fit its ModelSpec"):
         load([(1, 1, 1)], image_shape=(3, 8, 8))
     with pytest.raises(ArtefactError, match="does not fit its ModelSpec: .*'y'"):
@@ -217,19 +288,13 @@ def test_what_does_not_fit_is_refused(load: Callable[..., tuple[TrtNetwork, Engi
 
 def test_too_little_memory_says_which_batch_would_fit(onnx_path: Path) -> None:
     device = HostDevice()
-    device.left = SCRATCH + 4 * 8 * (3 * 64 + 8) - 1  # one byte short of a batch of 8
+    device.left = 8 * (SCRATCH + 4 * (2 * 64 + 8)) - 1  # one byte short of a batch of 8
     engine: Any = Engine(onnx_path, [(1, 8, 8)], device)
     log: Any = Log()
     loaded = LoadedEngine(Path("e.plan"), TRT, engine, log)
-    with pytest.raises(BackendError, match="batches of 8 need .* build the engine for --max-batch 7"):
+    with pytest.raises(BackendError, match="batches of 8 need .* left: load it with max_batch 7"):
         TrtNetwork(loaded, read_spec(onnx_path), device)
+    TrtNetwork(loaded, read_spec(onnx_path), device, max_batch=7)
     device.left = 10
     with pytest.raises(BackendError, match="free some, or use a larger GPU"):
         TrtNetwork(loaded, read_spec(onnx_path), device)
-
-
-def test_more_than_the_engines_batch_is_split(load: Callable[..., tuple[TrtNetwork, Engine]]) -> None:
-    network, engine = load([(1, 2, 2)], max_batch=64)
-    assert network.max_batch == 2
-    Sampler(Mirrored(network)).sample(5, steps=2, seed=0)
-    assert engine.ran == [(0, 2)] * 4 + [(0, 1)] * 2

@@ -5,14 +5,14 @@ way without a GPU.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import BackendError, first_line
+from ddpm_deploy.errors import BackendError, one_line
 from ddpm_deploy.runtime.kernel import OPTIONS, THREADS
 
 # Launches a kernel on a grid of (x, y) blocks of THREADS threads; whole numbers are passed as int32.
@@ -53,6 +53,9 @@ class Device(Protocol):
     def free(self) -> int:
         """Bytes of memory that are left."""
 
+    def mark(self) -> Callable[[], None]:
+        """What waits for all that was started so far, and not for what is later."""
+
     def synchronize(self) -> None:
         """Wait for all that was started."""
 
@@ -76,30 +79,46 @@ class Cuda:
     def __init__(self, extra: str = "gpu") -> None:
         self._cupy: Any = require("cupy", extra)
         try:
-            self._stream = self._cupy.cuda.Stream(non_blocking=True)
-            self._side = self._cupy.cuda.Stream(non_blocking=True)  # for what leaves while chains go on
-            self.name = f"cuda:{self._cupy.cuda.Device().id}"
+            self._device = self._cupy.cuda.Device(0)
+            with self._device:
+                self._stream = self._cupy.cuda.Stream(non_blocking=True)
+                self._side = self._cupy.cuda.Stream(non_blocking=True)  # for what leaves while chains go on
         except Exception as error:  # CuPy's own, which needs CuPy to name
             raise BackendError(
-                f"CuPy cannot use the GPU: {first_line(error)} (see ddpm-deploy doctor)"
+                f"CuPy cannot use the GPU: {one_line(error)} (see ddpm-deploy doctor)"
             ) from error
-        self.stream = self._stream.ptr
+        self.name, self.stream = "cuda:0", self._stream.ptr
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        """On this device and stream, whatever the thread's own are; CUDA's errors as ours."""
+        try:
+            with self._device, self._stream:
+                yield
+        except self._cupy.cuda.memory.OutOfMemoryError as error:
+            raise BackendError(
+                f"the GPU has {self.free() / 2**20:.0f} MiB of memory left, and more are needed ({one_line(error)}): "
+                "load the model with a smaller max_batch"
+            ) from error
+        except RuntimeError as error:
+            raise BackendError(f"the GPU failed: {one_line(error)} (see ddpm-deploy doctor)") from error
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """New memory, holding anything."""
-        try:
-            with self._stream:
-                return self._cupy.empty(shape, dtype)
-        except self._cupy.cuda.memory.OutOfMemoryError as error:
-            asked = np.dtype(dtype).itemsize * int(np.prod(shape))
-            raise BackendError(
-                f"the GPU has {self.free() / 2**20:.0f} MiB of memory left, and {asked / 2**20:.0f} MiB more are "
-                "needed: load the model with a smaller max_batch"
-            ) from error
+        with self._here():
+            return self._cupy.empty(shape, dtype)
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A new array of page-locked memory."""
+        size = int(np.prod(shape))
+        with self._here():
+            memory = self._cupy.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
+        return np.frombuffer(memory, dtype, size).reshape(shape)
 
     def start(self, work: Callable[[], None]) -> None:
         """Call it: the stream is CUDA's, and puts it in order."""
-        work()
+        with self._here():
+            work()
 
     def address(self, memory: Any) -> int:
         """Where it starts."""
@@ -107,46 +126,45 @@ class Cuda:
 
     def upload(self, host: NDArray[Any], memory: Any) -> None:
         """Start to copy an array into memory of its shape."""
-        with _translated():
+        with self._here():
             memory.set(host, stream=self._stream)  # from pageable memory: staged before it returns
 
     def download(self, memory: Any, host: NDArray[Any]) -> None:
         """Start to copy memory into an array of its shape."""
-        with _translated():
+        with self._here():
             memory.get(stream=self._stream, out=host, blocking=False)
-
-    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A new array of page-locked memory."""
-        size = int(np.prod(shape))
-        with _translated():
-            memory = self._cupy.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
-        return np.frombuffer(memory, dtype, size).reshape(shape)
 
     def copy_out(self, copies: Sequence[tuple[Any, Any, NDArray[Any]]]) -> Callable[[], None]:
         """By copies on the device, which the stream goes on from, and a side stream to the host."""
-        with _translated():
+        with self._here():
             for memory, kept, _ in copies:
                 kept.data.copy_from_device_async(memory.data, memory.nbytes, self._stream)
             self._side.wait_event(self._stream.record())
             for _, kept, host in copies:
                 kept.get(stream=self._side, out=host, blocking=False)
-            done = self._side.record()
+            return self._waits_for(self._side.record())
 
+    def mark(self) -> Callable[[], None]:
+        """By an event."""
+        with self._here():
+            return self._waits_for(self._stream.record())
+
+    def _waits_for(self, event: Any) -> Callable[[], None]:
         def wait() -> None:
-            with _translated():
-                done.synchronize()
+            with self._here():
+                event.synchronize()
 
         return wait
 
     def free(self) -> int:
         """Bytes of memory that are left, CuPy's own reserve among them."""
-        with _translated():
+        with self._device:
             left, _ = self._cupy.cuda.runtime.memGetInfo()
             return int(left) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def synchronize(self) -> None:
         """Wait for all that was started."""
-        with _translated():
+        with self._here():
             self._stream.synchronize()
 
     def release(self) -> None:
@@ -156,12 +174,17 @@ class Cuda:
     def compile(self, source: str, name: str) -> Kernel:
         """Compile with NVRTC, for this GPU; CuPy keeps the result in a cache of its own."""
         try:
-            kernel = self._cupy.RawModule(code=source, options=OPTIONS, backend="nvrtc").get_function(name)
+            with self._here():
+                kernel = self._cupy.RawModule(code=source, options=OPTIONS, backend="nvrtc").get_function(
+                    name
+                )
+        except BackendError:
+            raise
         except Exception as error:  # CuPy's own
-            raise BackendError(f"the kernel {name} does not compile: {first_line(error)}") from error
+            raise BackendError(f"the kernel {name} does not compile: {one_line(error)}") from error
 
         def launch(grid: tuple[int, int], arguments: tuple[Any, ...]) -> None:
-            with _translated(), self._stream:
+            with self._here():
                 kernel(grid, (THREADS,), tuple(np.int32(a) if isinstance(a, int) else a for a in arguments))
 
         return launch
@@ -169,26 +192,18 @@ class Cuda:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph."""
         self.synchronize()
-        with _translated(), self._stream:
+        with self._here():
             self._stream.begin_capture()
             try:
                 work()
-            finally:
-                graph = self._stream.end_capture()
+            except BaseException:
+                with suppress(RuntimeError):  # of the capture, which is broken too: the cause is what counts
+                    self._stream.end_capture()
+                raise
+            graph = self._stream.end_capture()
 
         def replay() -> None:
-            with _translated():
+            with self._here():
                 graph.launch(self._stream)
 
         return replay
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """CUDA's own errors, which CuPy has to be imported to name, as ours."""
-    try:
-        yield
-    except BackendError:
-        raise
-    except RuntimeError as error:
-        raise BackendError(f"the GPU failed: {first_line(error)} (see ddpm-deploy doctor)") from error

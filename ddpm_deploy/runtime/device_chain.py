@@ -1,9 +1,11 @@
 """The slots and the loop on a device: a step is the network and one kernel, and nothing comes back until it is asked.
 
-The host only counts: it knows how many steps each slot has to go, as the device does what it is told. After a start
-there is no allocation, no copy to the device and no waiting for it until images are read.
+The host only counts: it knows how many steps each slot has to go, as the device does what it is told. All memory is
+allocated, and the steps of every batch size captured, when the chain is made; between a start and its images there is
+no allocation, no copy to the device, and no waiting that the device would notice.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -14,9 +16,10 @@ from ddpm_deploy.errors import BackendError, SettingError
 from ddpm_deploy.runtime.chain import require_runs
 from ddpm_deploy.runtime.denoiser import Array, Labels
 from ddpm_deploy.runtime.kernel import SLOT, blocks, kernel_source
-from ddpm_deploy.runtime.network import DeviceNetwork
+from ddpm_deploy.runtime.network import DeviceNetwork, bucket_of
 from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable
 
+_AHEAD: Final = 32  # steps between two marks in the stream
 _TABLES: Final = 16  # of all T steps, that there is room for at once
 # The row before a table's own: x ← 1·z and x̂0 ← 0, of draw 0, which is t + 1 for t = -1.
 START: Final = np.array(
@@ -58,19 +61,20 @@ class DeviceChain:
         host = pinned(both, np.float32)
         self._host_x: Array = host[0]  # as last read
         self._host_x0: Array = host[1]
-        self._fresh = False
+        self._read_since: set[str] = set()  # the last step
+        self._taken = 0
+        self._marks: deque[Callable[[], None]] = deque()
+        self._steps = {bucket: self._prepare(bucket) for bucket in network.buckets}
 
     @property
     def x(self) -> Array:
         """x_t of every slot, (slots, C, H, W), as it is now: this waits for the device. Overwritten when read again."""
-        self._read()
-        return self._host_x
+        return self._read("x", self._network.memory.get("x"), self._host_x)
 
     @property
     def x0(self) -> Array:
         """x̂0 of the slots that took the last step, likewise."""
-        self._read()
-        return self._host_x0
+        return self._read("x0", self._x0, self._host_x0)
 
     @property
     def active(self) -> NDArray[np.bool_]:
@@ -132,11 +136,11 @@ class DeviceChain:
                 numbers & np.uint64(0xFFFFFFFF),
                 numbers >> np.uint64(32),
             )
+        self._left[slots] = len(table) - max(step, 0)
+        self._read_since.clear()
         self._device.upload(chains.view(np.uint32).reshape(len(chains), -1), self._slots[slots])
         if labels is not None:
             self._device.upload(np.ascontiguousarray(labels, np.int64), self._network.memory["y"][slots])
-        self._left[slots] = len(table) - max(step, 0)
-        self._fresh = False
 
     def _first_row(self, table: StepTable) -> int:
         """Where a table's first step is in the device's rows; its START row stands before that."""
@@ -157,30 +161,38 @@ class DeviceChain:
 
     def clear(self) -> None:
         """Leave every slot with nothing to do."""
-        if self.active.any():
-            self._device.upload(np.zeros(self._slots.shape, np.uint32), self._slots)
+        active = self.active.any()
         self._left[:] = 0
+        if active:
+            self._device.upload(np.zeros(self._slots.shape, np.uint32), self._slots)
 
     def step(self) -> None:
         """Take every active slot one step on. It returns as soon as that is started."""
         batch = int(np.flatnonzero(self._left)[-1]) + 1
-        of, replay = self._replay
-        if (
-            of != batch or not self._network.capturable
-        ):  # the first step of a batch is not captured, the second is
-            self._start_step(batch)
-            self._replay = batch, None
-        else:
-            if replay is None:
-                replay = self._device.capture(lambda: self._start_step(batch))
-                self._replay = batch, replay
-            replay()
+        self._steps[bucket_of(self._network, batch)]()
         self._left[:batch] -= self._left[:batch] > 0
-        self._fresh = False
+        self._read_since.clear()
+        self._bound_queue()
 
-    def _start_step(self, batch: int) -> None:
-        self._network.enqueue(batch)
-        self._launch(0, batch)
+    def _bound_queue(self) -> None:
+        """Wait for what was started long ago, so that signals and progress are not a whole chain ahead."""
+        self._taken += 1
+        if self._taken % _AHEAD == 0:
+            self._marks.append(self._device.mark())
+            if len(self._marks) > 2:  # the device has 2 × _AHEAD steps to go, and does not idle
+                self._marks.popleft()()
+
+    def _prepare(self, bucket: int) -> Callable[[], None]:
+        """What starts a step of a bucket: captured, where that can be, after a run of it with every slot idle."""
+        self._start_step(bucket)
+        self._device.synchronize()
+        if not self._network.capturable:
+            return lambda: self._start_step(bucket)
+        return self._device.capture(lambda: self._start_step(bucket))
+
+    def _start_step(self, bucket: int) -> None:
+        self._network.enqueue(bucket)
+        self._launch(0, min(bucket, len(self._left)))
 
     def _launch(self, first: int, count: int) -> None:
         memory = self._network.memory
@@ -221,12 +233,13 @@ class DeviceChain:
         self._left[:] = 0
         self._seen = []
         self._x0 = self._slots = self._rows = self._embeddings = None
-        self._replay = 0, None
+        self._steps = {}
+        self._marks.clear()
 
-    def _read(self) -> None:
-        """Bring x and x̂0 to the host, where they are not there yet."""
-        if not self._fresh:
-            self._device.download(self._network.memory["x"][: len(self._left)], self._host_x)
-            self._device.download(self._x0, self._host_x0)
+    def _read(self, name: str, memory: Any, host: Array) -> Array:
+        """Bring one of them to the host, where it is not there yet."""
+        if name not in self._read_since:
+            self._device.download(memory[: len(host)], host)
             self._device.synchronize()
-            self._fresh = True
+            self._read_since.add(name)
+        return host

@@ -1,8 +1,10 @@
 """ONNX Runtime: on the CPU as a Denoiser, on a GPU as a network there; through buffers bound once for each batch."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +15,10 @@ from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, fir
 from ddpm_deploy.files import show
 from ddpm_deploy.runtime.denoiser import allocate, default_max_batch
 from ddpm_deploy.runtime.device import Device
+from ddpm_deploy.runtime.network import allocate_on
 from ddpm_deploy.spec import ModelSpec
 
+_CPU: Final = ["CPUExecutionProvider"]
 _Side = dict[str, tuple[str, list[Any]]]  # inputs or outputs: type and shape behind B, by name
 
 
@@ -40,7 +44,7 @@ class OrtDenoiser:
     ) -> None:
         self.spec = spec or read_spec(path)
         self.max_batch = max_batch or default_max_batch(self.spec)
-        self._session: Any = _open(path, self.spec, ["CPUExecutionProvider"], threads)
+        self._session: Any = _open(path, self.spec, _CPU, threads)
         self.x, self.temb, self.y, self.prediction = allocate(self.spec, self.max_batch)
         arrays: dict[str, NDArray[Any]] = {"x": self.x, "temb": self.temb, "prediction": self.prediction}
         if self.spec.num_classes:
@@ -85,39 +89,37 @@ class OrtNetwork:
     ) -> None:
         self.spec, self.device = spec or read_spec(path), device
         self.max_batch = max_batch or default_max_batch(self.spec)
+        self.buckets: Sequence[int] = range(1, self.max_batch + 1)
         kind = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
-        # TF32 is on by default there.
-        options = {"user_compute_stream": str(device.stream), "use_tf32": "0"} if kind == "cuda" else {}
         self._session: Any = None
         if provider in require_onnxruntime().get_available_providers():
-            self._session = _open(path, self.spec, [(provider, options)], None)
+            providers = _CPU if kind == "cpu" else [(provider, _cuda_options(self.spec, device))]
+            self._session = _open(path, self.spec, providers, None)
         if self._session is None or provider not in self._session.get_providers():
             raise BackendError(
                 f"ONNX Runtime cannot use its {provider} here, and would run on the CPU (see ddpm-deploy doctor)"
             )
-        shapes: dict[str, tuple[int, ...]] = {"x": self.spec.image_shape, "temb": (self.spec.embedding.dim,)}
-        if self.spec.num_classes:
-            shapes["y"] = ()
-        shapes["prediction"] = self.spec.prediction_shape
-        types = {name: np.dtype(np.int64 if name == "y" else np.float32) for name in shapes}
-        self.memory = {
-            name: device.empty((self.max_batch, *shape), types[name]) for name, shape in shapes.items()
-        }
+        self.memory = allocate_on(device, self.spec, self.max_batch)
         places = {
-            name: _Place(kind, types[name].type, shape, device.address(self.memory[name]))
-            for name, shape in shapes.items()
+            name: _Place(
+                kind, np.int64 if name == "y" else np.float32, tuple(at.shape[1:]), device.address(at)
+            )
+            for name, at in self.memory.items()
         }
         self._binding: _Binding | None = _Binding(self._session, places)
 
-    def enqueue(self, batch: int) -> None:
-        """Start to predict for the leading `batch` rows."""
+    def enqueue(self, bucket: int) -> None:
+        """Start to predict for the leading rows."""
         if self._binding is None:
             raise BackendError("this model is closed: load it again")
         binding = self._binding
-        self.device.start(lambda: binding.run(batch))
+        self.device.start(lambda: binding.run(bucket))
 
     def close(self) -> None:
-        """Free the session and the memory. Closing again does nothing."""
+        """Free the session and the memory, once what is under way has ended."""
+        if self._binding is not None:
+            with suppress(BackendError):
+                self.device.synchronize()
         self._session = self._binding = None
         self.memory = {}
         self.device.release()
@@ -129,6 +131,15 @@ def onnxruntime_has_cuda() -> bool:
         return "CUDAExecutionProvider" in require_onnxruntime().get_available_providers()
     except DependencyError:
         return False
+
+
+def _cuda_options(spec: ModelSpec, device: Device) -> dict[str, str]:
+    """Our stream, the precision that was asked for (TF32 is on by default there), and the same algorithms each time."""
+    return {
+        "user_compute_stream": str(device.stream),
+        "use_tf32": "1" if spec.precision == "tf32" else "0",
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
 
 
 @dataclass(frozen=True)
@@ -187,6 +198,8 @@ def _open(path: Path, spec: ModelSpec, providers: list[Any], threads: int | None
     options.inter_op_num_threads = 1
     # Its threads spin while a network runs, and leave the cores to others between two runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if providers != _CPU:  # nothing of it may run there instead, unseen
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:

@@ -83,6 +83,7 @@ extern "C" __global__ void step(Slot *slots, int first, const float *rows, const
     if (threadIdx.x == 0) {
         __threadfence();
         if (atomicAdd(&slots[index].arrived, 1u) == gridDim.x - 1) {
+            __threadfence();
             slots[index].arrived = 0;
             slots[index].row = next;
         }

@@ -1,6 +1,9 @@
 """A TensorRT engine, of either flavour, as a network on a GPU."""
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +16,7 @@ from ddpm_deploy.errors import ArtefactError, BackendError
 from ddpm_deploy.files import show
 from ddpm_deploy.plan import read_plan_head
 from ddpm_deploy.runtime.device import Cuda, Device
+from ddpm_deploy.runtime.network import allocate_on
 from ddpm_deploy.spec import ModelSpec
 
 
@@ -22,29 +26,28 @@ class TrtNetwork:
     spec: of its network. device: where its memory is. max_batch: rows of the buffers, at most the engine's own (None:
     that).
 
-    A batch smaller than the smallest of the engine's profiles is padded to that.
+    Each bucket has an execution context of its own, whose profile, shapes and addresses are set once; all share their
+    scratch memory, as one runs at a time. Where a profile takes a range of sizes, its buckets are powers of two.
 
     Raises ArtefactError where the engine does not fit its spec, BackendError where TensorRT or the GPU fails.
     """
 
-    capturable = True
-
     def __init__(
         self, loaded: LoadedEngine, spec: ModelSpec, device: Device, max_batch: int | None = None
     ) -> None:
-        self.spec, self.device = spec, device
-        self._log = loaded.log
-        self._shapes = {"x": spec.image_shape, "temb": (spec.embedding.dim,)} | (
-            {"y": ()} if spec.num_classes else {}
-        )
-        _require_interface(loaded, self._shapes, spec.prediction_shape)
-        self._profiles = _profiles(loaded.engine)
-        largest = max(high for _, high in self._profiles)
+        self.spec, self.device, self._log = spec, device, loaded.log
+        _require_interface(loaded, spec)
+        profiles = _profiles(loaded.engine)
+        largest = max(high for _, high in profiles)
         self.max_batch = min(max_batch or largest, largest)
-        self._require_memory(loaded.engine)
-        self._engine, self._context = loaded.engine, self._make_context(loaded.trt, loaded.engine)
-        self.memory = self._bind_memory()
-        self._bound = 0
+        self.buckets: Sequence[int] = _buckets(profiles, self.max_batch)
+        self._contexts = {bucket: self._make_context(loaded, profiles, bucket) for bucket in self.buckets}
+        self._give_memory()
+        # TensorRT-RTX tells whether what it runs can be captured; TensorRT always can.
+        self.capturable = all(
+            not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(device.stream)
+            for context in self._contexts.values()
+        )
 
     @classmethod
     def load(cls, path: Path, *, max_batch: int | None = None, spec: ModelSpec | None = None) -> Self:
@@ -56,71 +59,59 @@ class TrtNetwork:
         _, extra = MODULES[read_plan_head(path).flavour]
         return cls(loaded, spec or read_spec(path), Cuda(extra), max_batch)
 
-    def _bind_memory(self) -> dict[str, Any]:
-        """Memory on the device for each input and the output, for as long as the engine is loaded."""
-        _, rows = self._rows(self.max_batch)
-        memory = {
-            name: self.device.empty((rows, *shape), _dtype(name))
-            for name, shape in {**self._shapes, "prediction": self.spec.prediction_shape}.items()
-        }
-        for name, place in memory.items():
-            self.device.upload(
-                np.zeros(place.shape, _dtype(name)), place
-            )  # labels of padded rows are looked up
-            taken = self._context.set_tensor_address(name, self.device.address(place))
-            self._must(taken, f"the address of {name}")
-        return memory
-
-    def _require_memory(self, cuda_engine: Any) -> None:
-        """Say which batch would fit, where the engine's does not."""
-        _, rows = self._rows(self.max_batch)
-        numbers = sum(
-            map(math.prod, (*self._shapes.values(), self.spec.prediction_shape, self.spec.image_shape))
+    def _make_context(self, loaded: LoadedEngine, profiles: list[tuple[int, int]], bucket: int) -> Any:
+        """A context with its profile and shapes, and as yet no memory."""
+        trt, cuda_engine = loaded.trt, loaded.engine
+        runtime_config = made("a runtime configuration", self._log, cuda_engine.create_runtime_config)
+        runtime_config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
-        needed, free = cuda_engine.device_memory_size_v2 + 4 * rows * numbers, self.device.free()
-        if needed > free:
-            fits = self.max_batch * free // needed
-            raise BackendError(
-                f"batches of {self.max_batch} need {needed / 2**20:.0f} MiB of the GPU's memory, and "
-                f"{free / 2**20:.0f} MiB are left: "
-                + (f"build the engine for --max-batch {fits}" if fits else "free some, or use a larger GPU")
+        if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            # TensorRT-RTX would compile in the background, and run other kernels until then: a graph would keep those.
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+        context = made(
+            "an execution context", self._log, cuda_engine.create_execution_context, runtime_config
+        )
+        profile = _profile_of(profiles, bucket)
+        self._must(context.set_optimization_profile_async(profile, self.device.stream), f"profile {profile}")
+        for name, shape in _inputs(self.spec).items():
+            self._must(
+                context.set_input_shape(name, (bucket, *shape)), f"the shape {(bucket, *shape)} of {name}"
             )
-
-    def _make_context(self, trt: Any, cuda_engine: Any) -> Any:
-        """The one execution context, over scratch memory of ours."""
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = made("an execution context", self._log, cuda_engine.create_execution_context, strategy)
-        size = cuda_engine.device_memory_size_v2
-        self._scratch = self.device.empty((max(size, 1),), np.uint8)
-        context.set_device_memory(self.device.address(self._scratch), size)
         return context
 
-    def enqueue(self, batch: int) -> None:
-        """Start to predict for the leading `batch` rows."""
-        if self._context is None:
-            raise BackendError("this model is closed: load it again")
-        if batch != self._bound:
-            self._bind(batch)
-        self._must(self._context.execute_async_v3(self.device.stream), f"a batch of {batch}")
+    def _give_memory(self) -> None:
+        """The largest scratch of the contexts, and the inputs' and output's memory, for as long as it is loaded."""
+        contexts = self._contexts.values()
+        scratch = max(context.update_device_memory_size_for_shapes() for context in contexts)
+        self._require_room(scratch)
+        self._scratch = self.device.empty((max(scratch, 1),), np.uint8)
+        self.memory = allocate_on(self.device, self.spec, self.buckets[-1])
+        for context in contexts:
+            context.set_device_memory(self.device.address(self._scratch), scratch)
+            for name, place in self.memory.items():
+                taken = context.set_tensor_address(name, self.device.address(place))
+                self._must(taken, f"the address of {name}")
 
-    def _bind(self, batch: int) -> None:
-        """Choose the profile and set the shapes for a batch."""
-        self._bound = 0  # until all of it is done
-        profile, rows = self._rows(batch)
-        if self._context.active_optimization_profile != profile:
-            chosen = self._context.set_optimization_profile_async(profile, self.device.stream)
-            self._must(chosen, f"profile {profile}")
-        for name, shape in self._shapes.items():
-            self._must(
-                self._context.set_input_shape(name, (rows, *shape)), f"the shape {(rows, *shape)} of {name}"
+    def _require_room(self, scratch: int) -> None:
+        """Say which batch would fit, where this one does not."""
+        rows = self.buckets[-1]
+        numbers = sum(map(math.prod, (*_inputs(self.spec).values(), self.spec.prediction_shape)))
+        needed, free = scratch + 4 * rows * numbers, self.device.free()
+        if needed > free:
+            fits = rows * free // needed
+            raise BackendError(
+                f"batches of {rows} need {needed / 2**20:.0f} MiB of the GPU's memory, and {free / 2**20:.0f} MiB are "
+                + (f"left: load it with max_batch {fits}" if fits else "left: free some, or use a larger GPU")
             )
-        self._bound = batch
 
-    def _rows(self, batch: int) -> tuple[int, int]:
-        """The profile for a batch, the one with the smallest largest batch, and the rows to run there."""
-        fitting = [(high, low, index) for index, (low, high) in enumerate(self._profiles) if high >= batch]
-        _, low, index = min(fitting)
-        return index, max(batch, low)
+    def enqueue(self, bucket: int) -> None:
+        """Start to predict for a bucket's rows."""
+        if not self._contexts:
+            raise BackendError("this model is closed: load it again")
+        context = self._contexts[bucket]
+        self._must(context.execute_async_v3(self.device.stream), f"a batch of {bucket}")
 
     def _must(self, succeeded: bool, what: str) -> None:
         """TensorRT says no by False, and why in its log."""
@@ -128,15 +119,34 @@ class TrtNetwork:
             raise BackendError(f"TensorRT refused {what}: {self._log.reason('it does not say why')}")
 
     def close(self) -> None:
-        """Free the engine and its memory."""
-        self._context = self._engine = self._scratch = None
-        self.memory = {}
+        """Free the engine and its memory, once what is under way has ended."""
+        if self._contexts:
+            with suppress(BackendError):
+                self.device.synchronize()
+        self._contexts, self._scratch, self.memory = {}, None, {}
         self.device.release()
 
 
-def _dtype(name: str) -> np.dtype[Any]:
-    """Of an input or the output."""
-    return np.dtype(np.int64 if name == "y" else np.float32)
+def _inputs(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The shape of a row of each input."""
+    labels: dict[str, tuple[int, ...]] = {"y": ()} if spec.num_classes else {}
+    return {"x": spec.image_shape, "temb": (spec.embedding.dim,)} | labels
+
+
+def _buckets(profiles: list[tuple[int, int]], max_batch: int) -> tuple[int, ...]:
+    """The sizes that are run for batches up to max_batch."""
+    sizes = set()
+    for low, high in profiles:
+        top = max(low, min(high, max_batch))
+        sizes |= {top, *(size for size in (1 << bit for bit in range(17)) if low <= size <= top)}
+    ordered = sorted(sizes)
+    return tuple(ordered[: bisect_left(ordered, max_batch) + 1])
+
+
+def _profile_of(profiles: list[tuple[int, int]], bucket: int) -> int:
+    """The profile that takes a bucket: of several the narrowest."""
+    fitting = [(high - low, index) for index, (low, high) in enumerate(profiles) if low <= bucket <= high]
+    return min(fitting)[1]
 
 
 def _profiles(cuda_engine: Any) -> list[tuple[int, int]]:
@@ -148,17 +158,14 @@ def _profiles(cuda_engine: Any) -> list[tuple[int, int]]:
     return [(int(smallest[0]), int(largest[0])) for smallest, _, largest in shapes]
 
 
-def _require_interface(
-    loaded: LoadedEngine, inputs: dict[str, tuple[int, ...]], prediction: tuple[int, ...]
-) -> None:
+def _require_interface(loaded: LoadedEngine, spec: ModelSpec) -> None:
     """The engine must have the inputs and the output of the contract, in the shapes of the spec."""
     trt, cuda_engine = loaded.trt, loaded.engine
-    types = {"y": trt.DataType.INT64}
     wanted = {
-        name: (trt.TensorIOMode.INPUT, types.get(name, trt.DataType.FLOAT), shape)
-        for name, shape in inputs.items()
+        name: (trt.TensorIOMode.INPUT, trt.DataType.INT64 if name == "y" else trt.DataType.FLOAT, shape)
+        for name, shape in _inputs(spec).items()
     }
-    wanted["prediction"] = (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, prediction)
+    wanted["prediction"] = (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, spec.prediction_shape)
     names = [cuda_engine.get_tensor_name(index) for index in range(cuda_engine.num_io_tensors)]
     got = {
         name: (

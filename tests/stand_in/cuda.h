@@ -2,6 +2,7 @@
 //
 // __syncthreads is honoured: a fiber that comes to it goes on when all of its block have. Who runs next is drawn by
 // chance, over all blocks of the grid, at each barrier and at each atomic, so an order that CUDA does not promise shows.
+// It cannot show what comes of weaker memory than a CPU's: a missing fence, an atomic that is none.
 #include <cstring>
 #include <memory>
 #include <random>
