@@ -27,7 +27,7 @@ FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wl,-Bsy
 _BUILT = Path(tempfile.gettempdir()) / "ddpm-deploy-kernels"
 
 
-def build(source: str) -> ctypes.CDLL:
+def build(source: str) -> ctypes.PyDLL:
     """step.cu over the stand-in for CUDA, as a library; built once for each source."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
@@ -42,7 +42,7 @@ def build(source: str) -> ctypes.CDLL:
         include = f'-DSOURCE="{folder / "step.cu"}"'
         subprocess.run([compiler, *FLAGS, include, "-o", temporary, STAND_IN / "main.cpp"], check=True)
         temporary.replace(library)
-    return ctypes.CDLL(str(library))
+    return ctypes.PyDLL(str(library))  # one thread at a time: its fibers are not the threads'
 
 
 class HostDevice:

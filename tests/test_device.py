@@ -1,6 +1,7 @@
 """A Sampler whose chain is a device's: step.cu over the stand-in for a GPU, with a real network in ONNX Runtime."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,57 @@ def test_previews_come_beside_the_chain(samplers: tuple[Sampler, Sampler]) -> No
     assert (
         "launch" in calls[calls.index("copy_out") : first]
     )  # the second step's, before the first is waited for
+
+
+class Watch:
+    """A callback that wants every third step."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.seen: list[tuple[int, float]] = []
+
+    def wants(self, step: int) -> bool:
+        self.asked.append(step)
+        return step % 3 == 0
+
+    def __call__(self, step: int, x: Any, x0: Any) -> None:
+        self.seen.append((step, float(abs(x).sum() + abs(x0).sum())))
+
+
+def test_steps_that_are_not_wanted_are_not_copied(samplers: tuple[Sampler, Sampler]) -> None:
+    watches = [Watch(), Watch()]
+    for sampler, watch in zip(samplers, watches, strict=True):
+        sampler.sample(2, steps=8, seed=0, callback=watch)
+    device, host = watches
+    assert device.seen == host.seen
+    assert [step for step, _ in host.seen] == [0, 3, 6]
+    assert device.asked == host.asked == list(range(8))
+    assert samplers[0].denoiser.network.device.calls.count("copy_out") == 3  # type: ignore[attr-defined]
+
+
+def test_two_samplers_in_two_threads(onnx_path: Path) -> None:
+    """Each on a device of its own here, as on a stream of its own there."""
+    wanted = Sampler(OrtDenoiser(onnx_path)).sample(3, steps=5, seed=0)
+    with ThreadPoolExecutor(2) as pool:
+        samplers = [on_device(onnx_path) for _ in range(2)]
+        for images in pool.map(lambda sampler: sampler.sample(3, steps=5, seed=0), samplers):
+            np.testing.assert_array_equal(images, wanted)
+
+
+def test_a_device_that_fails_leaves_the_sampler_free(samplers: tuple[Sampler, Sampler]) -> None:
+    device, _ = samplers
+    gpu = device.denoiser.network.device  # type: ignore[attr-defined]
+
+    def fails(host: Any, memory: Any) -> None:
+        raise BackendError("the GPU failed: an illegal address")
+
+    def break_it(step: int, x: Any, x0: Any) -> None:
+        gpu.upload = fails
+        raise ZeroDivisionError
+
+    for _ in range(2):
+        with pytest.raises(BackendError, match="an illegal address"):
+            device.sample(2, steps=4, seed=0, callback=break_it)
 
 
 def test_raising_in_a_callback_stops_a_device_too(samplers: tuple[Sampler, Sampler]) -> None:
@@ -174,7 +226,7 @@ def test_labels_reach_the_device() -> None:
     spec = msgspec.structs.replace(tiny_spec(network=None), num_classes=3, null_class=True)
     device = Sampler(Mirrored(HostNetwork(Labelled(spec, 4), HostDevice())))
     host = Sampler(Labelled(spec, 4))
-    for settings in ({"labels": [2, 0, 1]}, {}, {"guidance": 2.0}):
+    for settings in ({"labels": [2, 0, 1]}, {}, {"guidance": 2.0}, {"labels": [2, 0, 1]}):
         wanted = host.sample(3, steps=5, seed=0, **settings)  # type: ignore[arg-type]
         np.testing.assert_array_equal(device.sample(3, steps=5, seed=0, **settings), wanted)  # type: ignore[arg-type]
 

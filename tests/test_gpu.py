@@ -1,51 +1,99 @@
 """What only a GPU can show; skipped where there is none."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ddpm_deploy import Sampler
 from ddpm_deploy.gpu import visible_gpu
+from ddpm_deploy.runtime.denoiser import Array
 from ddpm_deploy.runtime.device import Cuda
 from ddpm_deploy.runtime.device_chain import DeviceChain
+from ddpm_deploy.runtime.network import Mirrored, allocate_on
+from ddpm_deploy.runtime.ort import OrtNetwork, onnxruntime_has_cuda
 from ddpm_deploy.runtime.parity import judge
 from ddpm_deploy.runtime.proof import load_proof, proof_path
-from ddpm_deploy.spec import Precision
-from tests.host_device import HostNetwork
+from ddpm_deploy.spec import ModelSpec, Precision
 from tests.models import ArrayDenoiser
-from tests.test_chain import SPEC, TABLES, reference_images
+from tests.test_chain import LEARNED_SPEC, LEARNED_TABLES, SPEC, TABLES, reference_images
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(visible_gpu() is None, reason="no NVIDIA GPU is visible")]
 
 
-class SteppedNetwork(HostNetwork):
-    """A Denoiser of the tests' between two copies: the kernel, the chain and the stream are the GPU's."""
+class Echo(ArrayDenoiser):
+    """ε = x, without a backend; and, where the model learned its variance, v = x."""
 
-    def enqueue(self, batch: int) -> None:
-        names = ("x", "temb")
-        for name in names:
-            self.device.download(self.memory[name][:batch], getattr(self._denoiser, name)[:batch])
-        self.device.synchronize()
-        self._denoiser.run(batch)
-        self.device.upload(self._denoiser.prediction[:batch], self.memory["prediction"][:batch])
+    def predict(self, x: Array, t: NDArray[np.int64]) -> Array:
+        """x again."""
+        return np.concatenate([x] * (self.prediction.shape[1] // x.shape[1]), axis=1)
 
 
-class Uncaptured(Cuda):
-    """A GPU whose work is started anew each time, as the network above cannot be captured."""
+class EchoNetwork:
+    """The same on the GPU, by copies there alone, which can be captured."""
 
-    def capture(self, work):  # type: ignore[no-untyped-def]
-        return work
+    capturable = True
+
+    def __init__(self, spec: ModelSpec, slots: int) -> None:
+        self.spec, self.device, self.max_batch = spec, Cuda(), slots
+        self.buckets = range(1, slots + 1)
+        self.memory = allocate_on(self.device, spec, slots)
+
+    def enqueue(self, bucket: int) -> None:
+        x, prediction = self.memory["x"], self.memory["prediction"]
+        size = x[0].nbytes
+        for row in range(bucket):
+            for half in range(prediction[0].nbytes // size):
+                place = prediction[row].data + half * size
+                place.copy_from_device_async(x[row].data, size, self.device._stream)
+
+    def close(self) -> None:
+        """Nothing to free."""
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_the_kernel_is_the_reference_bit_for_bit(name: str) -> None:
-    chain = DeviceChain(SteppedNetwork(ArrayDenoiser(SPEC, 3), Uncaptured()))  # type: ignore[arg-type]
-    chain.start(slice(0, 3), TABLES[name], np.full(3, 7, np.uint64), np.arange(5, 8, dtype=np.uint64))
+@pytest.mark.parametrize("name", [*TABLES, *LEARNED_TABLES])
+def test_kernel_and_graph_are_the_reference_bit_for_bit(name: str) -> None:
+    spec, table = (SPEC, TABLES[name]) if name in TABLES else (LEARNED_SPEC, LEARNED_TABLES[name])
+    chain = DeviceChain(EchoNetwork(spec, 3))
+    chain.start(slice(0, 3), table, np.full(3, 7, np.uint64), np.arange(5, 8, dtype=np.uint64))
     while chain.active.any():
         chain.step()
     for slot in range(3):
-        np.testing.assert_array_equal(chain.x[slot], reference_images(TABLES[name], 7, 5 + slot))
+        wanted = reference_images(table, 7, 5 + slot, Echo(spec, 1))
+        np.testing.assert_array_equal(chain.x[slot].view(np.uint32), wanted.view(np.uint32))
+
+
+def test_previews_and_results_on_the_gpu() -> None:
+    sampler, host = Sampler(Mirrored(EchoNetwork(SPEC, 4))), Sampler(Echo(SPEC, 4))
+    seen: dict[str, list[Array]] = {"gpu": [], "host": []}
+    for name, one in (("gpu", sampler), ("host", host)):
+        one.sample(3, seed=0, callback=lambda step, x, x0, name=name: seen[name].append(x.copy()))
+    np.testing.assert_array_equal(seen["gpu"], seen["host"])
+    images = sampler.sample_on_device(3, seed=0)
+    np.testing.assert_array_equal(images.get(), host.sample(3, seed=0))
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        assert torch.from_dlpack(images).data_ptr() == images.data.ptr
+
+
+def test_two_samplers_in_two_threads() -> None:
+    wanted = Sampler(Echo(SPEC, 4)).sample(4, seed=1)
+    with ThreadPoolExecutor(2) as pool:
+        samplers = [Sampler(Mirrored(EchoNetwork(SPEC, 4))) for _ in range(2)]
+        for images in pool.map(lambda sampler: sampler.sample(4, seed=1), samplers):
+            np.testing.assert_array_equal(images, wanted)
+
+
+def test_onnx_runtime_on_the_gpu(onnx_path: Path) -> None:
+    if not onnxruntime_has_cuda():
+        pytest.skip("this ONNX Runtime has no CUDA")
+    with Sampler(Mirrored(OrtNetwork(onnx_path, Cuda(), max_batch=4))) as sampler:
+        assert judge(load_proof(proof_path(onnx_path)), sampler.denoiser).within
+        images = sampler.sample(4, steps=50, seed=0)
+    with Sampler.load(onnx_path) as host:
+        assert abs(images - host.sample(4, steps=50, seed=0)).max() < 1e-3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

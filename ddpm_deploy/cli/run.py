@@ -227,7 +227,7 @@ def _draw(model: Path, options: dict[str, Any]) -> None:
                 f"most {most}"
             )
         watch = _Watch(sampler, job, model, options)
-        parts = sampler.iter_samples(count, callback=watch.step, **job.arguments())
+        parts = sampler.iter_samples(count, callback=watch, **job.arguments())
         _write(sampler, job, lambda: parts, watch, options)
 
 
@@ -243,7 +243,7 @@ def _resume(model: Path, options: dict[str, Any]) -> None:
     with _open(model, options, job.count, job.guidance) as sampler:
         sampler.require_fits(snapshot)
         watch = _Watch(sampler, job, model, options, snapshot.step)
-        _write(sampler, job, lambda: [sampler.resume(snapshot, callback=watch.step)], watch, options)
+        _write(sampler, job, lambda: [sampler.resume(snapshot, callback=watch)], watch, options)
 
 
 def _job_of(snapshot: "Snapshot") -> _Job:
@@ -322,16 +322,25 @@ class _Watch:
 
         return stop_on_signals(self.stop, "with the snapshot saved") if self._snapshot else nullcontext()
 
-    def step(self, step: int, x: "Array", x0: "Array") -> None:
-        """The callback of a Sampler."""
+    def wants(self, step: int) -> bool:
+        """Whether a Sampler is to call this after a step; it is asked after each."""
         self.advance(1)
+        return bool(self.preview and self.preview.wants(step)) or self._saves(step)
+
+    def _saves(self, step: int) -> bool:
+        due = self._stopped or time.monotonic() - self._saved >= _SNAPSHOT_SECONDS
+        return (
+            bool(self._snapshot) and due and step + 1 < self.steps
+        )  # at the last one there is nothing to go on with
+
+    def __call__(self, step: int, x: "Array", x0: "Array") -> None:
+        """The callback of a Sampler."""
         if self.preview:
             self.preview.see(step, x, x0)
-        if self._snapshot and step + 1 < self.steps:  # at the last one there is nothing to go on with
+        if self._snapshot and self._saves(step):
             if self._stopped:
-                self._end(self._snapshot, step + 1)
-            if time.monotonic() - self._saved >= _SNAPSHOT_SECONDS:
-                self._save(self._snapshot)
+                self._end(self._snapshot)
+            self._save(self._snapshot)
 
     def _save(self, path: Path) -> None:
         """From time to time: one that fails is not worth the chain."""
@@ -341,12 +350,13 @@ class _Watch:
             logger.warning("%s; the chain goes on", error)
         self._saved = time.monotonic()
 
-    def _end(self, path: Path, done: int) -> None:
+    def _end(self, path: Path) -> None:
         from ddpm_deploy.files import quoted
 
-        self._sampler.snapshot().save(path)
+        snapshot = self._sampler.snapshot()
+        snapshot.save(path)
         click.echo(
-            f"stopped after step {done} of {self.steps}; go on with: "
+            f"stopped after step {snapshot.step} of {self.steps}; go on with: "
             f"ddpm-run {quoted(self._model)} --resume {quoted(path)}"
         )
         raise click.exceptions.Exit(130)

@@ -44,9 +44,13 @@ class Preview:
         require_output(self.path)
         require("PIL.Image", "cpu")
 
+    def wants(self, step: int) -> bool:
+        """Whether a step is shown."""
+        return not self._done and step in self._wanted
+
     def see(self, step: int, x: Array, x0: Array) -> None:
-        """A `Sampler.sample` callback: keeps x̂0 of the steps that are shown, and of the last step the image."""
-        if self._done or step not in self._wanted:
+        """Keep x̂0 of a step that is shown, and of the last step the image."""
+        if not self.wants(step):
             return
         self._done = step == self._last
         look = x if self._done else x0

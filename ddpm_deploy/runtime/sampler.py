@@ -205,7 +205,8 @@ class Sampler:
             t + 1 for the step from t. A count over the batch asks again for each part of it, so it
             must give the same numbers for the same draw.
         callback: called after each step with (step, x, x̂0), step from 0, the two (k, C, H, W) views that
-            the next step overwrites. Raising in it stops the run cleanly.
+            the next step overwrites. Raising in it stops the run cleanly. Where it has a method `wants(step)`, it is
+            called for the steps of which that says True alone, and the others cost no copy from a GPU.
 
         Raises SettingError for an argument out of range, BackendError where the backend fails or the
         network gives numbers that are not finite, OwnershipError where the Sampler is already in use.
@@ -469,10 +470,12 @@ class Sampler:
         if callback is None:
             deque(self._steps(batch, chain, first), maxlen=0)
             return
+        wants: Callable[[int], bool] = getattr(callback, "wants", lambda step: True)
         seen: deque[tuple[int, Callable[[], tuple[Array, Array]]]] = deque()
         for step in self._steps(batch, chain, first):
-            seen.append((step, chain.watch(batch.count)))
-            if len(seen) > chain.lag:
+            if wants(step):
+                seen.append((step, chain.watch(batch.count)))
+            if seen and step >= seen[0][0] + chain.lag:
                 number, arrays = seen.popleft()
                 callback(number, *arrays())
         for number, arrays in seen:
@@ -481,21 +484,26 @@ class Sampler:
     @contextmanager
     def _owned(self) -> Iterator[None]:
         """Hold the Sampler for one call."""
-        if os.getpid() != self._process and isinstance(self._chain, DeviceChain):
-            raise OwnershipError(
-                "this process was forked after the model was loaded, and a GPU's memory is not shared so: load the "
-                'model in the child, or start it with multiprocessing\'s "spawn"'
-            )
+        self._require_process()
         if not self._busy.acquire(blocking=False):
             raise OwnershipError("this Sampler is in use by another call: load one Sampler for each thread")
         try:
             yield
         finally:
             self._under_way = None
-            self._chain.clear()
-            if self._guided_chain:
-                self._guided_chain.clear()
-            self._busy.release()
+            try:
+                self._chain.clear()
+                if self._guided_chain:
+                    self._guided_chain.clear()
+            finally:
+                self._busy.release()
+
+    def _require_process(self) -> None:
+        if os.getpid() != self._process and isinstance(self._chain, DeviceChain):
+            raise OwnershipError(
+                "this process was forked after the model was loaded, and a GPU's memory is not shared so: load the "
+                'model in the child, or start it with multiprocessing\'s "spawn"'
+            )
 
     def close(self) -> None:
         """Free the backend. The Sampler cannot be used afterwards; closing again does nothing."""
