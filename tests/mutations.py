@@ -30,9 +30,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ddpm_deploy.engine.build import EngineSettings, build_engine
+from ddpm_deploy.plan import spec_place
+
 SECONDS: Final = 60
 MEMORY: Final = 3 << 30  # bytes beyond what the process has at its start
-KINDS: Final = (".pt", ".onnx", ".proof.npz", ".npz", ".png", ".json")
+# The last two are an engine, and an .onnx that one is to be built of.
+KINDS: Final = (".pt", ".onnx", ".proof.npz", ".npz", ".png", ".json", ".plan", ".rtx.onnx")
+OUTPUTS: Final = ("out.npz", "out.plan", "out.plan.sha256")
 
 Rng = np.random.Generator
 
@@ -112,11 +117,21 @@ def mutated_inside(kind: str, whole: bytes, rng: Rng) -> bytes:
     match kind:
         case ".pt" | ".npz" | ".proof.npz":
             return _mutated_member(whole, rng)
-        case ".onnx":
+        case ".onnx" | ".rtx.onnx":
             return mutated(whole[: whole.rindex(b"\x12ddpm_deploy.sha256") - 3], rng)
         case ".png":
             return _mutated_chunk(whole, rng)
+        case ".plan":
+            return _mutated_name(whole, rng)
     return _mutated_value(whole, rng)
+
+
+def _mutated_name(whole: bytes, rng: Rng) -> bytes:
+    """Of an engine: another value in its ModelSpec, where there is room for it."""
+    place = spec_place(whole)
+    assert place
+    text = _mutated_value(whole[place], rng)[: place.stop - place.start]
+    return whole[: place.start] + text.ljust(place.stop - place.start) + whole[place.stop :]
 
 
 def _mutated_member(whole: bytes, rng: Rng) -> bytes:
@@ -177,6 +192,8 @@ def whole_files(checkpoint: Path, onnx: Path, folder: Path) -> dict[str, Path]:
             ["run", "-q", str(onnx), "--steps", "5", "--count", "4", "--seed", "1", "-o", str(files[".png"])]
         )
     files[".json"].write_text(read_spec(onnx).to_json())
+    files[".plan"], files[".rtx.onnx"] = folder / "whole.plan", onnx
+    build_engine(onnx, files[".plan"], EngineSettings(flavour="tensorrt-rtx"))
     return files
 
 
@@ -198,6 +215,10 @@ def use(kind: str, path: Path, onnx: Path) -> None:
             main(["run", str(path), "--steps", "2", "--count", "2", "--threads", "1", "-o", out])
         case ".onnx":
             main(["run", str(path), "--steps", "2", "--count", "2", "--threads", "1", "-o", out])
+        case ".plan":
+            main(["inspect", str(path)])
+        case ".rtx.onnx":
+            main(["export", str(path), "--rtx", "-o", str(path.parent / "out.plan")])
         case ".proof.npz":
             main(["verify", str(onnx), "--proof", str(path), "--threads", "1"])
         case ".npz":
@@ -233,10 +254,11 @@ def judge(kind: str, path: Path, onnx: Path) -> str:
         time.sleep(0.002)
     with os.fdopen(read) as pipe:
         verdict = pipe.read() or "crash"
-    others = sorted(p.name for p in path.parent.iterdir() if p not in (path, path.parent / "out.npz"))
-    if others:
+    there = {p.name for p in path.parent.iterdir()} - {path.name}
+    if others := sorted(there - set(OUTPUTS)):
         return f"left behind: {others}"
-    if (path.parent / "out.npz").exists() != (verdict == "result" and kind in (".pt", ".onnx")):
+    written = {".pt": OUTPUTS[:1], ".onnx": OUTPUTS[:1], ".rtx.onnx": OUTPUTS[1:]}.get(kind, ())
+    if there != set(written if verdict == "result" else ()):
         return f"{verdict}, and its output does not fit that"
     return verdict
 

@@ -49,6 +49,7 @@ MODULES = [
     "plan",
     "reference",
     "runtime/__init__",
+    "runtime/backend",
     "runtime/chain",
     "runtime/denoiser",
     "runtime/device",

@@ -184,7 +184,7 @@ def open_denoiser(
     from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec
     from ddpm_deploy.cli.progress import stage
     from ddpm_deploy.dependencies import require
-    from ddpm_deploy.runtime.sampler import load_denoiser, runs_on_gpu
+    from ddpm_deploy.runtime.backend import load_denoiser, runs_on_gpu
 
     read_spec(path)  # a broken or foreign file is refused before a backend is loaded
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from ddpm_deploy.cli.common import logger
-
 if TYPE_CHECKING:
     from ddpm_deploy.runtime.denoiser import Denoiser
+
+logger = logging.getLogger("ddpm_deploy")
 
 _LOG_SECONDS: Final = 15.0
 

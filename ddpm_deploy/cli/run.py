@@ -198,8 +198,9 @@ def _in_turn(cycle: Sequence[int], first_index: int, count: int) -> "Labels | No
 def _open(model: Path, options: dict[str, Any], images: int | None, guidance: float | None) -> "Sampler":
     """The model, to run so many images at once (None: as many as are best)."""
     from ddpm_deploy.artefact import read_spec
+    from ddpm_deploy.runtime.backend import runs_on_gpu
     from ddpm_deploy.runtime.denoiser import default_max_batch
-    from ddpm_deploy.runtime.sampler import Sampler, runs_on_gpu
+    from ddpm_deploy.runtime.sampler import Sampler
 
     rows = images
     if guidance is not None and images is not None:

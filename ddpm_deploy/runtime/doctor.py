@@ -26,10 +26,11 @@ from ddpm_deploy.engine.load import CAPABILITIES
 from ddpm_deploy.errors import one_line
 from ddpm_deploy.gpu import Driver
 from ddpm_deploy.runtime import gaussian
+from ddpm_deploy.runtime.backend import load_denoiser
 from ddpm_deploy.runtime.device import Cuda
 from ddpm_deploy.runtime.network import Mirrored
 from ddpm_deploy.runtime.ort import OrtNetwork
-from ddpm_deploy.runtime.sampler import Sampler, load_denoiser
+from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.spec import Flavour
 from ddpm_deploy.tolerances import DOCTOR
 from ddpm_deploy.version import __version__

@@ -90,7 +90,9 @@ extern "C" __global__ void step(Slot *slots, int first, const float *rows, const
     }
     if (slot.row == 0)  // its image stays
         return;
-    const float *row = rows + (long long)slot.row * COLUMNS;
+    float row[COLUMNS];  // of the thread's own: x may not be the same memory, but the compiler cannot know
+    for (int i = 0; i < COLUMNS; ++i)
+        row[i] = rows[(long long)slot.row * COLUMNS + i];
     if (4 * thread < size) {
         float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (row[E] != 0.0f) {
