@@ -7,6 +7,7 @@ no allocation, no copy to the device, and no waiting that the device would notic
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -229,12 +230,14 @@ class DeviceChain:
         return not words.view(SLOT)["broken"].any()
 
     def close(self) -> None:
-        """Free the memory. Nothing may be called afterwards."""
+        """Free the memory, once what is under way there has ended. Closing again does nothing."""
+        if self._steps:
+            with suppress(BackendError):
+                self._device.synchronize()
         self._left[:] = 0
-        self._seen = []
-        self._x0 = self._slots = self._rows = self._embeddings = None
-        self._steps = {}
+        self._steps, self._seen = {}, []
         self._marks.clear()
+        self._x0 = self._slots = self._rows = self._embeddings = None
 
     def _read(self, name: str, memory: Any, host: Array) -> Array:
         """Bring one of them to the host, where it is not there yet."""
