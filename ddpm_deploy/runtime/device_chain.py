@@ -52,10 +52,6 @@ class DeviceChain:
         self._tables: dict[int, tuple[StepTable, int]] = {}  # by id: the table and its first row
         self._used = 1  # rows
         self._left = np.zeros(slots, np.int64)  # steps to go
-        self._replay: tuple[int, Callable[[], None] | None] = (
-            0,
-            None,
-        )  # of a batch: None before its first step
         both, pinned = (2, slots, *spec.image_shape), self._device.pinned
         # What `watch` keeps and gives, in turn: x and x̂0, on the device and on the host.
         self._seen = [(empty(both, np.float32), pinned(both, np.float32)) for _ in range(2)]
@@ -133,10 +129,7 @@ class DeviceChain:
         chains["row"] = first + step if step < len(table) else 0
         chains["end"] = first + len(table)
         for field, numbers in (("key", seeds), ("sample", indices)):
-            chains[field][:, 0], chains[field][:, 1] = (
-                numbers & np.uint64(0xFFFFFFFF),
-                numbers >> np.uint64(32),
-            )
+            chains[field] = np.stack([numbers & np.uint64(0xFFFFFFFF), numbers >> np.uint64(32)], axis=1)
         self._left[slots] = len(table) - max(step, 0)
         self._read_since.clear()
         self._device.upload(chains.view(np.uint32).reshape(len(chains), -1), self._slots[slots])

@@ -174,9 +174,9 @@ def _without_cudnn(packages: Installed, driver: Driver) -> Finding | None:
     ):
         return None
     says = f"onnxruntime-gpu is installed without cuDNN ({_CUDNN}): it falls back to the CPU"
-    major = 13 if not driver.cuda or _number(driver.cuda) >= (13, 0) else 12
+    # Its own extras bring what its build is of.
     return Finding(
-        "cudnn", "broken" if driver.gpus else "absent", says, f"pip install nvidia-cudnn-cu{major}"
+        "cudnn", "broken" if driver.gpus else "absent", says, "pip install 'onnxruntime-gpu[cuda,cudnn]'"
     )
 
 

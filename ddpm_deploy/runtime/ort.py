@@ -94,6 +94,8 @@ class OrtNetwork:
         self._session: Any = None
         if provider in require_onnxruntime().get_available_providers():
             providers = _CPU if kind == "cpu" else [(provider, _cuda_options(self.spec, device))]
+            if kind == "cuda" and hasattr(require_onnxruntime(), "preload_dlls"):
+                require_onnxruntime().preload_dlls()  # CUDA's libraries and cuDNN, out of NVIDIA's packages
             self._session = _open(path, self.spec, providers, None)
         if self._session is None or provider not in self._session.get_providers():
             raise BackendError(
