@@ -6,11 +6,23 @@ from types import ModuleType
 
 from ddpm_deploy.errors import DependencyError, one_line
 
+# A name that a whole package has, where another module of its name, or half of it, would import as well.
+_HAS = {
+    "onnxruntime": "InferenceSession",
+    "torch": "nn",
+    "onnx": "ModelProto",
+    "tensorrt": "Builder",
+    "tensorrt_rtx": "Builder",
+    "cupy": "RawModule",
+}
+
 
 def require(module: str, extra: str) -> ModuleType:
     """Import `module`, or raise DependencyError with the pip line of the extra that brings it."""
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        getattr(found, _HAS.get(module, "__name__"))
+        return found
     except (Exception, SystemExit) as error:  # a broken package may raise anything
         name = getattr(error, "name", None)
         if isinstance(error, ImportError) and name in (module.partition(".")[0], module):

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError
+from ddpm_deploy.signals import signals_held
 
 
 def show(text: str | Path) -> str:
@@ -64,6 +65,8 @@ def require_output(path: Path) -> None:
     _require_text(path, OutputError)
     folder = path.parent
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # which tells of links that go round in circles
         if path.is_dir():
             raise OutputError(f"{show(path)} is a folder: name a file to write")
         if path.exists() and not path.is_file():
@@ -84,19 +87,47 @@ def atomic(path: Path) -> Iterator[Path]:
     Where `path` is a link, the file that it points at is replaced. Raises OutputError where the file
     cannot be written; however the block ends, the temporary file does not stay behind.
     """
-    try:
-        target = path.resolve()
-        temporary = _create_beside(target)
-    except (OSError, ValueError, RuntimeError) as problem:
-        raise _unwritable(path, problem) from problem
-    try:
+    with atomic_together(path) as (temporary,):
         yield temporary
-        _sync(temporary)
-        temporary.replace(target)
+
+
+@contextmanager
+def atomic_together(*paths: Path) -> Iterator[list[Path]]:
+    """As `atomic`, for files that belong together: no signal comes between their names."""
+    temporaries: dict[Path, Path] = {}  # of each file that is replaced in the end
+    try:
+        for path in paths:
+            temporaries.update(_beside_its_target(path))
+        with _naming(paths[0]):
+            yield list(temporaries.values())
+        for target, temporary in temporaries.items():
+            with _naming(target):
+                _sync(temporary)
+        with signals_held(lambda: None):
+            for target, temporary in temporaries.items():
+                with _naming(target):
+                    temporary.replace(target)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _beside_its_target(path: Path) -> dict[Path, Path]:
+    """The file that a path stands for, and a new one beside it."""
+    try:
+        target = Path(os.path.realpath(path))
+        return {target: _create_beside(target)}
+    except (OSError, ValueError) as problem:
+        raise _unwritable(path, problem) from problem
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file that an error of the system is about."""
+    try:
+        yield
     except OSError as problem:
         raise _unwritable(path, problem) from problem
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _create_beside(path: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from ddpm_deploy.errors import ArtefactError
-from ddpm_deploy.files import atomic, quoted, require_file, show
+from ddpm_deploy.files import atomic_together, quoted, require_file, show
 from ddpm_deploy.spec import MAX_SPEC_BYTES, Flavour
 
 PLAN_SUFFIX: Final = ".plan"
@@ -86,7 +86,7 @@ def digest_path(plan: Path) -> Path:
 
 def write_plan(path: Path, plan: bytes | memoryview) -> None:
     """Write an engine with its digest beside it. Raises OutputError where it cannot be written."""
-    with atomic(digest_path(path)) as digest, atomic(path) as temporary:
+    with atomic_together(path, digest_path(path)) as (temporary, digest):
         temporary.write_bytes(plan)
         digest.write_text(digest_line(temporary, path.name))
 

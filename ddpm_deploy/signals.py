@@ -27,14 +27,14 @@ def stop_on_signals(stop: Callable[[], None], says: str) -> Iterator[None]:
 
 
 @contextmanager
-def signals_held(stop: Callable[[], None]) -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM while native code runs, which cannot bear an exception: `stop` is called, and the
-    signal is passed on at the end."""
+def signals_held(stop: Callable[[], None], says: str = "") -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM during what cannot bear an exception, as native code: `stop` is called, the user is told
+    what `says` says, and the signal is passed on at the end."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if not received:
-            logger.info("stopping at the next chance, with nothing written")
+        if says and not received:
+            logger.info(says)
         received.append(number)
         stop()
 

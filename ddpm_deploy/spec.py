@@ -197,10 +197,10 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """
         text = msgspec.json.encode(self).decode()
         if len(text.encode()) + room > MAX_SPEC_BYTES:
-            spare = f", with {room} to spare for other weights," if room else ""
+            fewer = ", or build for fewer batches" if self.engine else ""
             raise SpecError(
-                f"the ModelSpec takes {len(text.encode())} bytes, and only {MAX_SPEC_BYTES}{spare} fit in an engine: "
-                "shorten the names of the classes, or build for fewer batches"
+                f"the ModelSpec takes {len(text.encode())} bytes, and only {MAX_SPEC_BYTES - room} fit in an engine: "
+                f"shorten the names of the classes{fewer}"
             )
         return text
 

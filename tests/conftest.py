@@ -1,5 +1,7 @@
 """What the tests share: a small trained-looking checkpoint, and its export."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -7,6 +9,15 @@ import pytest
 
 from ddpm_deploy.spec import GraphPrecision, Precision
 from tests.models import tiny_checkpoint, tiny_export
+
+
+@pytest.fixture(autouse=True)
+def _same_log() -> Iterator[None]:
+    """What a command's -v or -q sets is of that command alone."""
+    log = logging.getLogger("ddpm_deploy")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -248,7 +248,7 @@ def test_the_longest_name_is_kept_and_a_longer_one_refused() -> None:
     assert network.name == spec.to_json() + " " * 200
     crowded = msgspec.structs.replace(spec, num_classes=30, class_names=tuple(f"{i:0100}" for i in range(30)))
     with pytest.raises(
-        SpecError, match="only 3999, with 200 to spare .* fit in an engine: shorten the names of the classes"
+        SpecError, match="only 3799 fit in an engine: shorten the names of the classes, or build for fewer"
     ):
         _set_name(network, crowded)
 
@@ -640,7 +640,8 @@ def test_without_a_gpu_the_engine_is_skipped_or_insisted_on(
         refused(call("export", "model.pt", *contradiction), 2)
     refused(call("export", "model.pt", "--compute-capability", "8.6"), 2, "are of TensorRT-RTX")
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
-    result = call("export", "model.pt", "--timing-cache", "my timing.cache", "--batch-buckets", "1,8")
+    refused(call("export", "model.pt", "--report", "model.pt"), 1, "the name of a report must end in .json")
+    result = call("export", "model.pt", "-q", "--timing-cache", "my timing.cache", "--batch-buckets", "1,8")
     assert result.exit_code == 0
     again = "ddpm-export model.onnx --batch-buckets 1,8 --timing-cache 'my timing.cache' -o engine.plan"
     assert (
@@ -660,7 +661,7 @@ def test_without_a_gpu_the_engine_is_skipped_or_insisted_on(
 
 def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(fp16.parent)
-    result = call("export", "m.onnx", "--rtx", "--compute-capability", "8.6", "--batch-buckets", "1,4")
+    result = call("export", "m.onnx", "--rtx", "--compute-capability", "8.6", "--batch-buckets", "1,4", "-v")
     assert result.exit_code == 0, result.output
     assert (
         f"wrote m.rtx.plan (fp16, TensorRT-RTX {trt.__version__} for compute capability 8.6, batch 1, 4, "
@@ -707,6 +708,8 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
         (["m.onnx", "--rtx", "--workspace", "nan"], 2, "--workspace nan"),
         (["m.onnx", "--rtx", "--refittable"], 1, "a refittable engine is built on a GPU"),
         (["m.onnx", "--rtx", "-o", "loop.plan"], 1, "loop.plan"),
+        (["m.onnx", "--rtx", "-o", "b.plan"], 1, "b.plan.sha256 exists and is no digest"),
+        (["m.onnx", "--rtx", "-o", "c.plan"], 1, "c.plan.sha256 is another file of this command"),
         (["m.onnx", "--rtx", "-o", "link.plan"], 1, "link.proof.npz is another file of this command"),
         (["m.onnx", "--rtx", "-o", "other.plan"], 1, "holds another model"),
         (["m.onnx", "--rtx", "-o", "folder.plan"], 1, "is a folder"),
@@ -724,6 +727,8 @@ def test_bad_arguments(
     Path("a.proof.npz").write_text("the proof of a")
     Path("loop.plan").symlink_to("loop.plan")
     Path("link.proof.npz").symlink_to("m.onnx")
+    Path("b.plan.sha256").symlink_to("other.plan")
+    Path("c.plan.sha256").symlink_to("m.proof.npz")
     before = sorted(fp16.parent.iterdir())
     refused(call("export", *arguments), code, problem)
     assert sorted(fp16.parent.iterdir()) == before

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import signal
 import subprocess
 import zipfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError, SpecError
-from ddpm_deploy.files import atomic, require_file, require_output
+from ddpm_deploy.files import atomic, atomic_together, require_file, require_output
 from ddpm_deploy.spec import SPEC_KEY
 from tests.models import tiny_spec
 
@@ -209,3 +210,35 @@ def test_names_that_are_no_model(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(io.BytesIO(b"x").read())
     with pytest.raises(ArtefactError):
         read_spec(tmp_path / name)
+
+
+def test_files_that_belong_together_get_their_names_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal between the two names waits for the second."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    replace, names = Path.replace, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        names.append(target.name)
+        if len(names) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_together(one, two) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+    assert names == ["one", "two"]
+    assert (one.read_text(), two.read_text()) == ("new", "new")
+    with pytest.raises(ZeroDivisionError), atomic_together(one, two) as temporaries:
+        temporaries[0].write_text("newer")
+        raise ZeroDivisionError
+    assert one.read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_links_that_go_round_in_circles_are_no_output(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OutputError, match="loop cannot be written: too many levels of symbolic links"):
+        require_output(tmp_path / "loop")

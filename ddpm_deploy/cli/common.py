@@ -217,6 +217,14 @@ def require_apart(output: Path, others: Iterable[Path]) -> None:
         raise SettingError(f"{show(output)} is another file of this command: name the output otherwise")
 
 
+def require_report(path: Path | None) -> None:
+    """Refuse a report that would not be called one: it replaces what is there."""
+    from ddpm_deploy.files import show
+
+    if path and path.suffix.lower() != ".json":
+        raise SettingError(f"{show(path)}: the name of a report must end in .json")
+
+
 def refuse_given(ctx: click.Context, allowed: Container[str], why: str) -> None:
     """A mistake in the command line where options were typed other than the allowed ones."""
     given = [
@@ -229,7 +237,9 @@ def refuse_given(ctx: click.Context, allowed: Container[str], why: str) -> None:
 def typed_options(ctx: click.Context) -> list[click.Parameter]:
     """What was typed on the command line, and not left to its default."""
     typed = click.core.ParameterSource.COMMANDLINE
-    return [p for p in ctx.command.params if p.name and ctx.get_parameter_source(p.name) == typed]
+    return [
+        p for p in ctx.command.params if p.name in ctx.params and ctx.get_parameter_source(p.name) == typed
+    ]
 
 
 weights_option = click.option(

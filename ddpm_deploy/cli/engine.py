@@ -118,7 +118,7 @@ def engine_settings(options: dict[str, Any], spec: "ModelSpec") -> "EngineSettin
 
     workspace = options["workspace"]
     if workspace is not None and not 1 / _GIB <= workspace <= 65_536:  # nor NaN
-        raise click.UsageError(f"--workspace {workspace} is no number of GiB above 0")
+        raise click.UsageError(f"--workspace {workspace} is no number of GiB from 0 to 65536")
     try:
         return EngineSettings(
             flavour=flavour_of(options),
@@ -197,6 +197,21 @@ def carry_proof(onnx: Path, plan: Path) -> None:
     if os.path.realpath(proof) != os.path.realpath(copy):
         with atomic(copy) as temporary:
             temporary.write_bytes(proof.read_bytes())
+
+
+def require_digest(plan: Path) -> None:
+    """Refuse to replace a file that is no digest, and stands where the engine's is to stand."""
+    from ddpm_deploy.errors import OutputError
+    from ddpm_deploy.files import show
+    from ddpm_deploy.plan import digest_path
+
+    path = digest_path(plan)
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head.strip(b"0123456789abcdef"):
+        raise OutputError(f"{show(path)} exists and is no digest: choose another --output, or pass --force")
 
 
 def require_same_proof(plan: Path, digest: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ddpm_deploy.cli.common import FilePath, check_outputs, command, logger, refuse_given
+from ddpm_deploy.cli.common import FilePath, check_outputs, command, logger, refuse_given, require_report
 from ddpm_deploy.cli.engine import (
     ENGINE_OPTIONS,
     build,
@@ -20,6 +20,7 @@ from ddpm_deploy.cli.engine import (
     engine_settings,
     engine_words,
     flavour_of,
+    require_digest,
     require_room,
     require_same_proof,
     skipped,
@@ -144,6 +145,7 @@ def _from_checkpoint(
     if onnx.suffix.lower() != ".onnx":
         raise SettingError(f"{show(onnx)}: the output's name must end in .onnx or .plan")
     plan = named or engine_name(onnx, options)
+    require_report(options["report"])
     engines = engine_files(plan) if wanted else []
     check_outputs(
         dict.fromkeys([*_written(onnx), *engines, options["timing_cache"], options["report"]]), [checkpoint]
@@ -153,7 +155,7 @@ def _from_checkpoint(
     if settings and not missing:
         require_room(spec, settings)
     if insisted and missing:
-        raise BackendError(f"{show(plan)} cannot be built here: {missing}. {_instead(options)}")
+        raise BackendError(f"{show(plan)} cannot be built here: {missing}. {_instead(options, words)}")
     require("torch", "export")
     require("onnx", "export")
     require_onnxruntime()
@@ -164,14 +166,15 @@ def _from_checkpoint(
         build(onnx, plan, settings)
 
 
-def _instead(options: dict[str, Any]) -> str:
-    """What to do where an engine that was insisted on cannot be built."""
-    typed = [name for name in ("engine", "rtx", "refittable") if options[name]]
-    words = [f"--{name}" for name in typed] + (["--precision tf32"] if options["precision"] == "tf32" else [])
+def _instead(options: dict[str, Any], words: list[str]) -> str:
+    """What to do where an engine that was insisted on cannot be built. words: the options of engines."""
+    typed = (["--engine"] if options["engine"] else []) + words
+    typed += ["--precision tf32"] if options["precision"] == "tf32" else []
     if options["output"] and options["output"].suffix.lower() == ".plan":
-        words.append("-o with a .plan")
-    here = f"Leave out {' and '.join(words)} to make the .onnx here, and the engine of that where it can be built"
-    return here if options["rtx"] else f"{here}; or build one of TensorRT-RTX here, with --rtx"
+        typed.append("-o with a .plan")
+    here = f"Leave out {' '.join(typed)} to make the .onnx here, and the engine of that where it can be built"
+    of_tensorrt = any(options[name] for name in ("rtx", "refittable", "hardware_compatible", "timing_cache"))
+    return here if of_tensorrt else f"{here}; or build one of TensorRT-RTX here, with --rtx"
 
 
 def _export(checkpoint: Path, onnx: Path, plan: Path | None, options: dict[str, Any]) -> None:
@@ -242,7 +245,9 @@ def _check_engine(plan: Path, onnx: Path, read: list[Path], options: dict[str, A
     from ddpm_deploy.runtime.proof import proof_path
 
     own = proof_path(onnx)
-    files = [file for file in engine_files(plan) if os.path.realpath(file) != os.path.realpath(own)]
+    *files, proof = engine_files(plan)
+    if os.path.realpath(proof) != os.path.realpath(own):
+        files.append(proof)
     check_outputs([*files, options["timing_cache"]], [*read, own])
 
 
@@ -276,6 +281,7 @@ def _why_no_engine(options: dict[str, Any]) -> str | None:
 def _require_same_engine(plan: Path, digest: str, precision: "Precision") -> None:
     """Refuse to replace an engine, or a proof, of another model."""
     _require_same_model(plan, digest, precision)
+    require_digest(plan)
     require_same_proof(plan, digest)
 
 

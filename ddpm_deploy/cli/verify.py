@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import click
 
-from ddpm_deploy.cli.common import FilePath, check_outputs, command, logger, open_denoiser, weights_option
+from ddpm_deploy.cli.common import (
+    FilePath,
+    check_outputs,
+    command,
+    logger,
+    open_denoiser,
+    require_report,
+    weights_option,
+)
 from ddpm_deploy.cli.progress import duration, plural, stage, time_step
 
 if TYPE_CHECKING:
@@ -75,6 +83,7 @@ def main(
     from ddpm_deploy.runtime.proof import proof_path
 
     check_outputs([report, plot], [*models, *map(proof_path, models), *([proof] if proof else [])])
+    require_report(report)
     if plot:
         reporting.require_plotting(plot)
     for path in models:

@@ -122,7 +122,7 @@ def build_engine(
     require_output(path)
     require_output(digest_path(path))
     stopped = threading.Event()
-    with signals_held(stopped.set):
+    with signals_held(stopped.set, "stopping at the next chance, with nothing written"):
         layers, plan = _build(onnx, spec, settings, stopped, stages)
     write_plan(path, plan)
     return layers

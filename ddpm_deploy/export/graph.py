@@ -19,7 +19,7 @@ from ddpm_deploy.artefact import seal
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ArtefactError, BackendError, ParityError
 from ddpm_deploy.export.precision import Calibration, calibrate, reduce, widened
-from ddpm_deploy.files import atomic, require_output, show
+from ddpm_deploy.files import atomic_together, require_output, show
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, spot_check
 from ddpm_deploy.runtime.proof import as_proof, proof_path, write_proof
@@ -87,7 +87,7 @@ def export_onnx(
     describe(model, spec, meant_float32(network, calibration.islands) if calibration else None)
     if model.ByteSize() > _LARGEST_FILE:
         raise ArtefactError("the network is over 2 GiB, more than one ONNX file holds: try --fp16")
-    with atomic(proof_path(path)) as proof_file, atomic(path) as temporary:
+    with atomic_together(path, proof_path(path)) as (temporary, proof_file):
         write_proof(proof, proof_file)
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, temporary)

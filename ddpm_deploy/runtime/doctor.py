@@ -292,7 +292,8 @@ def _chain_finding(name: str, mend: str, load: Callable[[], Sampler]) -> Finding
     except (
         Exception
     ) as error:  # a backend that is broken may raise anything, and the others are yet to be tried
-        return Finding(name, "broken", one_line(error), mend)
+        says, _, own = one_line(error).partition(": pip install ")  # of a package that is missing
+        return Finding(name, "broken", says, f"pip install {own}" if own else mend)
     mean, variance = gaussian.moments()
     off_mean = (images.mean() - mean) / math.sqrt(variance / images.size)
     off_variance = (images.var() / variance - 1) / math.sqrt(2 / images.size)
