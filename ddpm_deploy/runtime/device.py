@@ -4,8 +4,10 @@ Small on purpose: tests put the host in its place (tests/host_device.py), and so
 way without a GPU.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import BackendError, one_line
-from ddpm_deploy.runtime.kernel import OPTIONS, THREADS
+from ddpm_deploy.runtime.kernel import THREADS, compiled
 
 # Launches a kernel on a grid of (x, y) blocks of THREADS threads; whole numbers are passed as int32.
 Kernel = Callable[[tuple[int, int], tuple[Any, ...]], None]
@@ -78,6 +80,7 @@ class Cuda:
 
     def __init__(self, extra: str = "gpu") -> None:
         self._cupy: Any = require("cupy", extra)
+        self._extra = extra
         try:
             self._device = self._cupy.cuda.Device(0)
             with self._device:
@@ -172,16 +175,12 @@ class Cuda:
         self._cupy.get_default_memory_pool().free_all_blocks()
 
     def compile(self, source: str, name: str) -> Kernel:
-        """Compile with NVRTC, for this GPU; CuPy keeps the result in a cache of its own."""
-        try:
-            with self._here():
-                kernel = self._cupy.RawModule(code=source, options=OPTIONS, backend="nvrtc").get_function(
-                    name
-                )
-        except BackendError:
-            raise
-        except Exception as error:  # CuPy's own
-            raise BackendError(f"the kernel {name} does not compile: {one_line(error)}") from error
+        """Compile for this GPU."""
+        cubin = compiled(source, self._device.compute_capability, self._extra)
+        with self._here(), tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.cubin"
+            path.write_bytes(cubin)
+            kernel = self._cupy.RawModule(path=str(path)).get_function(name)
 
         def launch(grid: tuple[int, int], arguments: tuple[Any, ...]) -> None:
             with self._here():

@@ -1,14 +1,20 @@
 """The source of the fused step kernel, with the constants that it shares with NumPy's chain."""
 
 from importlib import resources
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from ddpm_deploy import exponential, noise
+from ddpm_deploy.dependencies import require
+from ddpm_deploy.errors import BackendError, DependencyError, one_line
 
 THREADS: Final = 128  # of a block; each makes four numbers
-OPTIONS: Final = ("--fmad=false", "--std=c++17")  # no contraction: NumPy has none
+OPTIONS: Final = (
+    "--fmad=false",
+    "--ftz=false",
+    "--std=c++17",
+)  # NumPy contracts nothing, and keeps what is tiny
 
 # As `struct Slot` of step.cu.
 SLOT: Final = np.dtype(
@@ -41,6 +47,33 @@ def kernel_source() -> str:
     ]
     source = resources.files("ddpm_deploy.runtime").joinpath("step.cu").read_text(encoding="utf-8")
     return "\n".join(definitions) + "\n" + source
+
+
+def compiled(source: str, architecture: str, extra: str = "gpu") -> bytes:
+    """CUDA C as a cubin for an architecture, as "86", by NVRTC, which needs no GPU.
+
+    CuPy's own compilation would add an option that flushes the smallest numbers to zero. Raises DependencyError where
+    NVRTC is missing, BackendError where it does not compile.
+    """
+    nvrtc: Any = require("cuda.bindings.nvrtc", extra)
+
+    def must(result: tuple[Any, ...]) -> Any:
+        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise BackendError(f"NVRTC does not compile the kernel for sm_{architecture}: {result[0].name}")
+        return result[1] if len(result) > 1 else None
+
+    try:
+        program = must(nvrtc.nvrtcCreateProgram(source.encode(), b"step.cu", 0, [], []))
+        options = [f"--gpu-architecture=sm_{architecture}", *OPTIONS]
+        must(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
+        cubin = bytearray(must(nvrtc.nvrtcGetCUBINSize(program)))
+        must(nvrtc.nvrtcGetCUBIN(program, cubin))
+        must(nvrtc.nvrtcDestroyProgram(program))
+    except RuntimeError as error:  # its library is not to be found
+        raise DependencyError(
+            f"NVRTC does not load ({one_line(error)}): pip install 'ddpm-deploy[{extra}]'"
+        ) from error
+    return bytes(cubin)
 
 
 def blocks(size: int) -> int:
