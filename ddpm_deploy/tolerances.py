@@ -48,7 +48,7 @@ PARITY: Final[dict[str, Parity]] = {
     "tf32": Parity(
         prediction=((0.0, 1.5e-2), (0.1, 2e-3)),
         psnr=70.0,
-        measured="2026-11-25, emulated in PyTorch (ten bits of what convolutions and matrix products read), trained "
+        measured="2026-11-25, emulated in PyTorch (benches/tf32.py: ten bits of what products read), trained "
         "digits, 4 images, 200 timesteps: 6.1e-3 (at t = 0), 6.4e-4 (from 100 up), 84 dB; not on a GPU",
     ),
     "fp16": Parity(

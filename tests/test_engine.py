@@ -228,16 +228,8 @@ def test_the_default_batch_shrinks_with_the_image() -> None:
 def test_the_longest_name_is_kept_and_a_longer_one_refused() -> None:
     """TensorRT drops it without a word."""
 
-    class Named:
-        """What network.name does, for a limit that can be met."""
-
-        def __init__(self) -> None:
-            log = trt.Logger(trt.Logger.ERROR)
-            flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-            self.builder = trt.Builder(log)
-            self.network = self.builder.create_network(flag)
-
-    network = Named().network
+    builder = trt.Builder(log_of("tensorrt-rtx").handle)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     for length, kept in ((3999, True), (4095, True), (4096, False)):
         network.name = "short"
         network.name = "n" * length
