@@ -16,9 +16,9 @@ from benches.timing import ROUNDS, Block, interleave, median, ratio
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.denoiser import Denoiser
 from ddpm_deploy.runtime.ort import OrtDenoiser
-from ddpm_deploy.solvers import Solver
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings
 from ddpm_deploy.train.denoiser import TorchDenoiser
+from ddpm_deploy.words import Solver
 
 BLOCK: Final = 8  # steps in a row, before the next candidate's turn
 

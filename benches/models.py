@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ddpm_deploy.export.graph import export_onnx
-from ddpm_deploy.spec import GraphPrecision, ModelSpec
+from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import new_network
 from ddpm_deploy.train.settings import PRESETS
 from ddpm_deploy.train.unet import UNet
+from ddpm_deploy.words import GraphPrecision
 
 
 @dataclass(frozen=True)

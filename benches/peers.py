@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from ddpm_deploy.reference import update
 from ddpm_deploy.schedule import LinearBetas, Schedule
 from ddpm_deploy.solvers import StepTable, ddim, ddpm, dpmpp_2m
-from ddpm_deploy.spacings import Spacing, spaced
+from ddpm_deploy.spacings import spaced
+from ddpm_deploy.words import Spacing
 
 _DOCS: Final = Path(__file__).parent.parent / "docs" / "peers.md"
 _MARK: Final = "<!-- made by python -m benches.peers -->"

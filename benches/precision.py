@@ -14,10 +14,11 @@ from ddpm_deploy.export.precision import Oracle, calibrate
 from ddpm_deploy.runtime.denoiser import Denoiser
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, summarise
-from ddpm_deploy.spec import GraphPrecision, ModelSpec
+from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import load_network
 from ddpm_deploy.train.denoiser import TorchDenoiser
 from ddpm_deploy.train.unet import UNet
+from ddpm_deploy.words import GraphPrecision
 
 _ROOT: Final = Path(__file__).parent.parent
 _DOCS: Final = _ROOT / "docs" / "precision.md"

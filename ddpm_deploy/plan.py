@@ -14,7 +14,8 @@ from typing import Final
 
 from ddpm_deploy.errors import ArtefactError
 from ddpm_deploy.files import atomic_together, quoted, require_file, show
-from ddpm_deploy.spec import MAX_SPEC_BYTES, Flavour
+from ddpm_deploy.spec import MAX_SPEC_BYTES
+from ddpm_deploy.words import Flavour
 
 PLAN_SUFFIX: Final = ".plan"
 

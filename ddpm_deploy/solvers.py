@@ -13,17 +13,15 @@ device, run the rows in float32 and do not know which solver made them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.schedule import Schedule, posterior
+from ddpm_deploy.words import PREDICTIONS, VARIANCES, Prediction, Variance
 
-Prediction = Literal["epsilon", "v", "x0", "mean"]
-Variance = Literal["fixed_small", "fixed_large", "learned_range"]
-Solver = Literal["ddpm", "ddim", "dpmpp-2m"]
 Clip = tuple[float, float] | None
 Column = NDArray[np.float64]
 
@@ -102,10 +100,8 @@ def ddpm(
 
     Raises SettingError where the variance is of another kind, as one that is learned without a range.
     """
-    if variance not in get_args(Variance):
-        raise SettingError(
-            f"variance {variance!r} is not supported: choose from {', '.join(get_args(Variance))}"
-        )
+    if variance not in VARIANCES:
+        raise SettingError(f"variance {variance!r} is not supported: choose from {', '.join(VARIANCES)}")
     step = _Steps(schedule, timesteps)
     k0, kt, posterior_variance = posterior(step.here, step.there)
     itself = (prediction == "mean") & (step.there == schedule.alphas_cumprod_prev[step.t])
@@ -216,9 +212,7 @@ def prediction_coefficients(
         case "mean":  # k0·x_0 + kt·x_t
             k0, kt, _ = posterior(here, schedule.alphas_cumprod_prev[timesteps])
             return k0 + kt * signal, kt * noise
-    raise SettingError(
-        f"prediction {prediction!r} is not supported: choose from {', '.join(get_args(Prediction))}"
-    )
+    raise SettingError(f"prediction {prediction!r} is not supported: choose from {', '.join(PREDICTIONS)}")
 
 
 def denoised_coefficients(

@@ -4,14 +4,14 @@ Each is a peer's, by its name there, so that its chains can be repeated.
 """
 
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.errors import SettingError
+from ddpm_deploy.words import Spacing
 
-Spacing = Literal["leading", "trailing", "linspace", "openai"]
 Timesteps = NDArray[np.int64]
 
 

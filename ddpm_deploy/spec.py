@@ -5,7 +5,7 @@ The same text is in the checkpoint (an entry), in the ONNX file (a metadata prop
 """
 
 import math
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -14,8 +14,19 @@ from ddpm_deploy.errors import SettingError, SpecError, first_line, newer
 from ddpm_deploy.files import show
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
-from ddpm_deploy.solvers import Prediction, Solver, StepTable, Variance, ddim, ddpm, dpmpp_2m
-from ddpm_deploy.spacings import Spacing, spaced
+from ddpm_deploy.solvers import StepTable, ddim, ddpm, dpmpp_2m
+from ddpm_deploy.spacings import spaced
+from ddpm_deploy.words import (
+    MAX_BATCH,
+    SOLVERS,
+    Flavour,
+    Precision,
+    Prediction,
+    Solver,
+    Spacing,
+    Variance,
+    Weights,
+)
 
 SPEC_VERSION: Final = 1
 SPEC_KEY: Final = "ddpm_deploy.spec"  # its name in an ONNX file's metadata
@@ -27,14 +38,8 @@ MAX_SPEC_BYTES: Final = 3999
 _MAX_IMAGE_SIZE: Final = 2**26  # numbers: a quarter of a gigabyte
 _MAX_EMBEDDING_SIZE: Final = 2**26
 
-GraphPrecision = Literal["fp32", "bf16", "fp16"]  # of an ONNX graph, in its types
-Precision = Literal[
-    "fp32", "tf32", "bf16", "fp16"
-]  # tf32: a float32 graph, whose engine may round what it multiplies
-Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Size = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
 Text = Annotated[str, msgspec.Meta(max_length=200)]
-MAX_BATCH: Final = 65_536
 Batch = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
 
 
@@ -110,7 +115,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """
 
     digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-    weights: Literal["ema", "raw"] = "ema"
+    weights: Weights = "ema"
     step: Annotated[int, msgspec.Meta(ge=0)] = 0
     data: Text = ""
     ddpm_deploy: Text = ""
@@ -240,9 +245,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                 return ddim(schedule, timesteps, prediction=prediction, eta=settings.eta or 0.0, clip=clip)
             case "dpmpp-2m":
                 return dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
-        raise SettingError(
-            f"solver {settings.solver!r} is not known: choose from {', '.join(get_args(Solver))}"
-        )
+        raise SettingError(f"solver {settings.solver!r} is not known: choose from {', '.join(SOLVERS)}")
 
     @property
     def prediction_shape(self) -> tuple[int, int, int]:

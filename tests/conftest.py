@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ddpm_deploy.spec import GraphPrecision, Precision
+from ddpm_deploy.words import GraphPrecision, Precision
 from tests.models import tiny_checkpoint, tiny_export
 
 

@@ -63,9 +63,9 @@ def test_help_and_version(command: str) -> None:
 
 def test_names_on_the_command_line_are_all_there_are() -> None:
     from ddpm_deploy.schedule import SCHEDULES
-    from ddpm_deploy.solvers import Prediction, Solver, Variance
-    from ddpm_deploy.spacings import SPACINGS, Spacing
-    from ddpm_deploy.train.settings import PRESETS, Loss
+    from ddpm_deploy.spacings import SPACINGS
+    from ddpm_deploy.train.settings import PRESETS
+    from ddpm_deploy.words import Loss, Prediction, Solver, Spacing, Variance
 
     assert get_args(Solver) == _SOLVERS
     assert get_args(Spacing) == tuple(SPACINGS) == _SPACINGS

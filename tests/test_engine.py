@@ -29,13 +29,14 @@ from ddpm_deploy.engine.build import (
     engine_spec,
 )
 from ddpm_deploy.engine.layers import Layers, inspected, require_precision
-from ddpm_deploy.engine.load import CAPABILITIES, _options_of, require_runs_here, runs_on, source_of
+from ddpm_deploy.engine.load import _options_of, require_runs_here, runs_on, source_of
 from ddpm_deploy.engine.refit import refitted_spec, renamed
 from ddpm_deploy.errors import ArtefactError, BackendError, OutputError, ParityError, SettingError, SpecError
 from ddpm_deploy.gpu import Gpu
 from ddpm_deploy.plan import PlanHead, digest_path, read_plan_head, spec_place, trusted
 from ddpm_deploy.runtime.proof import proof_path
-from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, EngineSpec, GraphPrecision, ModelSpec, Precision
+from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, EngineSpec, ModelSpec
+from ddpm_deploy.words import CAPABILITIES, GraphPrecision, Precision
 from tests.models import tiny_spec
 from tests.test_cli import call, refused
 

@@ -16,7 +16,7 @@ from ddpm_deploy.engine.cache import built_on_arrival, cache_folder, with_timing
 from ddpm_deploy.errors import ArtefactError, BackendError, OutputError
 from ddpm_deploy.gpu import Driver, Gpu
 from ddpm_deploy.plan import digest_path, trusted
-from ddpm_deploy.spec import Precision
+from ddpm_deploy.words import Precision
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -16,7 +16,8 @@ from ddpm_deploy.runtime.network import Mirrored, allocate_on
 from ddpm_deploy.runtime.ort import OrtNetwork, onnxruntime_has_cuda
 from ddpm_deploy.runtime.parity import judge
 from ddpm_deploy.runtime.proof import load_proof, proof_path
-from ddpm_deploy.spec import ModelSpec, Precision
+from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.words import Precision
 from tests.models import ArrayDenoiser
 from tests.test_chain import LEARNED_SPEC, LEARNED_TABLES, SPEC, TABLES, reference_images
 

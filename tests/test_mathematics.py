@@ -12,9 +12,10 @@ from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import CosineBetas, LinearBetas, Schedule
-from ddpm_deploy.solvers import COLUMNS, IDENTITY, Prediction, StepTable, Variance, ddpm
+from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable, ddpm
 from ddpm_deploy.spacings import spaced
 from ddpm_deploy.tolerances import TOLERANCES
+from ddpm_deploy.words import Prediction, Variance
 from tests.models import ArrayDenoiser, GaussianDenoiser, tiny_spec
 
 LINEAR = Schedule(LinearBetas().betas(1000))

@@ -11,7 +11,8 @@ import pytest
 from ddpm_deploy.errors import ParityError
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.parity import Trajectory, judge, record, teacher_forced
-from ddpm_deploy.spec import ModelSpec, Precision
+from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.words import Precision
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")

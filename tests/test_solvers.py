@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import CosineBetas, LinearBetas, ScaledLinearBetas, Schedule, SigmoidBetas
-from ddpm_deploy.solvers import COLUMNS, Prediction, StepTable, Variance, ddim, ddpm, dpmpp_2m
-from ddpm_deploy.spacings import SPACINGS, Spacing, spaced
+from ddpm_deploy.solvers import COLUMNS, StepTable, ddim, ddpm, dpmpp_2m
+from ddpm_deploy.spacings import SPACINGS, spaced
 from ddpm_deploy.spec import ChainSettings
 from ddpm_deploy.tolerances import TOLERANCES
+from ddpm_deploy.words import Prediction, Spacing, Variance
 from tests.golden import improved_diffusion
 from tests.models import GaussianDenoiser, tiny_spec
 

@@ -14,9 +14,10 @@ from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import ArtefactError, BackendError, DataError, OutputError, SettingError
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import SCHEDULES
-from ddpm_deploy.solvers import Prediction, Variance, denoised_coefficients
+from ddpm_deploy.solvers import denoised_coefficients
 from ddpm_deploy.spec import ModelSpec, UNetConfig
 from ddpm_deploy.tolerances import TOLERANCES
+from ddpm_deploy.words import Prediction, Variance
 from tests.golden import improved_diffusion
 from tests.models import TINY_UNET, tiny_spec
 
@@ -28,9 +29,10 @@ from ddpm_deploy.train.data import find_images, fit, read_images  # noqa: E402
 from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
 from ddpm_deploy.train.diffusion import Diffusion  # noqa: E402
 from ddpm_deploy.train.noise import AddressedRandn  # noqa: E402
-from ddpm_deploy.train.settings import PRESETS, Loss, Settings  # noqa: E402
+from ddpm_deploy.train.settings import PRESETS, Settings  # noqa: E402
 from ddpm_deploy.train.trainer import Trainer, learning_rate  # noqa: E402
 from ddpm_deploy.train.unet import UNet  # noqa: E402
+from ddpm_deploy.words import Loss  # noqa: E402
 
 # --- the network ------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from ddpm_deploy.cli.progress import plural, stage
 if TYPE_CHECKING:
     from ddpm_deploy.engine.build import EngineSettings
     from ddpm_deploy.engine.layers import Layers
-    from ddpm_deploy.spec import EngineSpec, Flavour, ModelSpec
+    from ddpm_deploy.spec import EngineSpec, ModelSpec
+    from ddpm_deploy.words import Flavour
 
 # Of engine.build.CAPABILITIES, named here without NumPy, so that --help is quick.
 _CAPABILITIES: Final = ("8.0", "8.6", "8.9", "12.0", "12.1")

@@ -30,7 +30,8 @@ from ddpm_deploy.cli.progress import stage
 if TYPE_CHECKING:
     from ddpm_deploy.export.graph import Export
     from ddpm_deploy.runtime.parity import StepErrors
-    from ddpm_deploy.spec import GraphPrecision, ModelSpec, Precision
+    from ddpm_deploy.spec import ModelSpec
+    from ddpm_deploy.words import GraphPrecision, Precision
 
 _ANY_WAY: Final = {"model", "output", "force"}
 _WITH_REFIT: Final = {*_ANY_WAY, "refit"}

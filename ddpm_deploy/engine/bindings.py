@@ -9,7 +9,7 @@ from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import BackendError, DependencyError, first_line
 from ddpm_deploy.files import show
 from ddpm_deploy.gpu import Gpu, visible_gpu
-from ddpm_deploy.spec import Flavour
+from ddpm_deploy.words import Flavour
 
 logger = logging.getLogger(__name__)
 

@@ -17,14 +17,15 @@ import msgspec
 from ddpm_deploy.artefact import non_finite_tensor, read_meant_float32, read_spec, require_intact
 from ddpm_deploy.engine.bindings import Log, in_words, log_of, made, name_of, require_builder
 from ddpm_deploy.engine.layers import Layers, inspected, layers_of, require_precision
-from ddpm_deploy.engine.load import CAPABILITIES, deserialized, runs_on
+from ddpm_deploy.engine.load import deserialized, runs_on
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
 from ddpm_deploy.files import atomic, require_output, show
 from ddpm_deploy.gpu import driver, visible_gpu
 from ddpm_deploy.plan import digest_path, write_plan
 from ddpm_deploy.signals import signals_held
-from ddpm_deploy.spec import MAX_BATCH, EngineSpec, Flavour, ModelSpec
+from ddpm_deploy.spec import EngineSpec, ModelSpec
 from ddpm_deploy.stages import Stages, silent
+from ddpm_deploy.words import CAPABILITIES, MAX_BATCH, Flavour
 
 logger = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ from ddpm_deploy.engine.build import (
     default_engine_batch,
     engine_spec,
 )
-from ddpm_deploy.engine.load import CAPABILITIES
 from ddpm_deploy.errors import ArtefactError, OutputError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.gpu import Gpu, driver, visible_gpu
-from ddpm_deploy.spec import Flavour, ModelSpec
+from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.stages import Stages, silent
+from ddpm_deploy.words import CAPABILITIES, Flavour
 
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")

@@ -12,7 +12,7 @@ from typing import Any, Final
 from ddpm_deploy.engine.bindings import name_of
 from ddpm_deploy.errors import ParityError
 from ddpm_deploy.files import show
-from ddpm_deploy.spec import Precision
+from ddpm_deploy.words import Precision
 
 _NARROW: Final[dict[Precision, str]] = {"fp16": "HALF", "bf16": "BF16"}
 _FULL: Final = "FLOAT"

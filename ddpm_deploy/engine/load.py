@@ -13,12 +13,10 @@ from ddpm_deploy.files import quoted, show
 from ddpm_deploy.gpu import Gpu, visible_gpu
 from ddpm_deploy.plan import PlanHead, read_plan_head, trusted
 from ddpm_deploy.spec import EngineSpec, ModelSpec
+from ddpm_deploy.words import CAPABILITIES
 
 logger = logging.getLogger(__name__)
 
-# What TensorRT-RTX builds for without a GPU of the kind: not 7.5, which lacks float32 matrix products, and it has no
-# target for 9.0 and 10.0, which TensorRT is for.
-CAPABILITIES: Final = ("8.0", "8.6", "8.9", "12.0", "12.1")
 _AMPERE: Final = 8.0
 
 

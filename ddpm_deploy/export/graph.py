@@ -23,10 +23,11 @@ from ddpm_deploy.files import atomic_together, require_output, show
 from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, spot_check
 from ddpm_deploy.runtime.proof import as_proof, proof_path, write_proof
-from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, GraphPrecision, ModelSpec, Precision
+from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, ModelSpec
 from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.train.denoiser import TorchDenoiser
 from ddpm_deploy.train.unet import UNet
+from ddpm_deploy.words import GraphPrecision, Precision
 
 # bfloat16 convolutions are ONNX from opset 22 on; engines are best built from 21.
 OPSETS: Final[dict[Precision, int]] = {"fp32": 21, "fp16": 21, "bf16": 22}

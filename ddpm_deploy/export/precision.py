@@ -21,11 +21,12 @@ from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ParityError
 from ddpm_deploy.runtime.denoiser import default_max_batch
 from ddpm_deploy.runtime.parity import StepErrors, Trajectory, teacher_forced
-from ddpm_deploy.spec import GraphPrecision, ModelSpec
+from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.tolerances import PARITY
 from ddpm_deploy.train.denoiser import TorchDenoiser
 from ddpm_deploy.train.unet import Conv2d, UNet
+from ddpm_deploy.words import GraphPrecision
 
 TYPES: Final[dict[GraphPrecision, torch.dtype]] = {
     "fp32": torch.float32,

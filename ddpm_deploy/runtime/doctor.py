@@ -22,7 +22,6 @@ import numpy as np
 
 from ddpm_deploy.engine.bindings import MODULES, load_tensorrt
 from ddpm_deploy.engine.build import EngineSettings, build_engine
-from ddpm_deploy.engine.load import CAPABILITIES
 from ddpm_deploy.errors import one_line
 from ddpm_deploy.gpu import Driver
 from ddpm_deploy.runtime import gaussian
@@ -31,9 +30,9 @@ from ddpm_deploy.runtime.device import Cuda
 from ddpm_deploy.runtime.network import Mirrored
 from ddpm_deploy.runtime.ort import OrtNetwork
 from ddpm_deploy.runtime.sampler import Sampler
-from ddpm_deploy.spec import Flavour
 from ddpm_deploy.tolerances import DOCTOR
 from ddpm_deploy.version import __version__
+from ddpm_deploy.words import CAPABILITIES, Flavour
 
 PACKAGES: Final = (
     "numpy",

@@ -18,9 +18,8 @@ from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DataError, OutputError, first_line
 from ddpm_deploy.files import atomic, require_file, require_output, show
 from ddpm_deploy.runtime.denoiser import Array
-from ddpm_deploy.solvers import Solver
-from ddpm_deploy.spacings import Spacing
 from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.words import Solver, Spacing
 
 PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
 _LARGEST_GRID: Final = 4096  # images

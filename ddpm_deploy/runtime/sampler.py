@@ -23,9 +23,9 @@ from ddpm_deploy.runtime.device_chain import DeviceChain
 from ddpm_deploy.runtime.guidance import GuidedDenoiser
 from ddpm_deploy.runtime.network import Mirrored
 from ddpm_deploy.runtime.snapshot import Batch, Snapshot
-from ddpm_deploy.solvers import Solver, StepTable
-from ddpm_deploy.spacings import Spacing
+from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings, ModelSpec
+from ddpm_deploy.words import Solver, Spacing
 
 _MAX_TABLES: Final = 16
 _MOST_GUIDANCE: Final = 1000  # of either sign; useful are some 1 to 10

@@ -14,7 +14,7 @@ from ddpm_deploy.errors import SettingError
 from ddpm_deploy.schedule import posterior
 from ddpm_deploy.solvers import denoised_coefficients, prediction_coefficients
 from ddpm_deploy.spec import ModelSpec
-from ddpm_deploy.train.settings import Loss
+from ddpm_deploy.words import Loss
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

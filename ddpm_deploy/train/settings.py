@@ -8,10 +8,10 @@ import msgspec
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.spec import ModelSpec, Provenance, UNetConfig
+from ddpm_deploy.words import Loss
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1e6)]
-Loss = Literal["simple", "vlb", "hybrid"]
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.solvers import Prediction
+from ddpm_deploy.words import Prediction
 
 FILE: Final = Path(__file__).with_suffix(".npz")
 SHAPE: Final = (2, 1, 4, 4)

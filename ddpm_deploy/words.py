@@ -1,0 +1,32 @@
+"""The vocabularies: every word that a setting may have, without NumPy, so that `--help` is quick."""
+
+from typing import Final, Literal, get_args
+
+Solver = Literal["ddpm", "ddim", "dpmpp-2m"]
+Spacing = Literal["leading", "trailing", "linspace", "openai"]
+Prediction = Literal["epsilon", "v", "x0", "mean"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+Schedule = Literal["linear", "cosine", "sigmoid", "scaled_linear"]
+Loss = Literal["simple", "vlb", "hybrid"]
+Preset = Literal["digits", "small", "cifar10", "256"]
+Weights = Literal["ema", "raw"]  # of a checkpoint: averaged, or as trained
+GraphPrecision = Literal["fp32", "bf16", "fp16"]  # of an ONNX graph, in its types
+# tf32: a float32 graph, whose engine may round what it multiplies.
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+Backend = Literal["onnxruntime", "tensorrt", "torch"]
+
+SOLVERS: Final = get_args(Solver)
+SPACINGS: Final = get_args(Spacing)
+PREDICTIONS: Final = get_args(Prediction)
+VARIANCES: Final = get_args(Variance)
+SCHEDULES: Final = get_args(Schedule)
+LOSSES: Final = get_args(Loss)
+PRESETS: Final = get_args(Preset)
+WEIGHTS: Final = get_args(Weights)
+PRECISIONS: Final = get_args(Precision)
+BACKENDS: Final = get_args(Backend)
+# What TensorRT-RTX builds for without a GPU of the kind: not 7.5, which lacks float32 matrix products, and it has no
+# target for 9.0 and 10.0, which TensorRT is for.
+CAPABILITIES: Final = ("8.0", "8.6", "8.9", "12.0", "12.1")
+MAX_BATCH: Final = 65_536  # rows of one batch
