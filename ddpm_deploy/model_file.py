@@ -1,0 +1,161 @@
+"""A model's file, opened once: its kind, its ModelSpec and its seal, without torch, ONNX, a GPU, or the weights.
+
+A checkpoint is a zip archive whose pickle is only scanned for the text, never run; an ONNX file is walked field by
+field past its graph; an engine is searched for its network's name.
+"""
+
+import hashlib
+import pickletools
+import zipfile
+from functools import cached_property
+from pathlib import Path
+from typing import Final, Literal
+
+from ddpm_deploy.errors import ArtefactError, SettingError, SpecError
+from ddpm_deploy.files import require_file, show
+from ddpm_deploy.onnx_file import OnnxFile
+from ddpm_deploy.plan import PLAN_SUFFIX, PlanHead, read_plan_head, spec_in_plan
+from ddpm_deploy.spec import SEAL_KEY, SPEC_KEY, ModelSpec
+
+Kind = Literal["checkpoint", "onnx", "plan"]
+
+CHECKPOINT_SUFFIXES: Final = (".pt", ".pth")
+ONNX_SUFFIX: Final = ".onnx"
+_KINDS: Final[dict[str, Kind]] = {
+    **dict.fromkeys(CHECKPOINT_SUFFIXES, "checkpoint"),
+    ONNX_SUFFIX: "onnx",
+    PLAN_SUFFIX: "plan",
+}
+# Far above what our checkpoints hold; a file that asks for more is lying.
+_MAX_PICKLE_BYTES: Final = 4 << 20
+
+
+def open_model(path: str | Path, spec: ModelSpec | None = None) -> "ModelFile":
+    """Open a .pt, .onnx or .plan file, which its suffix tells apart.
+
+    spec: in place of the file's own, for a graph or an engine that carries none.
+
+    Raises ArtefactError where it is missing, broken or of another kind.
+    """
+    return ModelFile(Path(path), spec)
+
+
+class ModelFile:
+    """What a model's file says of itself, each thing looked up once.
+
+    path, kind: of the file. name: its path, for messages. onnx: of an .onnx file. head: of an engine.
+    """
+
+    onnx: OnnxFile | None = None
+    head: PlanHead | None = None
+
+    def __init__(self, path: Path, spec: ModelSpec | None = None) -> None:
+        require_file(path)
+        self.path, self.name, self.kind = path, show(path), kind_of(path)
+        self._given = spec
+        try:
+            self._text = self._find_spec()
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            zipfile.BadZipFile,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
+            raise ArtefactError(
+                f"{self.name} is not a whole {path.suffix} file ({error}): it may be truncated or of another kind"
+            ) from error
+
+    def _find_spec(self) -> str | bytes | None:
+        match self.kind:
+            case "checkpoint":
+                return _spec_in_checkpoint(self.path)
+            case "onnx":
+                self.onnx = OnnxFile(self.path)
+                return self.onnx.properties.get(SPEC_KEY)
+            case "plan":
+                self.head = read_plan_head(self.path)
+                return spec_in_plan(self.path)
+
+    @property
+    def has_spec(self) -> bool:
+        """Whether it carries a ModelSpec, or was given one: an engine that another tool built has none."""
+        return self._given is not None or self._text is not None
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """What running the model takes to know. Raises SpecError where there is none, or it is not valid."""
+        if self._given is not None:
+            return self._given
+        if self._text is None:
+            raise SpecError(
+                f"{self.name} carries no ModelSpec: it was not made by ddpm-deploy; "
+                "train with ddpm-train and export with ddpm-export"
+            )
+        return ModelSpec.from_json(self._text, self.name)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file: of its bytes, not of the weights alone."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def intact(self) -> bool:
+        """Whether an ONNX file is, to the bit, what ddpm-export wrote; True for the other kinds, which have no seal."""
+        return self.onnx is None or self.onnx.intact
+
+    def require_intact(self) -> None:
+        """Raise ArtefactError where an ONNX file is damaged or was edited: its images would be wrong, unnoticed."""
+        if not self.intact:
+            raise ArtefactError(
+                f"{self.name} is not what ddpm-export wrote: damaged, or edited since. Export it again; or, if it was "
+                f"edited on purpose, see what ddpm-verify says of it, and drop {SEAL_KEY} from its metadata"
+            )
+
+    def require_finite(self) -> None:
+        """Raise ArtefactError where a tensor of an ONNX file holds NaN or infinity."""
+        broken = self.onnx and self.onnx.non_finite
+        if broken:
+            raise ArtefactError(
+                f"{self.name} has numbers that are not finite in {show(broken)}: export it again"
+            )
+
+    def require_kind(self, *kinds: Kind) -> None:
+        """Raise SettingError unless the file is of one of these kinds."""
+        if self.kind not in kinds:
+            raise SettingError(f"{self.name} is not {' or '.join(_ARTICLES[kind] for kind in kinds)}")
+
+
+_ARTICLES: Final[dict[Kind, str]] = {
+    "checkpoint": "a checkpoint (.pt)",
+    "onnx": "an .onnx file",
+    "plan": "an engine (.plan)",
+}
+
+
+def kind_of(path: Path) -> Kind:
+    """What a file is by its name. Raises ArtefactError where that is no model."""
+    kind = _KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise ArtefactError(
+            f"{show(path)} is not a model file by its name: a .pt, .onnx or .plan file is needed"
+        )
+    return kind
+
+
+def _spec_in_checkpoint(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        pickles = [info for info in archive.infolist() if info.filename.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("it holds no PyTorch pickle")
+        info = pickles[0]
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > _MAX_PICKLE_BYTES:
+            raise ValueError("its pickle is not stored as PyTorch stores one")
+        data = archive.read(info)
+    strings = (arg for _, arg, _ in pickletools.genops(data) if isinstance(arg, str))
+    for string in strings:
+        if string == SPEC_KEY:
+            return next(strings, None)
+    return None

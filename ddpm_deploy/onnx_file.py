@@ -1,0 +1,178 @@
+"""An .onnx file as bytes: its metadata, its seal and its tensors, found field by field without onnx or the weights."""
+
+import hashlib
+import json
+import mmap
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from ddpm_deploy.errors import ArtefactError
+from ddpm_deploy.files import show
+from ddpm_deploy.spec import ISLANDS_KEY, SEAL_KEY
+
+_MAX_PROPERTY_BYTES: Final = 1 << 20  # far above what ours take
+_MAX_FIELDS: Final = 100_000
+_FLOATS: Final = {1: "<f4", 10: "<f2", 11: "<f8"}  # of TensorProto.DataType, as NumPy has them
+
+
+class OnnxFile:
+    """What an ONNX file says beside its graph.
+
+    properties: the entries of its metadata, each by its key.
+
+    Raises ValueError or OSError where it is no whole ONNX file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.properties: dict[str, bytes] = {}
+        self._seal: int | None = None  # where its entry starts
+        # To the end, so that a file that was cut is told as such.
+        for start, key, value in _metadata(self._mapped()):
+            self.properties[key] = value
+            if key == SEAL_KEY:
+                self._seal = start
+
+    def _mapped(self) -> memoryview:
+        """Its bytes, for as long as they are looked at: a mapped file that somebody cuts ends the process."""
+        with self._path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    @cached_property
+    def intact(self) -> bool:
+        """Whether it is, to the bit, what ddpm-export wrote; True where it carries no seal.
+
+        It tells accidents and edits; whoever means harm can seal a file anew.
+        """
+        if self._seal is None:
+            return True
+        content, says = self._mapped(), self.properties[SEAL_KEY]
+        digest = hashlib.sha256(content[: self._seal]).hexdigest().encode()
+        return digest == says and content[self._seal :] == _seal_entry(says)
+
+    @cached_property
+    def meant_float32(self) -> list[str] | None:
+        """The nodes of a graph in reduced precision that were meant to stay in float32; None where it does not say.
+
+        Raises ArtefactError where what it says is no list of names.
+        """
+        text = self.properties.get(ISLANDS_KEY)
+        if text is None:
+            return None
+        try:
+            names = json.loads(text)
+        except (ValueError, RecursionError):
+            names = None
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ArtefactError(
+                f"{show(self._path)}: its {ISLANDS_KEY} is no list of names: export it again with ddpm-export"
+            )
+        return names
+
+    @cached_property
+    def non_finite(self) -> str | None:
+        """The name of a tensor that holds NaN or infinity; None where there is none.
+
+        ModelProto.graph is field 7, its initializers field 5; of each, data_type is 2, name 8 and raw_data 9.
+
+        Raises ArtefactError where the graph is broken.
+        """
+        try:
+            for tensor in _within(self._mapped(), 7, 5):
+                parts = {field: payload for field, _, payload in _fields(tensor)}
+                if not _is_finite(parts.get(2, memoryview(b"")), parts.get(9, memoryview(b""))):
+                    return bytes(parts.get(8, b"")).decode(errors="replace")
+        except ValueError as error:
+            raise ArtefactError(f"{show(self._path)} is not a whole .onnx file ({error})") from error
+        return None
+
+
+def seal(path: Path) -> bytes:
+    """What to append to an ONNX file so that `OnnxFile.intact` can tell: one more entry of its metadata, its digest."""
+    with path.open("rb") as file:
+        return _seal_entry(hashlib.file_digest(file, "sha256").hexdigest().encode())
+
+
+def _seal_entry(digest: bytes) -> bytes:
+    return _field(14, _field(1, SEAL_KEY.encode()) + _field(2, digest))
+
+
+def _is_finite(data_type: memoryview, raw: memoryview) -> bool:
+    """Whether the numbers of a tensor are; those of a type that has no infinity are."""
+    dtype = _FLOATS.get(_varint(data_type, 0)[0] if data_type else 0)
+    if dtype is None:
+        return True
+    values = np.frombuffer(raw[: len(raw) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize], dtype)
+    return bool(np.isfinite(values).all())
+
+
+def _within(message: memoryview, *path: int) -> Iterator[memoryview]:
+    """The payloads of the fields at a path of field numbers."""
+    if not path:
+        yield message
+        return
+    for field, _, payload in _fields(message):
+        if field == path[0]:
+            yield from _within(payload, *path[1:])
+
+
+def _metadata(model: memoryview) -> Iterator[tuple[int, str, bytes]]:
+    """Where each entry of ModelProto.metadata_props (field 14) starts, its key (1) and its value (2)."""
+    for field, start, payload in _fields(model):
+        if field == 14:
+            if len(payload) > _MAX_PROPERTY_BYTES:  # a stranger's: none of ours is as long
+                continue
+            entry = {number: bytes(value) for number, _, value in _fields(payload)}
+            yield start, entry.get(1, b"").decode(errors="replace"), entry.get(2, b"")
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    """A protobuf field of bytes, of fewer than 2¹⁴."""
+    size = len(payload) & 0x3FFF
+    length = bytes([size]) if size < 0x80 else bytes([size & 0x7F | 0x80, size >> 7])
+    return bytes([number << 3 | 2]) + length + payload
+
+
+def _fields(buffer: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+    """Walk a protobuf message: number, place and payload of each of its fields, none of them parsed."""
+    position = 0
+    for _ in range(_MAX_FIELDS):
+        if position == len(buffer):
+            return
+        place = position
+        tag, position = _varint(buffer, position)
+        start = position
+        match tag & 7:
+            case 0:
+                _, position = _varint(buffer, position)
+            case 1:
+                position += 8
+            case 2:
+                length, start = _varint(buffer, position)
+                position = start + length
+            case 5:
+                position += 4
+            case kind:
+                raise ValueError(f"field type {kind} at byte {start} does not exist")
+        if position > len(buffer):
+            raise ValueError(f"a field at byte {start} runs past the end")
+        yield tag >> 3, place, buffer[start:position]
+    raise ValueError("it has too many fields")
+
+
+def _varint(buffer: memoryview, position: int) -> tuple[int, int]:
+    """The variable-length number at `position`, and the position after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(buffer):
+            break
+        byte = buffer[position]
+        value |= (byte & 0x7F) << shift
+        position += 1
+        if byte < 0x80:
+            return value, position
+    raise ValueError(f"a number at byte {position} is malformed")

@@ -1,0 +1,230 @@
+"""A request: which samples to draw, and by which chain. What a call, a picture, a snapshot and a command line all ask."""
+
+import secrets
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Final, TypedDict
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.errors import DataError, SettingError, first_line
+from ddpm_deploy.solvers import StepTable
+from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings, ModelSpec
+from ddpm_deploy.words import Solver, Spacing
+
+Label = int | str
+Labels = NDArray[np.int64]
+Guidance = float | Sequence[float] | NDArray[Any]
+
+_MOST_GUIDANCE: Final = 1000.0  # of either sign; useful are some 1 to 10
+_END: Final = 2**64  # of seeds and sample indices
+
+
+class Keywords(TypedDict, total=False):
+    """The keyword arguments of `Sampler.sample` that make a Request; `make_request` says what each is."""
+
+    steps: int | None
+    solver: Solver
+    eta: float | None
+    spacing: Spacing
+    table: StepTable | None
+    seed: int | None
+    first_index: int
+    labels: Label | Sequence[Label] | Labels | None
+    guidance: Guidance | None
+
+
+class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Samples first_index .. first_index + count - 1 of a seed, by the chain of these settings.
+
+    seed: 0 .. 2⁶⁴ - 1 (None: a fresh one, once it is checked). labels, guidance: the sample of index i has number
+    i mod length of them, so a part of a request has the same for each sample; no labels: each class in turn; no
+    guidance: without. table: a caller's own, in place of the chain's settings.
+
+    A Request is complete, and in range for a model, once it went through `checked`.
+    """
+
+    count: int = 1
+    seed: int | None = None
+    first_index: int = 0
+    labels: tuple[Label, ...] = ()
+    guidance: tuple[float, ...] = ()
+    table: StepTable | None = None
+
+    def checked(self, spec: ModelSpec) -> "Request":
+        """The same request, complete: with a seed and a number of steps, its labels in numbers.
+
+        Raises SettingError where something is out of range, or the model of this spec has it not.
+        """
+        seed = secrets.randbits(64) if self.seed is None else self.seed
+        if self.count < 1:
+            raise SettingError(f"count must be 1 or more, not {self.count}")
+        if not 0 <= seed < _END:
+            raise SettingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
+        if not 0 <= self.first_index <= _END - self.count:
+            raise SettingError(f"first_index must be from 0 to 2^64 - count, not {self.first_index}")
+        if self.table is not None and self.chain != DEFAULT_CHAIN:
+            raise SettingError("a table is instead of steps, solver, eta and spacing: leave these out")
+        if self.guidance and not spec.null_class:
+            raise SettingError(
+                "guidance needs a model that knows the null class: train with --labels and --label-dropout"
+            )
+        if not all(abs(scale) <= _MOST_GUIDANCE for scale in self.guidance):  # nor NaN
+            raise SettingError(
+                f"guidance must be from {-_MOST_GUIDANCE:.0f} to {_MOST_GUIDANCE:.0f}, not {self.guidance}"
+            )
+        labels = tuple(spec.label(label) for label in self.labels)
+        request = msgspec.structs.replace(self, seed=seed, labels=labels)
+        table = request.table_for(spec)
+        return request if self.table else msgspec.structs.replace(request, steps=len(table))
+
+    @property
+    def chain(self) -> ChainSettings:
+        """The settings of the chain alone."""
+        return ChainSettings(steps=self.steps, solver=self.solver, eta=self.eta, spacing=self.spacing)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that it takes: guidance takes two for each sample."""
+        return self.count * (2 if self.guidance else 1)
+
+    def __getitem__(self, part: slice) -> "Request":
+        """The request of some of its samples: request[a:b]."""
+        start, stop, step = part.indices(self.count)
+        if step != 1 or stop <= start:
+            raise IndexError(f"{part} is no part of {self.count} samples")
+        return msgspec.structs.replace(self, first_index=self.first_index + start, count=stop - start)
+
+    def table_for(self, spec: ModelSpec) -> StepTable:
+        """The rows that it runs; the same object for the same settings."""
+        return _table(spec, self.chain) if self.table is None else self.table
+
+    def addresses(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """The seed and index of each sample's noise, (count,) each."""
+        assert self.seed is not None
+        return np.full(self.count, self.seed, np.uint64), self._indices()
+
+    def label_numbers(self, spec: ModelSpec) -> Labels | None:
+        """The label of each sample, (count,); None of an unconditional model."""
+        if not spec.num_classes:
+            return None
+        return np.array(self.labels or range(spec.num_classes), np.int64)[
+            self._turns(len(self.labels) or spec.num_classes)
+        ]
+
+    def scales(self) -> NDArray[np.float32] | None:
+        """The scale of each sample's guidance, (count,); None without."""
+        if not self.guidance:
+            return None
+        return np.array(self.guidance, np.float32)[self._turns(len(self.guidance))]
+
+    def _turns(self, length: int) -> NDArray[np.uint64]:
+        """Whose turn of so many it is at each sample."""
+        return self._indices() % np.uint64(length)
+
+    def _indices(self) -> NDArray[np.uint64]:
+        return np.uint64(self.first_index) + np.arange(self.count, dtype=np.uint64)
+
+    def to_builtins(self) -> dict[str, Any]:
+        """As JSON has it. Raises SettingError for a table of a caller's own, which has no such form."""
+        if self.table is not None:
+            raise SettingError("a table of your own has no form in JSON: say steps, solver and spacing")
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        del fields["table"]
+        return fields
+
+    @classmethod
+    def from_builtins(cls, fields: Any, source: str) -> "Request":
+        """From what JSON holds; `source` names it in errors. Raises DataError where it is no request."""
+        try:
+            return msgspec.convert(fields, cls)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise DataError(f"{source} is not a request: {first_line(error)}") from error
+
+
+def make_request(
+    spec: ModelSpec,
+    count: int,
+    *,
+    steps: int | None = None,
+    solver: Solver = "ddpm",
+    eta: float | None = None,
+    spacing: Spacing = "leading",
+    table: StepTable | None = None,
+    seed: int | None = None,
+    first_index: int = 0,
+    labels: Label | Sequence[Label] | Labels | None = None,
+    guidance: Guidance | None = None,
+) -> Request:
+    """The checked request of keyword arguments, as `Sampler.sample` takes them.
+
+    labels, guidance: one for all, or a sequence with one for each of the samples.
+
+    Raises SettingError where one is of another type or out of range.
+    """
+    if table is not None and not isinstance(table, StepTable):
+        raise SettingError(
+            f"table must be a StepTable, as solvers.ddim makes one, not {type(table).__name__}"
+        )
+    count, first_index = _whole("count", count), _whole("first_index", first_index)
+    request = Request(
+        count=count,
+        steps=None if steps is None else _whole("steps", steps),
+        solver=_word("solver", solver),  # type: ignore[arg-type]
+        eta=None if eta is None else _number("eta", eta),
+        spacing=_word("spacing", spacing),  # type: ignore[arg-type]
+        seed=None if seed is None else _whole("seed", seed),
+        first_index=first_index,
+        labels=_each("labels", labels, count, first_index),
+        guidance=tuple(
+            _number("guidance", scale) for scale in _each("guidance", guidance, count, first_index)
+        ),
+        table=table,
+    )
+    return request.checked(spec)
+
+
+@lru_cache(maxsize=64)
+def _table(spec: ModelSpec, settings: ChainSettings) -> StepTable:
+    return spec.step_table(settings)
+
+
+def _each(name: str, given: Any, count: int, first_index: int) -> tuple[Any, ...]:
+    """One for all, or one for each sample, as they take their turns by sample index."""
+    if given is None:
+        return ()
+    if isinstance(given, int | float | np.number | str):
+        return (given,)
+    try:
+        values = tuple(given.tolist() if isinstance(given, np.ndarray) else given)
+    except TypeError as error:
+        raise SettingError(f"{name} must be one, or a sequence of them, not {given!r}") from error
+    if len(values) != count:
+        raise SettingError(
+            f"{len(values)} {name} for {count} images: give one by itself, or a sequence with one for each"
+        )
+    turn = first_index % count
+    return values[count - turn :] + values[: count - turn]
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise SettingError(f"{name} must be a whole number, not {value!r}")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        raise SettingError(f"{name} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise SettingError(f"{name} must be a number, not {value!r}") from error
+
+
+def _word(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise SettingError(f"{name} must be a name, not {value!r}")
+    return value
