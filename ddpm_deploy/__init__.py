@@ -26,8 +26,9 @@ if TYPE_CHECKING:
         SettingError,
         SpecError,
     )
-    from ddpm_deploy.runtime.denoiser import Denoiser
     from ddpm_deploy.runtime.images import to_uint8
+    from ddpm_deploy.runtime.protocols import Network
+    from ddpm_deploy.runtime.request import Request
     from ddpm_deploy.runtime.sampler import Sampler
     from ddpm_deploy.runtime.snapshot import Snapshot
     from ddpm_deploy.schedule import Schedule
@@ -39,12 +40,13 @@ __all__ = [
     "BackendError",
     "DataError",
     "DdpmDeployError",
-    "Denoiser",
     "DependencyError",
     "ModelSpec",
+    "Network",
     "OutputError",
     "OwnershipError",
     "ParityError",
+    "Request",
     "Sampler",
     "Schedule",
     "SettingError",
@@ -56,8 +58,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Denoiser": "ddpm_deploy.runtime.denoiser",
     "ModelSpec": "ddpm_deploy.spec",
+    "Network": "ddpm_deploy.runtime.protocols",
+    "Request": "ddpm_deploy.runtime.request",
     "Sampler": "ddpm_deploy.runtime.sampler",
     "Schedule": "ddpm_deploy.schedule",
     "Snapshot": "ddpm_deploy.runtime.snapshot",

@@ -51,6 +51,14 @@ def require_onnxruntime() -> ModuleType:
     return require("onnxruntime", "cpu")
 
 
+def onnxruntime_has_cuda() -> bool:
+    """Whether an ONNX Runtime is installed that was built for CUDA; whether it works here is seen when it is used."""
+    try:
+        return "CUDAExecutionProvider" in require_onnxruntime().get_available_providers()
+    except DependencyError:
+        return False
+
+
 def _installed(distribution: str) -> bool:
     try:
         metadata.version(distribution)

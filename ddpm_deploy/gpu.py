@@ -57,10 +57,10 @@ def _ask(cuda: ctypes.CDLL, version: str) -> Driver:
     return Driver(version, _cuda_version(cuda), gpus, "" if gpus else "the NVIDIA driver shows no device")
 
 
-def visible_gpu() -> Gpu | None:
-    """The device that is used: the first that is visible (CUDA_VISIBLE_DEVICES chooses)."""
+def visible_gpu(index: int = 0) -> Gpu | None:
+    """The device of that number among those that are visible (CUDA_VISIBLE_DEVICES chooses); None without it."""
     gpus = driver().gpus
-    return gpus[0] if gpus else None
+    return gpus[index] if index < len(gpus) else None
 
 
 def _device(cuda: ctypes.CDLL, index: int) -> Gpu:

@@ -16,6 +16,7 @@ each result, so NumPy, C++ and CUDA agree bit for bit, where library logarithms 
 `reference.normal` is the same function written for reading; this file is written for speed.
 """
 
+import math
 import sys
 from typing import Final
 
@@ -221,17 +222,16 @@ class _Tile:
 
 
 class AddressedNoise:
-    """The addressed noise of up to `slots` samples of `elements` numbers, in memory allocated once.
+    """The addressed noise of up to `slots` samples of `elements` numbers, in scratch allocated once.
 
-    lookahead: steps whose noise is best made in one call. NumPy's cost of a call is paid once for
-    them all, which counts for small images.
+    width: numbers that a sample's noise takes in memory: elements, in whole Philox blocks. lookahead: steps whose
+    noise is best made in one call. NumPy's cost of a call is paid once for them all, which counts for small images.
     """
 
     def __init__(self, slots: int, elements: int) -> None:
-        blocks = -(-elements // 4)
-        self.lookahead = max(1, _WINDOW_BLOCKS // (slots * blocks))
-        self._elements = elements
-        self._normal = np.empty((self.lookahead * slots, blocks, 2, 2), np.float32)
+        self._blocks = -(-elements // 4)
+        self.width = 4 * self._blocks
+        self.lookahead = max(1, _WINDOW_BLOCKS // (slots * self._blocks))
         self._keys = np.zeros((ROUNDS, 2, slots, 1), np.uint32)
         self._samples = np.zeros((2, slots, 1), np.uint64)  # sample low, sample high
         self._tiles: dict[tuple[int, ...], _Tile] = {}
@@ -243,24 +243,26 @@ class AddressedNoise:
         self._keys[:, :, slots] = _round_keys(np.stack([low[0], high[0]])[..., None])
         self._samples[0, slots, 0], self._samples[1, slots, 0] = low[1], high[1]
 
-    def fill(self, draws: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Give the leading B slots the noise of their draws, at most `lookahead` of them: (K, B) → (K, B, elements).
+    def move(self, source: int, target: int) -> None:
+        """Let a slot make the noise of another."""
+        self._keys[:, :, target] = self._keys[:, :, source]
+        self._samples[:, target] = self._samples[:, source]
 
-        The result is a view of the object's own memory: the next call overwrites it.
-        """
-        steps, batch = draws.shape
-        rows, blocks = steps * batch, self._normal.shape[1]
-        keys = np.tile(self._keys[:, :, :batch], (1, 1, steps, 1))
-        counter = np.empty((3, rows, 1), np.uint64)
+    def fill(self, slots: slice, draws: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+        """Write the noise of k slots for some draws each, (k, draws), into out (k, draws, width), contiguous memory."""
+        steps, blocks = draws.shape[1], self._blocks
+        normal = out.reshape(draws.size, blocks, 2, 2)
+        keys = np.repeat(self._keys[:, :, slots], steps, axis=2)
+        counter = np.empty((3, draws.size, 1), np.uint64)
         counter[0, :, 0] = draws.ravel()
-        counter[1:] = np.tile(self._samples[:, :batch], (1, steps, 1))
+        counter[1:] = np.repeat(self._samples[:, slots], steps, axis=1)
         stride = max(1, _TILE_BLOCKS // blocks)
-        for row in range(0, rows, stride):
-            part = slice(row, min(row + stride, rows))
+        for row in range(0, draws.size, stride):
+            part = slice(row, min(row + stride, draws.size))
             for block in range(0, blocks, _TILE_BLOCKS):
-                out = self._normal[part, block : block + _TILE_BLOCKS]
-                self._tile(out.shape[0], out.shape[1]).fill(keys[:, :, part], counter[:, part], block, out)
-        return self._normal[:rows].reshape(steps, batch, -1)[..., : self._elements]
+                place = normal[part, block : block + _TILE_BLOCKS]
+                tile = self._tile(place.shape[0], place.shape[1])
+                tile.fill(keys[:, :, part], counter[:, part], block, place)
 
     def _tile(self, rows: int, blocks: int) -> _Tile:
         """The scratch for this shape: of whole tiles, and of the last one each way."""
@@ -270,3 +272,15 @@ class AddressedNoise:
                 self._tiles.clear()
             tile = self._tiles[rows, blocks] = _Tile(rows, blocks)
         return tile
+
+
+def addressed_noise(
+    seed: int, indices: NDArray[np.uint64], draw: int, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """The noise of samples `indices` (k,) of a seed for one draw: (k, *shape). For whoever needs it once."""
+    count, elements = len(indices), math.prod(shape)
+    noise = AddressedNoise(count, elements)
+    noise.assign(slice(0, count), np.full(count, seed, np.uint64), indices)
+    out = np.empty((count, 1, noise.width), np.float32)
+    noise.fill(slice(0, count), np.full((count, 1), draw), out)
+    return out[:, 0, :elements].reshape(count, *shape)

@@ -27,8 +27,11 @@ Column = NDArray[np.float64]
 
 # The columns of a row, in the order in which the float32 rows hold them.
 COLUMNS: Final = ("t", "a", "b", "lo", "hi", "c", "d", "e", "f", "g", "ln_var_min", "ln_var_max")
+T, A, B, LO, HI, C, D, E, F, G, LN_VAR_MIN, LN_VAR_MAX = range(len(COLUMNS))
 # What a slot with nothing to do executes: x' = x.
 IDENTITY: Final = tuple(1.0 if name == "d" else 0.0 for name in COLUMNS)
+# The step before a table's own: x ← 1·z and x̂0 ← 0, of draw 0, which is t + 1 for t = -1.
+START: Final = tuple({"t": -1.0, "e": 1.0, "lo": -np.inf, "hi": np.inf}.get(name, 0.0) for name in COLUMNS)
 
 
 @dataclass(frozen=True, eq=False)

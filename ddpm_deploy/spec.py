@@ -5,6 +5,7 @@ The same text is in the checkpoint (an entry), in the ONNX file (a metadata prop
 """
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -41,6 +42,15 @@ _MAX_EMBEDDING_SIZE: Final = 2**26
 Size = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
 Text = Annotated[str, msgspec.Meta(max_length=200)]
 Batch = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or the output of a network. shape: of one row, without the batch in front."""
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[int, ...]
 
 
 class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -246,6 +256,21 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             case "dpmpp-2m":
                 return dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
         raise SettingError(f"solver {settings.solver!r} is not known: choose from {', '.join(SOLVERS)}")
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What goes into the network: x, temb and, where there are classes, y."""
+        labels = (Tensor("y", "int64", ()),) if self.num_classes else ()
+        return (
+            Tensor("x", "float32", self.image_shape),
+            Tensor("temb", "float32", (self.embedding.dim,)),
+            *labels,
+        )
+
+    @property
+    def output(self) -> Tensor:
+        """What comes out of it."""
+        return Tensor("prediction", "float32", self.prediction_shape)
 
     @property
     def prediction_shape(self) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from ddpm_deploy.model_file import open_model
 from ddpm_deploy.words import GraphPrecision, Precision
 from tests.models import tiny_checkpoint, tiny_export
 
@@ -35,7 +36,7 @@ def exported(
     from ddpm_deploy.export.graph import export_onnx
     from ddpm_deploy.train.checkpoint import load_network
 
-    network, spec = load_network(checkpoint_path)
+    network, spec = load_network(open_model(checkpoint_path))
     folder, spec = tmp_path_factory.mktemp("half"), msgspec.structs.replace(spec, timesteps=60)
     files: dict[Precision, Path] = {"fp32": onnx_path}
     reduced: tuple[GraphPrecision, ...] = ("fp16", "bf16")

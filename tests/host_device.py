@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike, NDArray
 
-from ddpm_deploy.runtime.device import Kernel
-from ddpm_deploy.runtime.kernel import THREADS
-from ddpm_deploy.runtime.network import allocate_on
+from ddpm_deploy.runtime.device.cuda import CudaStepper, Kernel
+from ddpm_deploy.runtime.device.kernel import THREADS
+from ddpm_deploy.runtime.network import HostNetwork, allocate
+from ddpm_deploy.runtime.protocols import Network
 
 STAND_IN = Path(__file__).parent / "stand_in"
 # As OPTIONS of the kernel: no contraction. Its `step` is not the one of the C library.
@@ -46,9 +47,11 @@ def build(source: str) -> ctypes.PyDLL:
 
 
 class HostDevice:
-    """Follows `runtime.device.Device`. seed: of the order in which threads run."""
+    """Follows `device.cuda.Cuda`. seed: of the order in which threads run."""
 
     name = "host"
+    is_host = False
+    lag = 1
     stream = 7
 
     def __init__(self, seed: int = 0) -> None:
@@ -68,6 +71,11 @@ class HostDevice:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return np.full(size, 0xFF, np.uint8).view(dtype).reshape(shape)  # NaN, or -1
 
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        memory = self.empty(shape, dtype)
+        self.start(lambda: memory.fill(0))
+        return memory
+
     def address(self, memory: NDArray[Any]) -> int:
         return memory.ctypes.data
 
@@ -79,11 +87,20 @@ class HostDevice:
         staged = host.copy()
         self.start(lambda: np.copyto(memory, staged))
 
-    def download(self, memory: NDArray[Any], host: NDArray[Any]) -> None:
+    def copy(self, source: NDArray[Any], target: NDArray[Any]) -> None:
         assert self._recording is None
-        assert (host.shape, host.dtype) == (memory.shape, memory.dtype)
-        self.calls.append("download")
-        self.start(lambda: np.copyto(host, memory))
+        assert (source.shape, source.dtype) == (target.shape, target.dtype)
+        assert source.flags.c_contiguous
+        assert target.flags.c_contiguous
+        self.calls.append("copy")
+        self.start(lambda: np.copyto(target, source))
+
+    def fetch(self, memory: NDArray[Any]) -> NDArray[Any]:
+        assert self._recording is None
+        assert memory.flags.c_contiguous
+        self.calls.append("fetch")
+        self._run_pending()
+        return memory.copy()
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         self.calls.append("pinned")
@@ -170,26 +187,30 @@ class HostDevice:
 
         return replay
 
+    def stepper(self, network: Network, rows: int) -> CudaStepper:
+        return CudaStepper(network, self, rows)  # type: ignore[arg-type]
 
-class HostNetwork:
-    """A Denoiser of the tests' as a `network.DeviceNetwork` in the place of the GPU's."""
+
+class DeviceNetwork:
+    """A network of the tests' on the host, in the place of one on a GPU."""
 
     capturable = True
 
-    def __init__(self, denoiser: Any, device: HostDevice) -> None:
-        self.spec, self.device, self.max_batch = denoiser.spec, device, denoiser.max_batch
-        self.buckets = range(1, self.max_batch + 1)
-        self._denoiser = denoiser
-        self.memory = allocate_on(device, self.spec, self.max_batch)
+    def __init__(self, network: HostNetwork, device: HostDevice) -> None:
+        self.spec, self.device, self.max_batch = network.spec, device, network.max_batch
+        self.buckets = network.buckets
+        self.network = network
+        self.memory = allocate(device, self.spec, self.max_batch)
 
     def enqueue(self, bucket: int) -> None:
         self.device.start(lambda: self._run(bucket))
 
     def _run(self, batch: int) -> None:
-        for name in self.memory.keys() - {"prediction"}:
-            getattr(self._denoiser, name)[:batch] = self.memory[name][:batch]
-        self._denoiser.run(batch)
-        self.memory["prediction"][:batch] = self._denoiser.prediction[:batch]
+        mine, theirs = self.memory, self.network.memory
+        for tensor in self.spec.inputs:
+            theirs[tensor.name][:batch] = mine[tensor.name][:batch]
+        self.network.enqueue(batch)
+        mine["prediction"][:batch] = theirs["prediction"][:batch]
 
     def close(self) -> None:
         """Nothing to free."""

@@ -1,4 +1,4 @@
-"""Denoisers and specs for the tests: small, exact, and without a backend."""
+"""Networks and specs for the tests: small, exact, and without a backend."""
 
 from pathlib import Path
 
@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
-from ddpm_deploy.runtime.denoiser import Array, allocate
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.network import HostNetwork
+from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.spec import ModelSpec, Provenance, UNetConfig
 
@@ -28,35 +30,28 @@ def tiny_spec(
     )
 
 
-class ArrayDenoiser:
-    """A Denoiser over NumPy: `predict` is the network, on (B, C, H, W) and t (B,)."""
-
-    device = "cpu"
+class ArrayNetwork(HostNetwork):
+    """A network in NumPy: `answer` is its prediction, for (B, C, H, W) and t (B,)."""
 
     def __init__(self, spec: ModelSpec, max_batch: int) -> None:
-        self.spec = spec
-        self.max_batch = max_batch
-        self.x, self.temb, self.y, self.prediction = allocate(spec, max_batch)
+        super().__init__(spec, max_batch)
         self._embedding = spec.embedding.table(spec.timesteps)
 
-    def predict(self, x: Array, t: NDArray[np.int64]) -> Array:
+    def answer(self, x: Array, t: NDArray[np.int64]) -> Array:
         """A network with no meaning, whose rows do not depend on one another."""
         wave = np.float32(0.3) + self._embedding[t][:, :1, None, None]
         result: Array = x * wave - np.roll(x, 1, axis=3) * np.float32(0.25)
         return result
 
-    def run(self, batch: int) -> None:
+    def predict(self, batch: int) -> None:
         """Predict, with t found from the embedding as a network would have to."""
-        distance = np.abs(self._embedding[None] - self.temb[:batch, None]).max(axis=2)  # (B, T)
+        distance = np.abs(self._embedding[None] - self.memory["temb"][:batch, None]).max(axis=2)  # (B, T)
         t = distance.argmin(axis=1)
         assert distance.min() == 0.0
-        self.prediction[:batch] = self.predict(self.x[:batch], t)
-
-    def close(self) -> None:
-        """Nothing to free."""
+        self.memory["prediction"][:batch] = self.answer(self.memory["x"][:batch], t)
 
 
-class GaussianDenoiser(ArrayDenoiser):
+class GaussianNetwork(ArrayNetwork):
     """The optimal ε-network for data N(mean, std²): E[ε | x_t] in closed form."""
 
     def __init__(self, spec: ModelSpec, max_batch: int, mean: float, std: float) -> None:
@@ -64,7 +59,7 @@ class GaussianDenoiser(ArrayDenoiser):
         self._alphas_cumprod = Schedule(spec.schedule.betas(spec.timesteps)).alphas_cumprod
         self._mean, self._std = mean, std
 
-    def predict(self, x: Array, t: NDArray[np.int64]) -> Array:
+    def answer(self, x: Array, t: NDArray[np.int64]) -> Array:
         """√(1 - ᾱ)·(x - √ᾱ·mean) / (ᾱ·std² + 1 - ᾱ)."""
         ac = self._alphas_cumprod[t][:, None, None, None]
         epsilon = np.sqrt(1 - ac) * (x - np.sqrt(ac) * self._mean) / (ac * self._std**2 + 1 - ac)
@@ -93,5 +88,5 @@ def tiny_export(checkpoint: Path) -> Path:
     from ddpm_deploy.train.checkpoint import load_network
 
     path = checkpoint.with_suffix(".onnx")
-    export_onnx(*load_network(checkpoint), path)
+    export_onnx(*load_network(open_model(checkpoint)), path)
     return path

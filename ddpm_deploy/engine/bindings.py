@@ -49,11 +49,14 @@ def require_builder(flavour: Flavour, *, refittable: bool = False) -> Any:
     return load_tensorrt(flavour)
 
 
-def require_gpu(otherwise: str = "") -> Gpu:
-    """The GPU that is used. Raises BackendError where none is visible, with what to do otherwise."""
-    gpu = visible_gpu()
+def require_gpu(otherwise: str = "", index: int = 0) -> Gpu:
+    """The GPU of that number. Raises BackendError where it is not visible, with what to do otherwise."""
+    gpu = visible_gpu(index)
     if gpu is None:
-        raise BackendError("no NVIDIA GPU is visible" + (f": {otherwise}" if otherwise else ""))
+        what = (
+            f"no NVIDIA GPU has the number {index}" if index and visible_gpu() else "no NVIDIA GPU is visible"
+        )
+        raise BackendError(what + (f": {otherwise}" if otherwise else ""))
     return gpu
 
 

@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import msgspec
 
-from ddpm_deploy.artefact import non_finite_tensor, read_meant_float32, read_spec, require_intact
 from ddpm_deploy.engine.bindings import Log, in_words, log_of, made, name_of, require_builder
 from ddpm_deploy.engine.layers import Layers, inspected, layers_of, require_precision
 from ddpm_deploy.engine.load import deserialized, runs_on
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
 from ddpm_deploy.files import atomic, require_output, show
 from ddpm_deploy.gpu import driver, visible_gpu
+from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.plan import digest_path, write_plan
 from ddpm_deploy.signals import signals_held
 from ddpm_deploy.spec import EngineSpec, ModelSpec
@@ -93,44 +93,33 @@ def default_engine_batch(spec: ModelSpec) -> int:
     return max(1, min(64, 64**3 // (height * width)))
 
 
-def build_engine(
-    onnx: Path,
-    path: Path,
-    settings: EngineSettings,
-    *,
-    spec: ModelSpec | None = None,
-    stages: Stages = silent,
-) -> Layers:
+def build_engine(onnx: ModelFile, path: Path, settings: EngineSettings, *, stages: Stages = silent) -> Layers:
     """Build the engine of an .onnx file of ddpm-export, with its ModelSpec as its name and its digest beside it.
 
-    The spec of the engine says how it was built (`EngineSpec`). spec: in place of the file's own. stages: shows how
-    far it is. Ctrl-C ends it at the next step of TensorRT's; nothing is left under `path` unless the engine is whole.
+    The spec of the engine says how it was built (`EngineSpec`). stages: shows how far it is. Ctrl-C ends it at the
+    next step of TensorRT's; nothing is left under `path` unless the engine is whole.
 
     Raises ArtefactError where the .onnx is not one that can be built, ParityError where it is not in the precision
     it says, DependencyError or BackendError where TensorRT is missing or fails, OutputError where it cannot be
     written.
     """
-    require_intact(onnx)
-    spec = spec or read_spec(onnx)
-    if settings.tf32 and spec.precision != "fp32":
+    onnx.require_intact()
+    if settings.tf32 and onnx.spec.precision != "fp32":
         raise SettingError(
-            f"tf32 rounds what float32 layers multiply, and {show(onnx)} is in {spec.precision}"
+            f"tf32 rounds what float32 layers multiply, and {onnx.name} is in {onnx.spec.precision}"
         )
-    if broken := non_finite_tensor(onnx):
-        raise ArtefactError(
-            f"{show(onnx)} has numbers that are not finite in {show(broken)}: export it again"
-        )
+    onnx.require_finite()
     require_output(path)
     require_output(digest_path(path))
     stopped = threading.Event()
     with signals_held(stopped.set, "stopping at the next chance, with nothing written"):
-        layers, plan = _build(onnx, spec, settings, stopped, stages)
+        layers, plan = _build(onnx, settings, stopped, stages)
     write_plan(path, plan)
     return layers
 
 
 def _build(
-    onnx: Path, spec: ModelSpec, settings: EngineSettings, stopped: threading.Event, stages: Stages
+    onnx: ModelFile, settings: EngineSettings, stopped: threading.Event, stages: Stages
 ) -> tuple[Layers, memoryview]:
     """All that is TensorRT's."""
     trt = require_builder(settings.flavour, refittable=settings.refittable)
@@ -141,13 +130,13 @@ def _build(
         "a network", log, builder.create_network, 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     )
     _parse(trt, network, onnx, log)
-    _require_interface(trt, network, spec, onnx)
+    _require_interface(network, onnx)
     layers = layers_of(trt, network)
-    require_precision(layers, spec.precision, read_meant_float32(onnx))
-    spec = engine_spec(spec, settings, str(trt.__version__))
+    require_precision(layers, onnx.spec.precision, onnx.onnx.meant_float32 if onnx.onnx else None)
+    spec = engine_spec(onnx.spec, settings, str(trt.__version__))
     _set_name(network, spec)
     config = _configure(trt, builder, settings, spec, log)
-    logger.info("building an engine of %s with %s %s", show(onnx), settings.flavour, trt.__version__)
+    logger.info("building an engine of %s with %s %s", onnx.name, settings.flavour, trt.__version__)
     config.progress_monitor = monitor = _monitor(trt, stopped, stages)
     with _timing_cache(config, settings.timing_cache, log):
         plan = None if stopped.is_set() else builder.build_serialized_network(network, config)
@@ -182,35 +171,38 @@ def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> Mode
     return msgspec.structs.replace(spec, engine=engine, precision="tf32" if settings.tf32 else spec.precision)
 
 
-def _parse(trt: Any, network: Any, onnx: Path, log: Log) -> None:
+def _parse(trt: Any, network: Any, onnx: ModelFile, log: Log) -> None:
     parser = made("a parser", log, trt.OnnxParser, network, log.handle)
-    if parser.parse(onnx.read_bytes(), NOWHERE):
+    if parser.parse(onnx.path.read_bytes(), NOWHERE):
         return
     problems = [parser.get_error(index) for index in range(parser.num_errors)]
     named = dict.fromkeys(in_words(problem.node_operator) for problem in problems)
     operators = [operator for operator in named if operator and not parser.supports_operator(operator)]
     if operators:
         raise ArtefactError(
-            f"{show(onnx)} uses what TensorRT does not support: {', '.join(operators)}; export the model "
+            f"{onnx.name} uses what TensorRT does not support: {', '.join(operators)}; export the model "
             "again with ddpm-export"
         )
     reason = log.reason(in_words(problems[0].desc) if problems else "it does not say why")
-    raise ArtefactError(f"{show(onnx)}: TensorRT cannot read it: {show(reason)}")
+    raise ArtefactError(f"{onnx.name}: TensorRT cannot read it: {show(reason)}")
 
 
-def _require_interface(trt: Any, network: Any, spec: ModelSpec, onnx: Path) -> None:
-    """The graph must have the inputs and the output of the contract, in the shapes of the spec, B dynamic."""
-    wanted = {"x": ("FLOAT", (-1, *spec.image_shape)), "temb": ("FLOAT", (-1, spec.embedding.dim))}
-    if spec.num_classes:
-        wanted["y"] = ("INT64", (-1,))
-    result = {"prediction": ("FLOAT", (-1, *spec.prediction_shape))}
+def _require_interface(network: Any, onnx: ModelFile) -> None:
+    """The graph must have the inputs and the output that its spec says, B dynamic."""
+    wanted, result = (
+        {tensor.name: (_TYPES[tensor.dtype], (-1, *tensor.shape)) for tensor in side}
+        for side in (onnx.spec.inputs, [onnx.spec.output])
+    )
     inputs = _tensors(network.get_input(index) for index in range(network.num_inputs))
     outputs = _tensors(network.get_output(index) for index in range(network.num_outputs))
     if (inputs, outputs) != (wanted, result):
         raise ArtefactError(
-            f"{show(onnx)} does not fit its ModelSpec: it has {show(f'{inputs} → {outputs}')}, and "
+            f"{onnx.name} does not fit its ModelSpec: it has {show(f'{inputs} → {outputs}')}, and "
             f"{wanted} → {result} is needed: export it again with ddpm-export"
         )
+
+
+_TYPES: Final = {"float32": "FLOAT", "int64": "INT64"}
 
 
 def _tensors(tensors: Iterable[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -269,11 +261,8 @@ def _member(capability: str) -> str:
 
 def _add_profile(builder: Any, config: Any, spec: ModelSpec, batches: tuple[int, int, int], log: Log) -> None:
     profile = made("a profile", log, builder.create_optimization_profile)
-    shapes: dict[str, tuple[int, ...]] = {"x": spec.image_shape, "temb": (spec.embedding.dim,)}
-    if spec.num_classes:
-        shapes["y"] = ()
-    for name, shape in shapes.items():
-        profile.set_shape(name, *((batch, *shape) for batch in batches))
+    for tensor in spec.inputs:
+        profile.set_shape(tensor.name, *((batch, *tensor.shape) for batch in batches))
     if config.add_optimization_profile(profile) < 0:
         raise BackendError(f"TensorRT refuses the batches {batches}: {log.reason('it does not say why')}")
 

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import msgspec
 
-from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.dependencies import importable
 from ddpm_deploy.engine.bindings import load_tensorrt, require_builder
 from ddpm_deploy.engine.build import (
@@ -24,6 +23,7 @@ from ddpm_deploy.engine.build import (
 from ddpm_deploy.errors import ArtefactError, OutputError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.gpu import Gpu, driver, visible_gpu
+from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.words import CAPABILITIES, Flavour
@@ -82,11 +82,10 @@ def settings_here(spec: ModelSpec, max_batch: int | None, gpu: Gpu) -> EngineSet
 
 
 def built_on_arrival(
-    onnx: Path,
+    onnx: ModelFile,
     settings: EngineSettings,
-    load: Callable[[Path], Loaded],
+    load: Callable[[ModelFile], Loaded],
     *,
-    spec: ModelSpec | None = None,
     folder: Path | None = None,
     stages: Stages = silent,
 ) -> Loaded:
@@ -94,13 +93,11 @@ def built_on_arrival(
 
     An engine is looked up by all that it depends on: the file, TensorRT, the GPU, the driver and the settings. Of
     several processes that ask at once one builds, and the others wait for it. A cached engine that cannot be used (an
-    ArtefactError of `load`) is built again, with a warning. spec: in place of the file's own. folder: of the cache
-    (None: `cache_folder`).
+    ArtefactError of `load`) is built again, with a warning. folder: of the cache (None: `cache_folder`).
 
     Raises what `build_engine` and `load` raise, OutputError where the cache cannot be written.
     """
-    spec = spec or read_spec(onnx)
-    plan = (folder or cache_folder() / "engines") / f"{_key(onnx, spec, settings)}.plan"
+    plan = (folder or cache_folder() / "engines") / f"{_key(onnx, settings)}.plan"
     loaded = _if_there(plan, load, logging.DEBUG)  # without the lock: others may be reading it too
     if loaded is not None:
         return loaded
@@ -109,36 +106,34 @@ def built_on_arrival(
         if loaded is not None:
             return loaded
         logger.info(
-            "no engine of %s is kept for this machine: one is built, once, as %s", show(onnx), show(plan)
+            "no engine of %s is kept for this machine: one is built, once, as %s", onnx.name, show(plan)
         )
         try:
-            build_engine(onnx, plan, settings, spec=spec, stages=stages)
+            build_engine(onnx, plan, settings, stages=stages)
         except OutputError as error:
             raise OutputError(f"{error} (XDG_CACHE_HOME names another place for the cache)") from error
-        return load(plan)
+        return load(open_model(plan))
 
 
-def _if_there(plan: Path, load: Callable[[Path], Loaded], level: int) -> Loaded | None:
+def _if_there(plan: Path, load: Callable[[ModelFile], Loaded], level: int) -> Loaded | None:
     """What is in the cache, if it can be used; where it cannot that is said at `level`."""
     if not plan.exists():
         return None
     try:
-        return load(plan)
+        return load(open_model(plan))
     except ArtefactError as error:
         logger.log(level, "the cached engine cannot be used, and is built again: %s", error)
         return None
 
 
-def _key(onnx: Path, spec: ModelSpec, settings: EngineSettings) -> str:
+def _key(onnx: ModelFile, settings: EngineSettings) -> str:
     """Of the file's bytes, not of the weights alone, as a graph may change with them the same."""
     trt = require_builder(settings.flavour, refittable=settings.refittable)
     found = driver()
-    with onnx.open("rb") as file:
-        key = hashlib.file_digest(file, "sha256")
     machine = (found.version, found.cuda, [(gpu.name, gpu.capability) for gpu in found.gpus[:1]])
-    how = msgspec.structs.astuple(engine_spec(spec, settings, str(trt.__version__)))
-    key.update(msgspec.json.encode((machine, how, settings.workspace, settings.level)))
-    return key.hexdigest()
+    how = msgspec.structs.astuple(engine_spec(onnx.spec, settings, str(trt.__version__)))
+    all_of_it = onnx.digest, machine, how, settings.workspace, settings.level
+    return hashlib.sha256(msgspec.json.encode(all_of_it)).hexdigest()
 
 
 @contextmanager

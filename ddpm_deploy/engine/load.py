@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ddpm_deploy.artefact import ONNX_SUFFIX, read_spec
 from ddpm_deploy.engine.bindings import Log, load_tensorrt, log_of, made
 from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, SpecError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.gpu import Gpu, visible_gpu
-from ddpm_deploy.plan import PlanHead, read_plan_head, trusted
+from ddpm_deploy.model_file import ONNX_SUFFIX, ModelFile
+from ddpm_deploy.plan import trusted
 from ddpm_deploy.spec import EngineSpec, ModelSpec
 from ddpm_deploy.words import CAPABILITIES
 
@@ -24,36 +24,36 @@ _AMPERE: Final = 8.0
 class LoadedEngine:
     """An ICudaEngine, with the module that made it, its log, and the file it came from."""
 
-    path: Path
+    plan: ModelFile
     trt: Any
     engine: Any
     log: Log
 
 
-def load_engine(path: Path) -> LoadedEngine:
-    """Load a plan on the GPU.
+def load_engine(plan: ModelFile, index: int = 0) -> LoadedEngine:
+    """Load a plan on the GPU of that number.
 
     Raises ArtefactError where it is damaged, not trusted, of another GPU or version, or TensorRT cannot load it,
     DependencyError where its TensorRT is not installed, BackendError where no GPU is visible.
     """
-    head, built = read_plan_head(path), engine_of(path)
-    gpu = visible_gpu()
+    gpu = visible_gpu(index)
     if gpu is None:
-        raise BackendError(f"{show(path)} needs a GPU, and no NVIDIA GPU is visible: {_on_the_cpu(path)}")
-    content = trusted(path)
+        raise BackendError(f"{plan.name} needs a GPU, and no NVIDIA GPU is visible: {_on_the_cpu(plan)}")
+    content = trusted(plan.path)
+    assert plan.head is not None
+    flavour = plan.head.flavour
     try:
-        trt = load_tensorrt(head.flavour)
+        trt = load_tensorrt(flavour)
     except DependencyError as error:
         raise DependencyError(
-            f"{show(path)} was built by {head.flavour} {built.version if built else head.version}: {error}; or "
-            f"{rebuild_hint(path, gpu)}"
+            f"{plan.name} was built by {flavour} {_version(plan)}: {error}; or {rebuild_hint(plan, gpu)}"
         ) from error
-    require_runs_here(path, head, built, str(trt.__version__), gpu)
-    log = log_of(head.flavour)
-    return LoadedEngine(path, trt, deserialized(trt, log, content, path), log)
+    require_runs_here(plan, str(trt.__version__), gpu)
+    log = log_of(flavour)
+    return LoadedEngine(plan, trt, deserialized(trt, log, content, plan), log)
 
 
-def deserialized(trt: Any, log: Log, plan: bytes | memoryview, of: Path | ModelSpec) -> Any:
+def deserialized(trt: Any, log: Log, plan: bytes | memoryview, of: ModelFile | ModelSpec) -> Any:
     """The ICudaEngine of a plan, on the GPU; of: its file, or the spec that its name must be.
 
     Raises ArtefactError where TensorRT cannot load it.
@@ -61,7 +61,7 @@ def deserialized(trt: Any, log: Log, plan: bytes | memoryview, of: Path | ModelS
     log.errors.clear()
     runtime = made("a runtime", log, trt.Runtime, log.handle)  # engine_host_code_allowed stays off
     cuda_engine = runtime.deserialize_cuda_engine(plan)
-    what = show(of) if isinstance(of, Path) else "the new engine"
+    what = of.name if isinstance(of, ModelFile) else "the new engine"
     if cuda_engine is None:
         raise ArtefactError(f"TensorRT cannot load {what}: {log.reason('it does not say why')}")
     if isinstance(of, ModelSpec) and ModelSpec.from_json(cuda_engine.name, what) != of:
@@ -69,12 +69,17 @@ def deserialized(trt: Any, log: Log, plan: bytes | memoryview, of: Path | ModelS
     return cuda_engine
 
 
-def engine_of(path: Path) -> EngineSpec | None:
+def engine_of(plan: ModelFile) -> EngineSpec | None:
     """How a plan says that it was built; None for one that another tool built."""
-    try:
-        return read_spec(path).engine
-    except SpecError:
-        return None
+    with suppress(SpecError):
+        return plan.spec.engine
+    return None
+
+
+def _version(plan: ModelFile) -> str:
+    """Of the TensorRT that built a plan; "" where nothing tells it."""
+    built = engine_of(plan)
+    return built.version if built else plan.head.version if plan.head else ""
 
 
 def runs_on(built: EngineSpec, gpu: Gpu) -> bool:
@@ -86,13 +91,14 @@ def runs_on(built: EngineSpec, gpu: Gpu) -> bool:
     return gpu.capability in built.capabilities
 
 
-def require_runs_here(path: Path, head: PlanHead, built: EngineSpec | None, version: str, gpu: Gpu) -> None:
+def require_runs_here(plan: ModelFile, version: str, gpu: Gpu) -> None:
     """Raise ArtefactError where a plan was built for another GPU, or by another version of its TensorRT."""
-    by = built.version if built else head.version
+    by, built = _version(plan), engine_of(plan)
     if by and _release(by) != _release(version):
+        assert plan.head is not None
         raise ArtefactError(
-            f"{show(path)} was built by {head.flavour} {show(by)}, and {version} is installed here: "
-            f"{rebuild_hint(path, gpu)}"
+            f"{plan.name} was built by {plan.head.flavour} {show(by)}, and {version} is installed here: "
+            f"{rebuild_hint(plan, gpu)}"
         )
     if built is None:
         return
@@ -102,23 +108,23 @@ def require_runs_here(path: Path, head: PlanHead, built: EngineSpec | None, vers
         )
         where = f" ({built.gpu})" if built.gpu else ""
         raise ArtefactError(
-            f"{show(path)} was built for compute capability {show(wanted + where)}, and this is {show(gpu.name)} "
-            f"({gpu.capability}): {rebuild_hint(path, gpu)}"
+            f"{plan.name} was built for compute capability {show(wanted + where)}, and this is {show(gpu.name)} "
+            f"({gpu.capability}): {rebuild_hint(plan, gpu)}"
         )
     if built.gpu and built.gpu != gpu.name and not built.hardware_compatible:
         logger.warning(
             "%s was built on %s, and this is %s: it may be slow or fail; %s",
-            *(show(path), show(built.gpu), show(gpu.name), rebuild_hint(path, gpu)),
+            *(plan.name, show(built.gpu), show(gpu.name), rebuild_hint(plan, gpu)),
         )
 
 
-def rebuild_hint(path: Path, gpu: Gpu) -> str:
+def rebuild_hint(plan: ModelFile, gpu: Gpu) -> str:
     """The command that builds an engine again on a machine with this GPU, as it was built."""
     options: list[str] = []
     with suppress(SpecError):
-        options = _options_of(read_spec(path), gpu)
-    onnx = source_of(path)
-    command = ["ddpm-export", quoted(onnx), *options, "-o", quoted(path), "--force"]
+        options = _options_of(plan.spec, gpu)
+    onnx = source_of(plan.path)
+    command = ["ddpm-export", quoted(onnx), *options, "-o", quoted(plan.path), "--force"]
     return f"build it again here, with {' '.join(command)}{_whether_there(onnx)}"
 
 
@@ -151,13 +157,13 @@ def source_of(plan: Path) -> Path:
     return next((path for path in candidates if path.exists()), candidates[-1])
 
 
-def _on_the_cpu(plan: Path) -> str:
+def _on_the_cpu(plan: ModelFile) -> str:
     """What to run instead of an engine; bfloat16 does not run there."""
     doctor = "ddpm-deploy doctor says what is missing"
     with suppress(SpecError):
-        if read_spec(plan).precision == "bf16":
+        if plan.spec.precision == "bf16":
             return f"a CPU runs the model exported in fp32, not in bfloat16; {doctor}"
-    onnx = source_of(plan)
+    onnx = source_of(plan.path)
     run = (
         f"on this machine's CPU run the model it was built of, ddpm-run {quoted(onnx)}{_whether_there(onnx)}"
     )

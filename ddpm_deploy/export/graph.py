@@ -15,17 +15,18 @@ import msgspec
 import numpy as np
 import torch
 
-from ddpm_deploy.artefact import seal
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ArtefactError, BackendError, ParityError
 from ddpm_deploy.export.precision import Calibration, calibrate, reduce, widened
 from ddpm_deploy.files import atomic_together, require_output, show
-from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.onnx_file import seal
+from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, spot_check
 from ddpm_deploy.runtime.proof import as_proof, proof_path, write_proof
 from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, ModelSpec
 from ddpm_deploy.stages import Stages, silent
-from ddpm_deploy.train.denoiser import TorchDenoiser
+from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.train.unet import UNet
 from ddpm_deploy.words import GraphPrecision, Precision
 
@@ -113,7 +114,7 @@ def _record(network: UNet, spec: ModelSpec, calibrates: bool, every: bool, stage
         steps = spec.timesteps
     elif not calibrates:
         steps = min(steps, _PROOF_STEPS)
-    reference = TorchDenoiser(network, spec, max_batch=count)
+    reference = TorchNetwork(network, spec, max_batch=count)
     with stages("recording PyTorch", steps) as progress:
         trajectory = record(reference, count=count, steps=steps, keep=steps, progress=progress)
     finite = np.isfinite(trajectory.prediction).all(axis=(1, 2, 3, 4))
@@ -192,10 +193,10 @@ def _require_parity(
     """Judge the file by its own proof, and by the network at other batch sizes."""
     largest = max(*_CHECKED_BATCHES, proof.count)
     with _runnable(temporary, spec) as model:
-        candidate = OrtDenoiser(model, max_batch=largest, spec=spec)
+        candidate = OrtNetwork(open_model(model, spec), max_batch=largest)
         with stages("checking in ONNX Runtime", len(proof.timesteps) + proof.steps) as progress:
             comparison = judge(proof, candidate, progress)
-        reference = TorchDenoiser(network, proof.spec, max_batch=largest)
+        reference = TorchNetwork(network, proof.spec, max_batch=largest)
         check = spot_check(reference, candidate, _CHECKED_BATCHES)
         candidate.close()
     refused = f"{show(path)} was not written: the exported network differs from PyTorch"

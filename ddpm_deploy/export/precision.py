@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ParityError
-from ddpm_deploy.runtime.denoiser import default_max_batch
+from ddpm_deploy.runtime.network import default_max_batch
 from ddpm_deploy.runtime.parity import StepErrors, Trajectory, teacher_forced
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.tolerances import PARITY
-from ddpm_deploy.train.denoiser import TorchDenoiser
+from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.train.unet import Conv2d, UNet
 from ddpm_deploy.words import GraphPrecision
 
@@ -153,8 +153,8 @@ def _convolutions(name: str, network: UNet) -> list[str]:
     return inside or _convolutions(name.rpartition(".")[0], network)
 
 
-class Oracle(TorchDenoiser):
-    """A reduced network as hardware of its precision computes it, on a CPU: a Denoiser.
+class Oracle(TorchNetwork):
+    """A reduced network as hardware of its precision computes it, on a CPU.
 
     Each operator runs in float32, and its result is rounded to the type that it has in the network. What
     is past the type's range stays at its end, so that the range of what follows can still be told.
@@ -178,10 +178,10 @@ class Oracle(TorchDenoiser):
         """What was seen so far, by the name of the innermost module that made it."""
         return self._rounding.ranges()
 
-    def run(self, batch: int) -> None:
-        """Predict for the leading `batch` rows."""
+    def predict(self, batch: int) -> None:
+        """Predict for the leading rows."""
         with self._rounding:
-            super().run(batch)
+            super().predict(batch)
 
 
 class _Rounding(TorchDispatchMode):

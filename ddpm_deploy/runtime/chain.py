@@ -1,251 +1,272 @@
 """Slots and the loop: each row of the batch is a reverse Markov chain of its own.
 
-A slot has a row pointer into a step table, a seed and a sample index. Slots that started together are a
-batch; a service may start any slot that is done at any step.
+One Chain for the host and for a GPU: it knows which sample is in which slot and how many steps that has to go; the
+device's stepper does the arithmetic. What draws anything goes through it.
 """
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.errors import SettingError
-from ddpm_deploy.exponential import Exponential
-from ddpm_deploy.noise import AddressedNoise
-from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
-from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable, learns_variance
+from ddpm_deploy.runtime.network import bucket_of
+from ddpm_deploy.runtime.protocols import IDLE, PLACE, Array, Labels, Look, Network, Slots, upload_rows
+from ddpm_deploy.runtime.request import Request
+from ddpm_deploy.solvers import START, E, StepTable, T, learns_variance
 from ddpm_deploy.spec import ModelSpec
 
-T, A, B, LO, HI, C, D, E, F, G, LN_VAR_MIN, LN_VAR_MAX = range(len(COLUMNS))
-_ZERO, _QUARTER, _HALF = np.array([0.0, 0.25, 0.5], np.float32)
-_MAX_TABLES: Final = 32  # kept before those of finished chains are dropped
-IDLE: Final = 0  # the row pointer of a slot with nothing to do
+# noise(draw) -> (k, C, H, W) in place of the addressed noise: draw 0 is x_T, t + 1 the noise of the step from t.
+Noise = Callable[[int], Array]
+
+_ROWS: Final = 1 << 16  # of step tables that there is room for, and at least those of _TABLES tables
+_TABLES: Final = 16
 
 
-class NoiseSource(Protocol):
-    """Where x_T and z come from: `noise.AddressedNoise`, or a peer's own noise.
+@dataclass(frozen=True)
+class _Given:
+    """Slots that started together on a caller's noise, and which of its images each of them takes."""
 
-    lookahead: steps whose noise the chain may ask for at once.
-    """
+    slots: Slots
+    images: Slots
+    noise: Noise
+    table: StepTable
 
-    lookahead: int
-
-    def assign(self, slots: slice, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
-        """Say whose noise these slots make from now on."""
-
-    def fill(self, draws: NDArray[np.int64]) -> Array:
-        """Give the leading slots their noise: draws (K, B) → (K, B, C·H·W). Overwritten by the next call."""
+    def kept(self, which: NDArray[np.bool_]) -> "_Given":
+        """The same for some of the slots."""
+        return replace(self, slots=self.slots[which], images=self.images[which])
 
 
 class Chain:
-    """The reverse chains in the slots of a Denoiser's batch, one step of all of them at a time.
+    """The reverse chains in the slots of a network's batch, one step of all of them at a time.
 
-    A step is the network on the leading slots in use, then the update of `solvers` in float32, in
-    memory allocated here once.
+    A slot is free when it has no steps to go; the image of a chain that has ended stays in it until the slot is
+    started again or moved to. A guided sample takes two slots, any two: its partner holds the unconditional row.
+
+    lag: steps by which what is watched may be behind.
     """
 
-    lag: Final = 0  # steps by which what is watched may be behind
+    def __init__(self, network: Network) -> None:
+        slots = network.max_batch
+        self.network, self.spec = network, network.spec
+        self.lag = network.device.lag
+        length = self.spec.timesteps + 1  # a table's START row, and its own
+        self._tables: list[StepTable | None] = [None] * min(slots, max(_TABLES, _ROWS // length))
+        self._users = np.zeros(len(self._tables), np.int64)
+        self._stepper = network.device.stepper(network, 1 + length * len(self._tables))
+        self._left = np.zeros(slots, np.int64)  # steps to go
+        self._table = np.full(slots, -1)  # of each slot that has steps to go
+        self._partner = np.full(slots, -1)  # of each guided slot
+        self._guide = np.full(slots, -1)  # of each slot that is a partner
+        self._given: list[_Given] = []
+        self._count()
 
-    def __init__(self, denoiser: Denoiser, noise: NoiseSource | None = None) -> None:
-        spec, slots = denoiser.spec, denoiser.max_batch
-        elements = denoiser.x[0].size
-        self.denoiser = denoiser
-        self.noise = noise or AddressedNoise(slots, elements)
-        self._embedding = spec.embedding.table(spec.timesteps)
-        self._rows = np.array([IDENTITY], np.float32)
-        self._tables: dict[int, tuple[StepTable, int]] = {}  # by id: the table and its first row
-        self._pointer = np.full(slots, IDLE)
-        self._end = np.full(slots, IDLE)
-        self._x0 = np.zeros((slots, elements), np.float32)
-        self._x0_previous = np.zeros_like(self._x0)
-        self._scratch = np.empty_like(self._x0)
-        self._current = np.zeros((slots, len(COLUMNS)), np.float32)
-        self._timestep = np.zeros(slots, np.int64)
-        self._ahead = np.empty((0, slots, elements), np.float32)  # noise of the steps to come
-        # Whether any table so far uses x̂0_prev or the raw prediction, or a learned variance: few do.
-        self._uses_previous = self._uses_prediction = False
-        self._exponential: Exponential | None = None
-
-    @property
-    def x(self) -> Array:
-        """x_t of every slot, (slots, C, H, W): the Denoiser's own input."""
-        return self.denoiser.x
-
-    @property
-    def x0(self) -> Array:
-        """x̂0 of the slots that took the last step, (slots, C, H, W). Memory that the next step reuses."""
-        return self._x0_previous.reshape(self.denoiser.x.shape)
+    def _count(self) -> None:
+        """What follows from which slots are in use."""
+        used = np.flatnonzero((self._left > 0) | (self._guide >= 0))
+        self._bucket = bucket_of(self.network, int(used[-1]) + 1) if len(used) else 0
+        self._next_end = int(self._left[self._left > 0].min()) if len(used) else 0
 
     @property
     def active(self) -> NDArray[np.bool_]:
         """Which slots have steps to go, (slots,)."""
-        active: NDArray[np.bool_] = self._pointer != IDLE
+        active: NDArray[np.bool_] = self._left > 0
         return active
 
-    def start(
-        self,
-        slots: slice,
-        table: StepTable,
-        seeds: NDArray[np.uint64],
-        indices: NDArray[np.uint64],
-        labels: Labels | None = None,
-    ) -> None:
-        """Start the chains of samples `indices` (k,) of `seeds` (k,) in k slots, each at its x_T.
+    @property
+    def free(self) -> Slots:
+        """The slots that can be started, ascending."""
+        return np.flatnonzero((self._left == 0) & (self._guide < 0))
 
-        labels: (k,), of a class-conditional model.
+    def start(self, slots: Slots, request: Request, noise: Noise | None = None) -> None:
+        """Start the samples of a checked request in free slots, each at its x_T; the rest of `slots` are the partners.
 
-        The slots must have nothing to do. An image is whole when its slot is not `active` any more, and
-        stays in `x` until the slot is started again. Raises SettingError where the model has not what the
-        table needs.
+        slots: `request.rows` of them, in any order. noise: in place of the addressed noise.
+
+        Raises SettingError where the model has not what the request's table needs.
         """
-        self._occupy(slots, table, 0, seeds, indices, labels)
-        x_T = self.noise.fill(np.zeros((1, slots.stop), np.int64))[0]  # noqa: N806  (the paper's name)
-        self._flat(self.denoiser.x)[slots] = x_T[slots]
-        self._x0_previous[slots] = 0
+        table = request.table_for(self.spec)
+        slots, order = self._occupy(slots, request, table, -1, given=noise is not None)
+        if noise is not None:
+            self._given.append(_Given(slots, order, noise, table))
+        self._stepper.begin(slots, None if noise is None else noise(0)[order])
 
     def restore(
-        self,
-        slots: slice,
-        table: StepTable,
-        step: int,
-        x: Array,
-        x0: Array,
-        seeds: NDArray[np.uint64],
-        indices: NDArray[np.uint64],
-        labels: Labels | None = None,
+        self, slots: Slots, request: Request, table: StepTable, step: int, x: Array, x0: Array
     ) -> None:
-        """Take chains up again after `step` of their steps: as `start`, from x and the last x̂0, (k, C, H, W)."""
-        self._occupy(slots, table, step, seeds, indices, labels)
-        self.denoiser.x[slots], self.x0[slots] = x, x0
+        """Take chains up again after `step` steps of a table: as `start`, from x and the last x̂0, (k, C, H, W)."""
+        slots, order = self._occupy(slots, request, table, step)
+        self._stepper.resume(slots, x[order], x0[order])
 
     def _occupy(
-        self,
-        slots: slice,
-        table: StepTable,
-        step: int,
-        seeds: NDArray[np.uint64],
-        indices: NDArray[np.uint64],
-        labels: Labels | None,
-    ) -> None:
-        """All that the slots' chains are, but for their numbers."""
-        assert not self.active[slots].any()
-        first = self._first_row(table)
-        self._ahead = self._ahead[:0]  # the noise made ahead was of other slots
-        self.noise.assign(slots, seeds, indices)
+        self, slots: Slots, request: Request, table: StepTable, step: int, given: bool = False
+    ) -> tuple[Slots, Slots]:
+        """All that the chains are, but for their numbers, before a step (-1: the START row).
+
+        Gives the slots of the samples, ascending, and which sample each has.
+        """
+        assert len(slots) == request.rows
+        assert np.isin(slots, self.free).all()
+        samples, partners = slots[: request.count], slots[request.count :]
+        region = self._enter(table, len(samples))
+        first = self._first_row(region)
+        places = np.zeros(len(samples), PLACE)
+        places["row"] = first + step if step < len(table) else IDLE
+        places["end"] = first + len(table)
+        places["seed"], places["index"] = request.addresses()
+        places["partner"], places["scale"], places["given"] = -1, 1.0, given
+        scales = request.scales()
+        if scales is not None:
+            places["partner"], places["scale"] = partners, scales
+            self._partner[samples], self._guide[partners] = partners, samples
+        order = np.argsort(samples)
+        self._stepper.place(samples[order], places[order])
+        labels = request.label_numbers(self.spec)
         if labels is not None:
-            self.denoiser.y[slots] = labels
-        self._pointer[slots] = first + step if step < len(table) else IDLE
-        self._end[slots] = first + len(table)
+            null = np.full(len(partners), self.spec.num_classes)
+            self._label(slots, np.concatenate([labels, null]))
+        self._left[samples] = len(table) - max(step, 0)
+        self._table[samples] = region
+        self._leave()
+        self._count()
+        return samples[order], order
 
-    def _first_row(self, table: StepTable) -> int:
-        known = self._tables.get(id(table))
-        if known is None:
-            require_runs(table, self.denoiser.spec)
-            if len(self._tables) >= _MAX_TABLES and not self.active.any():
-                self._tables, self._rows = {}, self._rows[:1]
-            known = table, len(self._rows)
-            self._rows = np.concatenate([self._rows, table.float32_rows()])
-            self._tables[id(table)] = known
-            self._uses_previous |= bool(table["f"].any())
-            self._uses_prediction |= bool(table["g"].any())
-            if learns_variance(table.rows).any() and not self._exponential:
-                self._exponential = Exponential(*self._x0.shape)
-        return known[1]
+    def _label(self, slots: Slots, labels: Labels) -> None:
+        order = np.argsort(slots)
+        upload_rows(self.network.device, slots[order], labels[order], self.network.memory["y"])
 
-    def watch(self, count: int) -> Callable[[], tuple[Array, Array]]:
-        """What gives x and x̂0 of the leading slots: (count, C, H, W) each, views that the next step overwrites."""
-        return lambda: (self.x[:count], self.x0[:count])
+    def _first_row(self, region: int) -> int:
+        """Of a table's own, behind its START row; row 0 is that of slots with nothing to do."""
+        return 2 + region * (self.spec.timesteps + 1)
 
-    def close(self) -> None:
-        """Nothing to free but the Denoiser, which is another's."""
+    def _enter(self, table: StepTable, users: int) -> int:
+        """Where a table stands, which so many slots more run; tables that no slot runs make room."""
+        region = next((i for i, other in enumerate(self._tables) if other is table), None)
+        if region is None:
+            require_runs(table, self.spec)
+            unused = np.flatnonzero(self._users == 0).tolist()
+            if not unused:
+                raise SettingError(
+                    "too many different tables are in use at once: wait for some chains to end"
+                )
+            region = next((i for i in unused if self._tables[i] is None), unused[0])
+            rows = np.concatenate([[START], table.rows]).astype(np.float32)
+            self._stepper.put_rows(self._first_row(region) - 1, rows)
+            self._tables[region] = table
+        self._users[region] += users
+        return region
+
+    def _leave(self) -> None:
+        """Let go of what slots that have ended held: a share of their table, their partners, a caller's noise."""
+        slots = np.flatnonzero((self._left == 0) & (self._table >= 0))
+        np.subtract.at(self._users, self._table[slots], 1)
+        self._table[slots] = -1
+        partners = self._partner[slots]
+        self._guide[partners[partners >= 0]] = -1
+        self._partner[slots] = -1
+        kept = [given.kept(self._left[given.slots] > 0) for given in self._given]
+        self._given = [given for given in kept if len(given.slots)]
+
+    def stop(self, slots: Slots) -> None:
+        """End the chains of some slots before the next step; their partners are free as well."""
+        slots = np.sort(slots[self._left[slots] > 0])
+        if not len(slots):
+            return
+        self._left[slots] = 0
+        self._leave()
+        self._stepper.place(slots, np.zeros(len(slots), PLACE))
+        self._count()
 
     def clear(self) -> None:
-        """Leave every slot with nothing to do."""
-        self._pointer[:] = IDLE
+        """End all chains."""
+        self.stop(np.flatnonzero(self._left))
+
+    def move(self, source: int, target: int) -> None:
+        """Let a free slot take the place of another that is in use, of a sample or a partner."""
+        assert target in self.free
+        self._stepper.move(source, target)
+        for array, nothing in ((self._left, 0), (self._table, -1), (self._partner, -1), (self._guide, -1)):
+            array[target], array[source] = array[source], nothing
+        partner, guide = int(self._partner[target]), int(self._guide[target])
+        if partner >= 0:
+            self._guide[partner] = target
+        if guide >= 0:
+            self._partner[guide] = target
+            self._stepper.pair(guide, target)
+        self._given = [
+            replace(given, slots=np.where(given.slots == source, target, given.slots))
+            for given in self._given
+        ]
+        self._count()
+
+    def compact(self) -> dict[int, int]:
+        """Close the holes between slots in use, since a batch is as wide as its highest: which slot moved where."""
+        moves = {}
+        used = np.flatnonzero((self._left > 0) | (self._guide >= 0))
+        for source, target in zip(used[::-1].tolist(), self.free.tolist(), strict=False):
+            if target > source:
+                break
+            self.move(source, target)
+            moves[source] = target
+        return moves
 
     def step(self) -> None:
         """Take every active slot one step on."""
-        batch = self.predict()
-        self.update(batch)
+        assert self._bucket, "no slot has steps to go"
+        for given in self._given:
+            self._give(given)
+        self._stepper.step(self._bucket)
+        self._left -= self._left > 0
+        self._next_end -= 1
+        if not self._next_end:
+            self._leave()
+            self._count()
 
-    def predict(self) -> int:
-        """The network at each active slot's x and t. Returns the batch: leading slots in use, at least one."""
-        batch = int(np.flatnonzero(self._pointer)[-1]) + 1
-        current, timestep = self._current[:batch], self._timestep[:batch]
-        # mode="clip" writes straight into `out`; the indices are ours and in range.
-        np.take(self._rows, self._pointer[:batch], axis=0, out=current, mode="clip")
-        timestep[:] = current[:, T]
-        np.take(self._embedding, timestep, axis=0, out=self.denoiser.temb[:batch], mode="clip")
-        self.denoiser.run(batch)
-        idle = self._pointer[:batch] == IDLE
-        if idle.any():  # 0 times an infinity would be NaN, and their images are to stay
-            self.denoiser.prediction[:batch][idle] = 0
-        return batch
+    def _give(self, given: _Given) -> None:
+        """The noise of the next step, where that adds any."""
+        row = given.table.rows[len(given.table) - self._left[given.slots[0]]]
+        if row[E]:
+            order = np.argsort(given.slots)  # which may have moved
+            noise = given.noise(int(row[T]) + 1)
+            self._stepper.give(given.slots[order], noise[given.images[order]])
 
-    def update(self, batch: int) -> None:
-        """x ← x', x̂0 and the row pointers, by the rows that `predict` looked up."""
-        row = self._current[:batch, :, None]  # (B, columns, 1)
-        elements = self._x0.shape[1]
-        prediction = self._flat(self.denoiser.prediction)[:batch]
-        x, out, v = self._flat(self.denoiser.x)[:batch], prediction[:, :elements], prediction[:, elements:]
-        x0, x0_previous, scratch = self._x0[:batch], self._x0_previous[:batch], self._scratch[:batch]
+    def broken(self, slots: Slots) -> NDArray[np.bool_]:
+        """Which slots had numbers that are not finite, at any step of their chain."""
+        return self._stepper.broken(slots)
 
-        np.multiply(x, row[:, A], x0)
-        np.multiply(out, row[:, B], scratch)
-        np.add(x0, scratch, x0)
-        np.maximum(x0, row[:, LO], out=x0)
-        np.minimum(x0, row[:, HI], out=x0)
+    def read(self, slots: Slots) -> tuple[Array, Array]:
+        """x and the last x̂0 of some slots as they are now, (k, C, H, W) each, as copies."""
+        part = _around(slots)
+        x, x0 = self._stepper.read(part)
+        return x[slots - part.start], x0[slots - part.start]
 
-        np.multiply(x, row[:, D], x)
-        np.multiply(x0, row[:, C], scratch)
-        np.add(x, scratch, x)
-        if row[:, E].any():
-            np.multiply(self._next_noise(batch), row[:, E], scratch)
-            if self._exponential:
-                np.multiply(scratch, self._deviation(row, v), scratch)
-            np.add(x, scratch, x)
-        else:
-            self._ahead = self._ahead[1:]
-        if self._uses_previous:
-            np.multiply(x0_previous, row[:, F], scratch)
-            np.add(x, scratch, x)
-        if self._uses_prediction:
-            np.multiply(out, row[:, G], scratch)
-            np.add(x, scratch, x)
-        # -0 becomes +0, so that a term with a zero coefficient may as well not be computed.
-        np.add(x, _ZERO, x)
+    def watch(self, slots: Slots) -> Look:
+        """What gives x and x̂0 of some slots as they are after this step, (k, C, H, W) each.
 
-        self._x0, self._x0_previous = self._x0_previous, self._x0
-        pointer = self._pointer[:batch]
-        pointer += pointer != IDLE
-        pointer[pointer == self._end[:batch]] = IDLE
+        They may be views that the next step (with a lag, the next but one call) overwrites.
+        """
+        part = _around(slots)
+        look = self._stepper.watch(part)
+        if len(slots) == part.stop - part.start and (np.diff(slots) == 1).all():
+            return look
 
-    def _deviation(self, row: Array, v: Array) -> Array:
-        """s of the rule, (B, C·H·W), in the memory of v, which the next prediction fills anew."""
-        assert self._exponential
-        fixed = ~learns_variance(row[..., 0])
-        if fixed.any():
-            v[fixed] = 0  # whatever it was: 0 times an infinity would be NaN
-        quarter = (row[:, LN_VAR_MAX] - row[:, LN_VAR_MIN]) * _QUARTER
-        np.multiply(v, quarter, v)
-        np.add(v, quarter + row[:, LN_VAR_MIN] * _HALF, v)
-        self._exponential.apply(v)
-        return v
+        def chosen() -> tuple[Array, Array]:
+            x, x0 = look()
+            return x[slots - part.start], x0[slots - part.start]
 
-    def _next_noise(self, batch: int) -> Array:
-        """z of the leading slots at their steps, (B, C·H·W), made for some steps to come as well."""
-        if not len(self._ahead):
-            pointers = self._pointer[:batch] + np.arange(self.noise.lookahead)[:, None]  # (K, B)
-            # Past a chain's end this asks for noise that is never used.
-            timesteps = self._rows[:, T].take(pointers, mode="clip")
-            self._ahead = self.noise.fill(timesteps.astype(np.int64) + 1)
-        z, self._ahead = self._ahead[0, :batch], self._ahead[1:]
-        return z
+        return chosen
 
-    @staticmethod
-    def _flat(array: Array) -> Array:
-        return array.reshape(len(array), -1)
+    def close(self) -> None:
+        """Free what the chain holds; the network is another's."""
+        self._left[:] = 0
+        self._stepper.close()
+
+
+def _around(slots: Slots) -> slice:
+    """The slots from the first to the last of some."""
+    return slice(int(slots.min()), int(slots.max()) + 1)
 
 
 def require_runs(table: StepTable, spec: ModelSpec) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DataError, OutputError, first_line
 from ddpm_deploy.files import atomic, require_file, require_output, show
-from ddpm_deploy.runtime.denoiser import Array
+from ddpm_deploy.runtime.protocols import Array
+from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import ModelSpec
-from ddpm_deploy.words import Solver, Spacing
+from ddpm_deploy.version import __version__
 
 PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
 _LARGEST_GRID: Final = 4096  # images
@@ -69,25 +70,22 @@ def save_png(pixels: NDArray[np.uint8], path: Path, text: Mapping[str, Any]) -> 
         )
 
 
-class Origin(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a PNG of `Destination` says that it came from.
+@dataclass(frozen=True)
+class Origin:
+    """Where a PNG says that it came from.
 
-    model: digest of the weights. steps: of the chain. A picture of one sample has its `index`; a grid has
-    `count` samples from `first_index` on. labels: of a class-conditional model, in turn by sample index.
+    model: digest of the weights. request: what was drawn. is_grid: whether the picture is a grid of the samples, or
+    the one sample itself.
     """
 
     model: str
-    seed: Annotated[int, msgspec.Meta(ge=0)]
-    solver: Solver
-    spacing: Spacing
-    eta: float | None = None
-    guidance: float | None = None
-    steps: Annotated[int, msgspec.Meta(ge=1)]
-    ddpm_deploy: str
-    index: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    first_index: Annotated[int, msgspec.Meta(ge=0)] = 0
-    count: Annotated[int, msgspec.Meta(ge=1, le=_LARGEST_GRID)] = 1
-    labels: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+    request: Request
+    is_grid: bool
+
+    def to_text(self) -> dict[str, Any]:
+        """What the PNG holds."""
+        request = self.request.to_builtins()
+        return {"model": self.model, "is_grid": self.is_grid, "request": request, "ddpm_deploy": __version__}
 
 
 def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
@@ -104,26 +102,33 @@ def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
     except Exception as error:  # Pillow's decoder of a broken file raises nearly anything
         raise DataError(f"{show(path)} is not a whole PNG: {first_line(error)}") from error
     try:
-        return msgspec.json.decode(text or "", type=Origin), pixels
-    except (msgspec.MsgspecError, RecursionError) as error:
+        says = msgspec.json.decode(text or "", type=_OriginText)
+        request = Request.from_builtins(says.request, "what it says that it is of")
+    except (msgspec.MsgspecError, RecursionError, DataError) as error:
         raise DataError(f"{show(path)} does not say where it came from: ddpm-run did not make it") from error
+    if request.count > (_LARGEST_GRID if says.is_grid else 1):
+        raise DataError(f"{show(path)} cannot hold the {request.count} images that it says it is of")
+    return Origin(says.model, request, says.is_grid), pixels
+
+
+class _OriginText(msgspec.Struct):
+    model: str
+    request: dict[str, Any]
+    is_grid: bool
 
 
 @dataclass(frozen=True)
 class Destination:
     """Where the samples of one run go: a grid (.png), an array (.npz), or a folder with a PNG for each.
 
-    path: a name with a suffix, or a folder (made if it does not exist).
-    count: samples to come. first_index: sample index of the first; it names the files of a folder.
-    spec: the model's. text: what else a PNG says of where it came from.
+    path: a name with a suffix, or a folder (made if it does not exist), whose files are named by sample index.
+    request: the samples to come; a PNG says that it is of it. spec: the model's.
     as_float: whether an .npz holds `samples`, float32 (N, C, H, W), and not `arr_0`, uint8 (N, H, W, C).
     """
 
     path: Path
-    count: int
-    first_index: int
+    request: Request
     spec: ModelSpec
-    text: Mapping[str, Any]
     as_float: bool = False
 
     @property
@@ -146,9 +151,10 @@ class Destination:
             raise OutputError(f"{name}: only an .npz holds floats")
         if self.spec.image_shape[0] not in (1, 3):
             raise OutputError(f"{name}: images of {self.spec.image_shape[0]} channels go to an .npz")
-        if suffix == ".png" and self.count > _LARGEST_GRID:
+        if suffix == ".png" and self.request.count > _LARGEST_GRID:
             raise OutputError(
-                f"{self.count} images do not fit in one grid (at most {_LARGEST_GRID}): name an .npz or a folder"
+                f"{self.request.count} images do not fit in one grid (at most {_LARGEST_GRID}): name an .npz or a "
+                "folder"
             )
 
     @contextmanager
@@ -162,8 +168,12 @@ class Destination:
         else:
             batches: list[NDArray[np.uint8]] = []
             yield lambda samples: batches.append(self._pixels(samples))
-            text = {**self.text, "first_index": self.first_index, "count": self.count}
-            save_png(grid(np.concatenate(batches)), self.path, text)
+            save_png(grid(np.concatenate(batches)), self.path, self._origin(self.request, is_grid=True))
+
+    def _origin(self, request: Request, *, is_grid: bool) -> dict[str, Any]:
+        if request.table is not None:  # a caller's own cannot be told
+            return {}
+        return Origin(self.spec.provenance.digest, request, is_grid).to_text()
 
     def _pixels(self, samples: Array) -> NDArray[np.uint8]:
         return to_uint8(samples, self.spec.value_range)
@@ -173,11 +183,13 @@ class Destination:
             self.path.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"the folder {show(self.path)} cannot be made: {error.strerror}") from error
-        indices = itertools.count(self.first_index)
+        places = itertools.count()
 
         def write(samples: Array) -> None:
-            for pixels, index in zip(self._pixels(samples), indices, strict=False):
-                save_png(pixels, self.path / f"{index:06d}.png", {**self.text, "index": index})
+            for pixels, place in zip(self._pixels(samples), places, strict=False):
+                request = self.request[place : place + 1]
+                text = self._origin(request, is_grid=False)
+                save_png(pixels, self.path / f"{request.first_index:06d}.png", text)
 
         return write
 
@@ -185,9 +197,10 @@ class Destination:
     def _npz_writer(self) -> Iterator[Callable[[Array], None]]:
         """An .npz written as the samples come, so that any number of them fits in memory."""
         channels, height, width = self.spec.image_shape
-        name, dtype, shape = "arr_0", "|u1", (self.count, height, width, channels)
+        count = self.request.count
+        name, dtype, shape = "arr_0", "|u1", (count, height, width, channels)
         if self.as_float:
-            name, dtype, shape = "samples", "<f4", (self.count, channels, height, width)
+            name, dtype, shape = "samples", "<f4", (count, channels, height, width)
         header = {"descr": dtype, "fortran_order": False, "shape": shape}
         with (
             atomic(self.path) as temporary,

@@ -1,81 +1,83 @@
-"""A network on a device, and the same as a Denoiser: with its buffers mirrored on the host."""
+"""What networks share: their memory, the base of those on the host, and one question asked of any of them."""
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ddpm_deploy.errors import BackendError
-from ddpm_deploy.runtime.denoiser import allocate
-from ddpm_deploy.runtime.device import Device
+from ddpm_deploy.runtime.device.host import Host
+from ddpm_deploy.runtime.protocols import Array, Device, Labels, Network
 from ddpm_deploy.spec import ModelSpec
 
 
-class DeviceNetwork(Protocol):
-    """A network that owns its input and output memory on a device, from the first call to the last.
+def allocate(device: Device, spec: ModelSpec, rows: int) -> dict[str, Any]:
+    """The memory of a Network: zeros, as labels of idle rows are looked up too."""
+    return {
+        tensor.name: device.zeros((rows, *tensor.shape), tensor.dtype)
+        for tensor in (*spec.inputs, spec.output)
+    }
 
-    buckets: the batch sizes that it runs, ascending; the last is max_batch or more. memory: "x" (B, C, H, W), "temb"
-    (B, D), "y" (B,) int64 of a class-conditional model, "prediction" (B, *spec.prediction_shape), with B the last
-    bucket; all others float32. capturable: whether what `enqueue` starts can be captured and replayed.
+
+def default_max_batch(spec: ModelSpec) -> int:
+    """The largest batch on a CPU, where nothing else is said: 64, and fewer for images over 16×16.
+
+    Throughput on a CPU stops growing there, while the memory of the activations goes on. A model that can be guided
+    has room for the two rows of an image.
     """
-
-    spec: ModelSpec
-    device: Device
-    max_batch: int
-    buckets: Sequence[int]
-    memory: dict[str, Any]
-    capturable: bool
-
-    def enqueue(self, bucket: int) -> None:
-        """Start to predict for the leading rows, as many as the bucket has, on the device's stream."""
-
-    def close(self) -> None:
-        """Free what it holds. Nothing may be called afterwards; closing again does nothing."""
+    _, height, width = spec.image_shape
+    return max(2 if spec.null_class else 1, min(64, 128 * 128 // (height * width)))
 
 
-def bucket_of(network: DeviceNetwork, batch: int) -> int:
+def bucket_of(network: Network, batch: int) -> int:
     """The smallest bucket that holds a batch."""
     return network.buckets[bisect_left(network.buckets, batch)]
 
 
-def allocate_on(device: Device, spec: ModelSpec, rows: int) -> dict[str, Any]:
-    """The memory of a DeviceNetwork, zeroed, as labels of idle rows are looked up too."""
-    shapes: dict[str, tuple[int, ...]] = {"x": spec.image_shape, "temb": (spec.embedding.dim,)}
-    if spec.num_classes:
-        shapes["y"] = ()
-    shapes["prediction"] = spec.prediction_shape
-    memory = {}
-    for name, shape in shapes.items():
-        zeros = np.zeros((rows, *shape), np.int64 if name == "y" else np.float32)
-        memory[name] = device.empty(zeros.shape, zeros.dtype)
-        device.upload(zeros, memory[name])
-    return memory
+class HostNetwork(ABC):
+    """A network whose memory is the host's. Follows `protocols.Network`; a backend adds `predict`.
 
+    max_batch: rows (None: `default_max_batch`). place: where it computes, for people.
+    """
 
-class Mirrored:
-    """A DeviceNetwork for whoever works on the host: parity, guidance, noise of a caller's own. Follows
-    `denoiser.Denoiser`, at the cost of a copy each way."""
+    capturable = False
 
-    def __init__(self, network: DeviceNetwork) -> None:
-        self.network = network
-        self.spec, self.max_batch, self.device = network.spec, network.max_batch, network.device.name
-        self.x, self.temb, self.y, self.prediction = allocate(self.spec, self.max_batch)
-        self._inputs = {"x": self.x, "temb": self.temb} | ({"y": self.y} if self.spec.num_classes else {})
+    def __init__(self, spec: ModelSpec, max_batch: int | None = None, place: str = "cpu") -> None:
+        self.spec = spec
+        self.device: Device = Host(place)
+        self.max_batch = max_batch or default_max_batch(spec)
+        self.buckets: Sequence[int] = range(1, self.max_batch + 1)
+        self.memory: dict[str, Any] = allocate(self.device, spec, self.max_batch)
         self._closed = False
 
-    def run(self, batch: int) -> None:
-        """Predict for the leading `batch` rows."""
-        if self._closed:
-            raise BackendError("this model is closed: load it again")
-        device, memory = self.network.device, self.network.memory
-        for name, array in self._inputs.items():
-            device.upload(array[:batch], memory[name][:batch])
-        self.network.enqueue(bucket_of(self.network, batch))
-        device.download(memory["prediction"][:batch], self.prediction[:batch])
-        device.synchronize()
+    def enqueue(self, bucket: int) -> None:
+        """Predict for the leading rows."""
+        require_open(not self._closed)
+        self.predict(bucket)
+
+    @abstractmethod
+    def predict(self, batch: int) -> None:
+        """The leading rows of x, temb (and y) → those of prediction, in `memory`."""
 
     def close(self) -> None:
-        """Free the network."""
+        """Free what the backend holds."""
         self._closed = True
-        self.network.close()
+
+
+def require_open(is_open: bool) -> None:
+    """Raise BackendError where a model was closed."""
+    if not is_open:
+        raise BackendError("this model is closed: load it again")
+
+
+def ask(network: Network, x: Array, temb: Array, y: Labels | None = None) -> Array:
+    """What a network predicts for x (B, C, H, W), temb (B, D) and, of a conditional one, labels y (B,)."""
+    batch, device = len(x), network.device
+    given = {"x": x, "temb": temb} | ({"y": y} if "y" in network.memory else {})
+    for name, array in given.items():
+        device.upload(np.ascontiguousarray(array), network.memory[name][:batch])
+    network.enqueue(bucket_of(network, batch))
+    prediction: Array = device.fetch(network.memory["prediction"][:batch])
+    return prediction

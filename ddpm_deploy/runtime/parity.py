@@ -1,4 +1,4 @@
-"""A Denoiser held against a reference: the same questions (teacher-forced), and its chains on the same noise.
+"""A network held against a reference: the same questions (teacher-forced), and its chains on the same noise.
 
 The reference runs once, and is recorded as a `Trajectory`; any number of candidates are judged by that,
 here or, as a proof that travels (`runtime.proof`), where there is no reference any more.
@@ -6,7 +6,8 @@ here or, as a proof that travels (`runtime.proof`), where there is no reference 
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.chain import Chain
-from ddpm_deploy.runtime.denoiser import Array, Denoiser, Labels
-from ddpm_deploy.solvers import StepTable
-from ddpm_deploy.spec import ChainSettings, ModelSpec
+from ddpm_deploy.runtime.network import ask
+from ddpm_deploy.runtime.protocols import Array, Labels, Network
+from ddpm_deploy.runtime.request import Request
+from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.stages import Progress, no_progress
 from ddpm_deploy.tolerances import MEAN_PSNR, PARITY, Parity
 
@@ -137,7 +139,7 @@ class Trajectory:
 
 
 def record(
-    reference: Denoiser,
+    reference: Network,
     *,
     count: int,
     steps: int | None = None,
@@ -152,25 +154,30 @@ def record(
 
     Raises SettingError where an argument is out of range.
     """
-    table = reference.spec.step_table(ChainSettings(steps=steps))
+    spec = reference.spec
+    labels = _labels(spec, count)
+    request = _request(spec, labels, seed, steps)
+    table = request.table_for(spec)
     kept = _spread(len(table), keep)
-    each = len(kept), count
-    x = np.empty((*each, *reference.spec.image_shape), np.float32)
-    prediction = np.empty((*each, *reference.spec.prediction_shape), np.float32)
+    x = np.empty((len(kept), count, *spec.image_shape), np.float32)
+    prediction = np.empty((len(kept), count, *spec.prediction_shape), np.float32)
     place = {int(step): i for i, step in enumerate(kept)}
-
-    def visit(step: int) -> None:
-        if step in place:
-            x[place[step]] = reference.x[:count]
-            prediction[place[step]] = reference.prediction[:count]
-
-    labels = _labels(reference.spec, count)
-    images = _walk(reference, table, labels, seed, visit, progress)
+    slots = np.arange(count)
+    with _running(reference, request) as chain:
+        for step in range(len(table)):
+            at = place.get(step)
+            if at is not None:
+                x[at], _ = chain.read(slots)
+            chain.step()
+            if at is not None:
+                prediction[at] = reference.device.fetch(reference.memory["prediction"][:count])
+            progress(1)
+        images, _ = chain.read(slots)
     timesteps = table.timesteps[kept].astype(np.int64)
-    return Trajectory(reference.spec, seed, len(table), labels, timesteps, x, prediction, images)
+    return Trajectory(spec, seed, len(table), labels, timesteps, x, prediction, images)
 
 
-def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = no_progress) -> Comparison:
+def judge(trajectory: Trajectory, candidate: Network, progress: Progress = no_progress) -> Comparison:
     """Ask the candidate what the reference was asked, then run its own chains on the same noise: as many of the
     chains as fit its batch.
 
@@ -179,8 +186,12 @@ def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = no_p
     require_comparable(trajectory.spec, candidate.spec)
     trajectory = trajectory.first(candidate.max_batch)
     errors = teacher_forced(trajectory, candidate, progress)
-    table = trajectory.spec.step_table(ChainSettings(steps=trajectory.steps))
-    images = _walk(candidate, table, trajectory.labels, trajectory.seed, lambda step: None, progress)
+    request = _request(trajectory.spec, trajectory.labels, trajectory.seed, trajectory.steps)
+    with _running(candidate, request) as chain:
+        for _ in range(trajectory.steps):
+            chain.step()
+            progress(1)
+        images, _ = chain.read(np.arange(trajectory.count))
     lo, hi = trajectory.spec.value_range
     return Comparison(
         errors,
@@ -191,7 +202,7 @@ def judge(trajectory: Trajectory, candidate: Denoiser, progress: Progress = no_p
 
 
 def teacher_forced(
-    trajectory: Trajectory, candidate: Denoiser, progress: Progress = no_progress
+    trajectory: Trajectory, candidate: Network, progress: Progress = no_progress
 ) -> list[StepErrors]:
     """The candidate's predictions at the reference's own x_t, against what the reference said there.
 
@@ -204,42 +215,36 @@ def teacher_forced(
     for first in range(0, len(trajectory.timesteps), together):
         part = slice(first, first + together)
         timesteps = trajectory.timesteps[part].tolist()
-        batch = len(timesteps) * count
-        candidate.x[:batch] = trajectory.x[part].reshape(batch, *trajectory.spec.image_shape)
-        candidate.temb[:batch] = embedding[part].repeat(count, axis=0)
-        candidate.y[:batch] = np.tile(trajectory.labels, len(timesteps))
-        candidate.run(batch)
-        got = candidate.prediction[:batch].reshape(trajectory.prediction[part].shape)
+        x = trajectory.x[part].reshape(-1, *trajectory.spec.image_shape)
+        labels = np.tile(trajectory.labels, len(timesteps))
+        got = ask(candidate, x, embedding[part].repeat(count, axis=0), labels)
+        got = got.reshape(trajectory.prediction[part].shape)
         errors += map(_errors, timesteps, got, trajectory.prediction[part])
         progress(len(timesteps))
     return errors
 
 
-def _walk(
-    denoiser: Denoiser,
-    table: StepTable,
-    labels: Labels,
-    seed: int,
-    visit: Callable[[int], None],
-    progress: Progress,
-) -> Array:
-    """The images of whole chains; `visit(step)` is called between prediction and update."""
-    count = len(labels)
-    _require_count(count, denoiser)
-    chain = Chain(denoiser)
-    seeds, indices = np.full(count, seed, np.uint64), np.arange(count, dtype=np.uint64)
-    chain.start(slice(0, count), table, seeds, indices, labels)
-    for step in range(len(table)):
-        batch = chain.predict()
-        visit(step)
-        chain.update(batch)
-        progress(1)
-    return chain.x[:count].copy()
+def _request(spec: ModelSpec, labels: Labels, seed: int, steps: int | None) -> Request:
+    """Samples 0 on of a seed with these labels, by the model's own chain."""
+    each = tuple(labels.tolist()) if spec.num_classes else ()
+    return Request(count=len(labels), seed=seed, steps=steps, labels=each).checked(spec)
 
 
-def _require_count(count: int, denoiser: Denoiser) -> None:
-    if not 1 <= count <= denoiser.max_batch:
-        raise SettingError(f"count must be from 1 to {denoiser.max_batch}, not {count}")
+@contextmanager
+def _running(network: Network, request: Request) -> Iterator[Chain]:
+    """The chain of a request, started in the leading slots."""
+    _require_count(request.count, network)
+    chain = Chain(network)
+    try:
+        chain.start(np.arange(request.count), request)
+        yield chain
+    finally:
+        chain.close()
+
+
+def _require_count(count: int, network: Network) -> None:
+    if not 1 <= count <= network.max_batch:
+        raise SettingError(f"count must be from 1 to {network.max_batch}, not {count}")
 
 
 def _labels(spec: ModelSpec, count: int) -> Labels:
@@ -252,7 +257,7 @@ def _spread(length: int, keep: int) -> NDArray[np.int64]:
     return np.linspace(0, length - 1, min(keep, length)).round().astype(np.int64)
 
 
-def spot_check(reference: Denoiser, candidate: Denoiser, batches: Sequence[int]) -> SpotCheck:
+def spot_check(reference: Network, candidate: Network, batches: Sequence[int]) -> SpotCheck:
     """Compare two networks on noise at a few timesteps for each batch size: seconds, not minutes."""
     spec = reference.spec
     allowed = tolerance(spec, candidate.spec)
@@ -261,14 +266,9 @@ def spot_check(reference: Denoiser, candidate: Denoiser, batches: Sequence[int])
     checks = []
     for batch in batches:
         for t in np.unique(_spread(spec.timesteps, _SPOTS)).tolist():
-            reference.x[:batch] = candidate.x[:batch] = rng.standard_normal(
-                (batch, *spec.image_shape), np.float32
-            )
-            reference.temb[:batch] = candidate.temb[:batch] = table[t]
-            reference.y[:batch] = candidate.y[:batch] = _labels(spec, batch)
-            reference.run(batch)
-            candidate.run(batch)
-            errors = _errors(t, candidate.prediction[:batch], reference.prediction[:batch])
+            x = rng.standard_normal((batch, *spec.image_shape), np.float32)
+            temb, labels = table[[t] * batch], _labels(spec, batch)
+            errors = _errors(t, ask(candidate, x, temb, labels), ask(reference, x, temb, labels))
             checks.append(SpotCheck(errors.relative_rms, allowed.limit(t, spec.timesteps), t, batch))
     return max(checks, key=lambda check: check.relative_rms / check.limit)
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import OutputError
 from ddpm_deploy.files import atomic, require_output, show
-from ddpm_deploy.runtime.denoiser import Array
 from ddpm_deploy.runtime.images import grid, save_png, to_uint8
+from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.spec import ModelSpec
 
 _FILM: Final = (8, 10)  # images, and looks at each

@@ -1,4 +1,4 @@
-"""A request: which samples to draw, and by which chain. What a call, a picture, a snapshot and a command line all ask."""
+"""A request: which samples to draw, and by which chain: what a call, a picture and a command line all ask."""
 
 import secrets
 from collections.abc import Sequence

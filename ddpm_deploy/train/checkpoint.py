@@ -5,18 +5,19 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 import torch
 from torch import Tensor
 
-from ddpm_deploy.artefact import CHECKPOINT_SUFFIXES, read_spec
 from ddpm_deploy.errors import ArtefactError, OutputError, first_line, newer
 from ddpm_deploy.files import atomic, show
+from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.spec import SPEC_KEY, ModelSpec
 from ddpm_deploy.train.settings import Settings
 from ddpm_deploy.train.unet import UNet
+from ddpm_deploy.words import Weights
 
 FORMAT: Final = 1
 
@@ -60,14 +61,13 @@ class Checkpoint:
                 raise OutputError(f"{show(path)} cannot be written: {first_line(error)}") from error
 
     @classmethod
-    def load(cls, path: Path) -> "Checkpoint":
+    def load(cls, model: ModelFile) -> "Checkpoint":
         """Read a checkpoint that ddpm-train wrote.
 
         Raises ArtefactError or SpecError where it is missing, broken, foreign, or newer than this.
         """
-        spec = read_spec(path)
-        name = show(path)
-        if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
+        spec, path, name = model.spec, model.path, model.name
+        if model.kind != "checkpoint":
             raise ArtefactError(f"{name} is not a checkpoint by its name: a .pt of ddpm-train is needed")
         try:
             _require_intact(path)
@@ -149,15 +149,15 @@ def build_network(spec: ModelSpec, state: StateDict) -> UNet:
     return network
 
 
-def load_network(path: Path, weights: Literal["ema", "raw"] = "ema") -> tuple[UNet, ModelSpec]:
+def load_network(model: ModelFile, weights: Weights = "ema") -> tuple[UNet, ModelSpec]:
     """One of the two networks in a checkpoint, and the spec of those very weights.
 
     Raises ArtefactError as `Checkpoint.load`, and where the weights are not all finite.
     """
-    checkpoint = Checkpoint.load(path)
+    checkpoint = Checkpoint.load(model)
     spec = checkpoint.spec
     state = checkpoint.ema if weights == "ema" else checkpoint.raw
-    require_finite(state, path)
+    require_finite(state, model.path)
     if weights == "raw":
         provenance = msgspec.structs.replace(spec.provenance, digest=digest(state), weights="raw")
         spec = msgspec.structs.replace(spec, provenance=provenance)

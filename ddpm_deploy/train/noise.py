@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddpm_deploy.errors import SettingError
-from ddpm_deploy.noise import AddressedNoise
+from ddpm_deploy.noise import addressed_noise
 
 
 class AddressedRandn(TorchFunctionMode):
@@ -47,8 +47,5 @@ class AddressedRandn(TorchFunctionMode):
             raise SettingError(
                 "the sampler draws more noise than it has timesteps: it is not a plain reverse chain"
             )
-        count = shape[0]
-        noise = AddressedNoise(count, int(np.prod(shape[1:])))
-        indices = np.uint64(self._first_index) + np.arange(count, dtype=np.uint64)
-        noise.assign(slice(0, count), np.full(count, self._seed, np.uint64), indices)
-        return torch.from_numpy(noise.fill(np.full((1, count), draw))[0].reshape(shape))
+        indices = np.uint64(self._first_index) + np.arange(shape[0], dtype=np.uint64)
+        return torch.from_numpy(addressed_noise(self._seed, indices, draw, shape[1:]))

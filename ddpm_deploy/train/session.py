@@ -19,7 +19,7 @@ from ddpm_deploy.files import atomic, show
 from ddpm_deploy.runtime.images import grid, save_png, to_uint8
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.signals import stop_on_signals
-from ddpm_deploy.train.denoiser import TorchDenoiser
+from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.train.trainer import Trainer, learning_rate
 
 logger = logging.getLogger(__name__)
@@ -96,9 +96,9 @@ class Session:
 
     def _draw(self, path: Path) -> None:
         trainer = self.trainer
-        denoiser = TorchDenoiser(trainer.average, trainer.spec, device=str(trainer.device))
+        network = TorchNetwork(trainer.average, trainer.spec, device=str(trainer.device))
         steps = min(_PICTURE_STEPS, trainer.spec.timesteps)
-        images = Sampler(denoiser).sample(_PICTURE_IMAGES, steps=steps, seed=0)
+        images = Sampler(network).sample(_PICTURE_IMAGES, steps=steps, seed=0)
         text = {"step": trainer.steps_done, "seed": 0, "solver": "ddpm", "steps": steps}
         try:
             save_png(grid(to_uint8(images, trainer.spec.value_range)), path, text)

@@ -9,6 +9,9 @@ struct Slot {
     int row, end;                // of the rows; row 0 is a slot with nothing to do
     unsigned int key[2];         // the seed's low and high half
     unsigned int sample[2];      // the sample index's
+    int partner;                 // of guidance: the slot of the unconditional row; -1: none
+    float scale;                 // of guidance
+    unsigned int given;          // whether a caller gives its noise
     unsigned int arrived;        // blocks of the slot that have read it
     unsigned int broken;         // whether a number of x was not finite
 };
@@ -71,10 +74,11 @@ __device__ void update(const float *row, float *x, float *x0, float out, float v
     *x0 = estimate;
 }
 
-// Slots first … first + gridDim.y - 1. x, x0: (slots, size). prediction: (slots, outputs), v from `size` on.
-// rows: (·, COLUMNS). embedding: (timesteps, width). temb: (slots, width).
+// Slots first … first + gridDim.y - 1. x, x0, given: (slots, size). prediction: (slots, outputs), v from `size` on.
+// rows: (·, COLUMNS). embedding: (timesteps, width). temb: (slots, width). A partner is idle itself: the blocks of its
+// guide read its prediction, and keep its x and temb as the guide's.
 extern "C" __global__ void step(Slot *slots, int first, const float *rows, const float *embedding, float *x, float *x0,
-                                float *temb, const float *prediction, int size, int outputs, int width)
+                                float *temb, const float *prediction, const float *given, int size, int outputs, int width)
 {
     const int index = first + blockIdx.y, thread = blockIdx.x * blockDim.x + threadIdx.x;
     const Slot slot = slots[index];
@@ -95,7 +99,7 @@ extern "C" __global__ void step(Slot *slots, int first, const float *rows, const
         row[i] = rows[(long long)slot.row * COLUMNS + i];
     if (4 * thread < size) {
         float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (row[E] != 0.0f) {
+        if (row[E] != 0.0f && !slot.given) {
             unsigned int words[4] = {(unsigned int)thread, (unsigned int)(int)(row[T] + 1.0f), slot.sample[0], slot.sample[1]};
             philox4x32(words, slot.key[0], slot.key[1]);
             box_muller(words[0], words[1], z);
@@ -104,12 +108,22 @@ extern "C" __global__ void step(Slot *slots, int first, const float *rows, const
         for (int i = 0; i < 4 && 4 * thread + i < size; ++i) {
             const long long at = 4 * thread + i, here = (long long)index * size + at;
             const float *out = prediction + (long long)index * outputs + at;
-            update(row, x + here, x0 + here, *out, outputs > size ? out[size] : 0.0f, z[i]);
+            float guided = *out;
+            if (slot.partner >= 0) {
+                const float without = prediction[(long long)slot.partner * outputs + at];
+                guided = (guided - without) * slot.scale + without;
+            }
+            update(row, x + here, x0 + here, guided, outputs > size ? out[size] : 0.0f, slot.given ? given[here] : z[i]);
+            if (slot.partner >= 0)
+                x[(long long)slot.partner * size + at] = x[here];
             if (x[here] - x[here] != 0.0f)
                 slots[index].broken = 1;  // by whichever threads: they write the same
         }
     }
     const float *seen = embedding + (long long)rows[(long long)next * COLUMNS + T] * width;
-    for (int i = thread; i < width; i += gridDim.x * blockDim.x)
+    for (int i = thread; i < width; i += gridDim.x * blockDim.x) {
         temb[(long long)index * width + i] = seen[i];
+        if (slot.partner >= 0)
+            temb[(long long)slot.partner * width + i] = seen[i];
+    }
 }

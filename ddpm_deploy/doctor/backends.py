@@ -1,7 +1,7 @@
 """What is installed, what is visible, which backends work here, and the line that mends each that does not.
 
 The rules look at names and versions alone, so they can be tried on machines that are only described; `run_backends`
-then runs a chain whose answer is known (`runtime.gaussian`) on every backend that there is.
+then runs a chain whose answer is known (`doctor.gaussian`) on every backend that there is.
 """
 
 import ctypes
@@ -20,15 +20,14 @@ from typing import Final, Literal
 
 import numpy as np
 
+from ddpm_deploy.doctor import gaussian
 from ddpm_deploy.engine.bindings import MODULES, load_tensorrt
 from ddpm_deploy.engine.build import EngineSettings, build_engine
 from ddpm_deploy.errors import one_line
 from ddpm_deploy.gpu import Driver
-from ddpm_deploy.runtime import gaussian
-from ddpm_deploy.runtime.backend import load_denoiser
-from ddpm_deploy.runtime.device import Cuda
-from ddpm_deploy.runtime.network import Mirrored
-from ddpm_deploy.runtime.ort import OrtNetwork
+from ddpm_deploy.model_file import ModelFile, open_model
+from ddpm_deploy.runtime.backends import LoadSettings, load_network
+from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.tolerances import DOCTOR
 from ddpm_deploy.version import __version__
@@ -184,9 +183,7 @@ def run_backends(
 ) -> list[Finding]:
     """Run the known chain on each backend that is here; each finding is told as it is found."""
     findings = []
-    with _quiet_builds(), tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "gaussian.onnx"
-        gaussian.write_onnx(model)
+    with _quiet_builds(), gaussian.onnx_model() as model:
         for look in (_on_onnxruntime, _on_onnxruntime_cuda, _on_tensorrt, _on_tensorrt_rtx):
             findings.append(look(model, packages, driver))
             tell(findings[-1])
@@ -205,18 +202,16 @@ def _quiet_builds() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _on_onnxruntime(model: Path, packages: Installed, driver: Driver) -> Finding:
+def _on_onnxruntime(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
     name = "ONNX Runtime, CPU"
     if not {"onnxruntime", "onnxruntime-gpu"} & packages.keys():
         return Finding(name, "absent", "is not installed", "pip install 'ddpm-deploy[cpu]'")
     if both := _both_onnxruntimes(packages):
         return replace(both, name=name)
-    return _chain_finding(
-        name, "pip install --force-reinstall onnxruntime", lambda: Sampler(load_denoiser(model))
-    )
+    return _chain_finding(name, "pip install --force-reinstall onnxruntime", lambda: load_network(model))
 
 
-def _on_onnxruntime_cuda(model: Path, packages: Installed, driver: Driver) -> Finding:
+def _on_onnxruntime_cuda(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
     name, mend = "ONNX Runtime, CUDA", f"pip install 'ddpm-deploy[{_extra(driver)}]'"
     if not driver.gpus:
         return Finding(name, "absent", _NO_GPU, _get_a_gpu(driver))
@@ -224,7 +219,9 @@ def _on_onnxruntime_cuda(model: Path, packages: Installed, driver: Driver) -> Fi
         return Finding(
             name, "absent", "onnxruntime-gpu is not installed", f"pip uninstall -y onnxruntime && {mend}"
         )
-    return _chain_finding(name, mend, lambda: Sampler(Mirrored(OrtNetwork(model, Cuda()))))
+    return _chain_finding(
+        name, mend, lambda: load_network(model, LoadSettings(device="cuda"), backend="onnxruntime")
+    )
 
 
 def _extra(driver: Driver) -> str:
@@ -232,7 +229,7 @@ def _extra(driver: Driver) -> str:
     return "gpu" if not driver.cuda or _number(driver.cuda) >= (13, 0) else "gpu-cu12"
 
 
-def _on_tensorrt(model: Path, packages: Installed, driver: Driver) -> Finding:
+def _on_tensorrt(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
     name = "TensorRT"
     if not driver.gpus:
         return Finding(name, "absent", _NO_GPU, _get_a_gpu(driver))
@@ -248,21 +245,26 @@ def _on_tensorrt(model: Path, packages: Installed, driver: Driver) -> Finding:
     mend = f"pip install 'ddpm-deploy[{_extra(driver)}]'"
     if problem := _import_problem(name, "tensorrt", packages, mend):
         return problem
-    plan = model.with_suffix(".plan")
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Path(folder) / "gaussian.plan"
 
-    def load() -> Sampler:
-        build_engine(model, plan, EngineSettings(batches=_BATCHES))
-        return Sampler(load_denoiser(plan))
+        def load() -> Network:
+            build_engine(model, plan, EngineSettings(batches=_BATCHES))
+            return load_network(open_model(plan))
 
-    return _chain_finding(name, mend, load)
+        return _chain_finding(name, mend, load)
 
 
-def _on_tensorrt_rtx(model: Path, packages: Installed, driver: Driver) -> Finding:
+def _on_tensorrt_rtx(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
     """It builds anywhere, and runs on the GPUs that it has a target for."""
     name, mend = "TensorRT-RTX", "pip install 'ddpm-deploy[rtx]'"
     if problem := _import_problem(name, "tensorrt-rtx", packages, mend):
         return problem
-    plan = model.with_suffix(".rtx.plan")
+    with tempfile.TemporaryDirectory() as folder:
+        return _built_by_rtx(model, Path(folder) / "gaussian.rtx.plan", driver, name, mend)
+
+
+def _built_by_rtx(model: ModelFile, plan: Path, driver: Driver, name: str, mend: str) -> Finding:
     start = time.perf_counter()
     try:
         build_engine(model, plan, EngineSettings(flavour="tensorrt-rtx", batches=_BATCHES))
@@ -279,15 +281,15 @@ def _on_tensorrt_rtx(model: Path, packages: Installed, driver: Driver) -> Findin
         new = _number(driver.gpus[0].capability) >= _OLDEST_CAPABILITY
         other = "use TensorRT on this GPU: pip install 'ddpm-deploy[gpu]'" if new else "use ONNX Runtime"
         return Finding(name, "builds", says, other)
-    return _chain_finding(name, mend, lambda: Sampler(load_denoiser(plan)))
+    return _chain_finding(name, mend, lambda: load_network(open_model(plan)))
 
 
-def _chain_finding(name: str, mend: str, load: Callable[[], Sampler]) -> Finding:
+def _chain_finding(name: str, mend: str, load: Callable[[], Network]) -> Finding:
     """Run the chain, and hold its images against theory."""
     try:
-        with load() as sampler:
+        with Sampler(load()) as sampler:
             images = sampler.sample(_COUNT, seed=0).astype(np.float64)
-            where = sampler.denoiser.device
+            where = sampler.network.device.name
     except (
         Exception
     ) as error:  # a backend that is broken may raise anything, and the others are yet to be tried

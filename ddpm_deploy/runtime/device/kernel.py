@@ -3,8 +3,6 @@
 from importlib import resources
 from typing import Any, Final
 
-import numpy as np
-
 from ddpm_deploy import exponential, noise
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import BackendError, DependencyError, one_line
@@ -15,18 +13,6 @@ OPTIONS: Final = (
     "--ftz=false",
     "--std=c++17",
 )  # NumPy contracts nothing, and keeps what is tiny
-
-# As `struct Slot` of step.cu.
-SLOT: Final = np.dtype(
-    [
-        ("row", np.int32),
-        ("end", np.int32),
-        ("key", np.uint32, 2),
-        ("sample", np.uint32, 2),
-        ("arrived", np.uint32),
-        ("broken", np.uint32),
-    ]
-)
 
 
 def kernel_source() -> str:
@@ -45,7 +31,7 @@ def kernel_source() -> str:
         f"#define {name} {', '.join(map(repr, value)) if isinstance(value, tuple) else value}"
         for name, value in constants.items()
     ]
-    source = resources.files("ddpm_deploy.runtime").joinpath("step.cu").read_text(encoding="utf-8")
+    source = resources.files("ddpm_deploy.runtime.device").joinpath("step.cu").read_text(encoding="utf-8")
     return "\n".join(definitions) + "\n" + source
 
 

@@ -4,24 +4,24 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from ddpm_deploy.artefact import read_spec
-from ddpm_deploy.engine.bindings import MODULES, made
+from ddpm_deploy.engine.bindings import MODULES, made, require_gpu
+from ddpm_deploy.engine.cache import built_on_arrival, settings_here
 from ddpm_deploy.engine.load import LoadedEngine, load_engine
-from ddpm_deploy.errors import ArtefactError, BackendError
+from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
 from ddpm_deploy.files import show
-from ddpm_deploy.plan import read_plan_head
-from ddpm_deploy.runtime.device import Cuda, Device
-from ddpm_deploy.runtime.network import allocate_on
+from ddpm_deploy.model_file import ModelFile
+from ddpm_deploy.runtime.backends import LoadSettings
+from ddpm_deploy.runtime.device.cuda import Cuda
+from ddpm_deploy.runtime.network import allocate, require_open
 from ddpm_deploy.spec import ModelSpec
 
 
 class TrtNetwork:
-    """An engine. Follows `network.DeviceNetwork`.
+    """An engine. Follows `protocols.Network`.
 
     spec: of its network. device: where its memory is. max_batch: rows of the buffers, at most the engine's own (None:
     that).
@@ -33,7 +33,7 @@ class TrtNetwork:
     """
 
     def __init__(
-        self, loaded: LoadedEngine, spec: ModelSpec, device: Device, max_batch: int | None = None
+        self, loaded: LoadedEngine, spec: ModelSpec, device: Cuda, max_batch: int | None = None
     ) -> None:
         self.spec, self.device, self._log = spec, device, loaded.log
         _require_interface(loaded, spec)
@@ -50,14 +50,29 @@ class TrtNetwork:
         )
 
     @classmethod
-    def load(cls, path: Path, *, max_batch: int | None = None, spec: ModelSpec | None = None) -> Self:
-        """Load a .plan file, with its digest beside it, on the first visible GPU; spec: in place of the file's own.
+    def open(cls, model: ModelFile, settings: LoadSettings) -> Self:
+        """Load an engine, with its digest beside it, on a GPU; or that of an .onnx file, which is built here, once."""
+        if settings.device == "cpu":
+            raise SettingError(
+                f"TensorRT runs on a GPU: leave device out, or run {model.name} by onnxruntime"
+            )
+        index = settings.gpu or 0
+        if model.kind == "plan":
+            return cls._loaded(model, settings, index)
+        gpu = require_gpu("leave backend and device out to run on the CPU", index)
+        how = settings_here(model.spec, settings.max_batch, gpu)
+        _, extra = MODULES[how.flavour]
+        Cuda(index, extra)  # what is missing to run it is told before minutes of building
+        return built_on_arrival(
+            model, how, lambda plan: cls._loaded(plan, settings, index), stages=settings.stages
+        )
 
-        Raises also SpecError, DependencyError, and what `load_engine` raises.
-        """
-        loaded = load_engine(path)
-        _, extra = MODULES[read_plan_head(path).flavour]
-        return cls(loaded, spec or read_spec(path), Cuda(extra), max_batch)
+    @classmethod
+    def _loaded(cls, plan: ModelFile, settings: LoadSettings, index: int) -> Self:
+        loaded = load_engine(plan, index)
+        assert plan.head is not None
+        _, extra = MODULES[plan.head.flavour]
+        return cls(loaded, plan.spec, Cuda(index, extra), settings.max_batch)
 
     def _make_context(self, loaded: LoadedEngine, profiles: list[tuple[int, int]], bucket: int) -> Any:
         """A context with its profile and shapes, and as yet no memory."""
@@ -75,10 +90,9 @@ class TrtNetwork:
         )
         profile = _profile_of(profiles, bucket)
         self._must(context.set_optimization_profile_async(profile, self.device.stream), f"profile {profile}")
-        for name, shape in _inputs(self.spec).items():
-            self._must(
-                context.set_input_shape(name, (bucket, *shape)), f"the shape {(bucket, *shape)} of {name}"
-            )
+        for tensor in self.spec.inputs:
+            shape = bucket, *tensor.shape
+            self._must(context.set_input_shape(tensor.name, shape), f"the shape {shape} of {tensor.name}")
         return context
 
     def _give_memory(self) -> None:
@@ -87,7 +101,7 @@ class TrtNetwork:
         scratch = max(context.update_device_memory_size_for_shapes() for context in contexts)
         self._require_room(scratch)
         self._scratch = self.device.empty((max(scratch, 1),), np.uint8)
-        self.memory = allocate_on(self.device, self.spec, self.buckets[-1])
+        self.memory = allocate(self.device, self.spec, self.buckets[-1])
         for context in contexts:
             context.set_device_memory(self.device.address(self._scratch), scratch)
             for name, place in self.memory.items():
@@ -97,7 +111,7 @@ class TrtNetwork:
     def _require_room(self, scratch: int) -> None:
         """Say which batch would fit, where this one does not."""
         rows = self.buckets[-1]
-        numbers = sum(map(math.prod, (*_inputs(self.spec).values(), self.spec.prediction_shape)))
+        numbers = sum(math.prod(tensor.shape) for tensor in (*self.spec.inputs, self.spec.output))
         needed, free = scratch + 4 * rows * numbers, self.device.free()
         if needed > free:
             fits = rows * free // needed
@@ -108,8 +122,7 @@ class TrtNetwork:
 
     def enqueue(self, bucket: int) -> None:
         """Start to predict for a bucket's rows."""
-        if not self._contexts:
-            raise BackendError("this model is closed: load it again")
+        require_open(bool(self._contexts))
         context = self._contexts[bucket]
         self._must(context.execute_async_v3(self.device.stream), f"a batch of {bucket}")
 
@@ -125,12 +138,6 @@ class TrtNetwork:
                 self.device.synchronize()
         self._contexts, self._scratch, self.memory = {}, None, {}
         self.device.release()
-
-
-def _inputs(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """The shape of a row of each input."""
-    labels: dict[str, tuple[int, ...]] = {"y": ()} if spec.num_classes else {}
-    return {"x": spec.image_shape, "temb": (spec.embedding.dim,)} | labels
 
 
 def _buckets(profiles: list[tuple[int, int]], max_batch: int) -> tuple[int, ...]:
@@ -161,11 +168,15 @@ def _profiles(cuda_engine: Any) -> list[tuple[int, int]]:
 def _require_interface(loaded: LoadedEngine, spec: ModelSpec) -> None:
     """The engine must have the inputs and the output of the contract, in the shapes of the spec."""
     trt, cuda_engine = loaded.trt, loaded.engine
+    types = {"float32": trt.DataType.FLOAT, "int64": trt.DataType.INT64}
     wanted = {
-        name: (trt.TensorIOMode.INPUT, trt.DataType.INT64 if name == "y" else trt.DataType.FLOAT, shape)
-        for name, shape in _inputs(spec).items()
+        tensor.name: (
+            trt.TensorIOMode.OUTPUT if tensor == spec.output else trt.TensorIOMode.INPUT,
+            types[tensor.dtype],
+            tensor.shape,
+        )
+        for tensor in (*spec.inputs, spec.output)
     }
-    wanted["prediction"] = (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, spec.prediction_shape)
     names = [cuda_engine.get_tensor_name(index) for index in range(cuda_engine.num_io_tensors)]
     got = {
         name: (
@@ -177,6 +188,6 @@ def _require_interface(loaded: LoadedEngine, spec: ModelSpec) -> None:
     }
     if got != wanted:
         raise ArtefactError(
-            f"{show(loaded.path)} does not fit its ModelSpec: it has {show(str(got))}, and {wanted} is needed: build "
+            f"{loaded.plan.name} does not fit its ModelSpec: it has {show(str(got))}, and {wanted} is needed: build "
             "it again with ddpm-export"
         )

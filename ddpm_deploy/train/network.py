@@ -1,21 +1,22 @@
-"""PyTorch as a Denoiser: the parity reference."""
+"""PyTorch as a network of the runtime's: the parity reference."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Literal
+from typing import Self
 
 import torch
+from torch import nn
 
 from ddpm_deploy.errors import BackendError, SettingError, first_line
-from ddpm_deploy.runtime.denoiser import allocate, default_max_batch
+from ddpm_deploy.model_file import ModelFile
+from ddpm_deploy.runtime.backends import LoadSettings
+from ddpm_deploy.runtime.network import HostNetwork
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import load_network
-from ddpm_deploy.train.unet import UNet
 
 
-class TorchDenoiser:
-    """A network in PyTorch eager, in full float32 (no TF32). Follows `runtime.denoiser.Denoiser`.
+class TorchNetwork(HostNetwork):
+    """A network in PyTorch eager, in full float32 (no TF32). Its memory is the host's, wherever it computes.
 
     network: in the spec's shape; put into evaluation mode. device: a torch device by name.
     threads: torch's own, for the whole process (None: as they are).
@@ -23,46 +24,33 @@ class TorchDenoiser:
 
     def __init__(
         self,
-        network: UNet,
+        network: nn.Module,
         spec: ModelSpec,
         *,
         device: str = "cpu",
         threads: int | None = None,
         max_batch: int | None = None,
     ) -> None:
-        self.spec = spec
-        self.max_batch = max_batch or default_max_batch(spec)
+        self._device = torch_device(device)
+        super().__init__(spec, max_batch, place=str(self._device))
         if threads:
             torch.set_num_threads(threads)
-        self._device = torch_device(device)
-        self.device = str(self._device)
-        self._network: UNet | None = network.to(self._device).eval()
-        self.x, self.temb, self.y, self.prediction = allocate(spec, self.max_batch)
+        self._network: nn.Module | None = network.to(self._device).eval()
         # The same memory as the arrays.
-        self._inputs = [torch.from_numpy(array) for array in (self.x, self.temb)]
-        if spec.num_classes:
-            self._inputs.append(torch.from_numpy(self.y))
-        self._prediction = torch.from_numpy(self.prediction)
+        self._inputs = [torch.from_numpy(self.memory[tensor.name]) for tensor in spec.inputs]
+        self._prediction = torch.from_numpy(self.memory["prediction"])
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        *,
-        weights: Literal["ema", "raw"] = "ema",
-        device: str = "cpu",
-        threads: int | None = None,
-        max_batch: int | None = None,
-    ) -> "TorchDenoiser":
-        """A network of a checkpoint, by default the averaged one."""
-        network, spec = load_network(path, weights)
-        return cls(network, spec, device=device, threads=threads, max_batch=max_batch)
+    def open(cls, model: ModelFile, settings: LoadSettings) -> Self:
+        """Load a network of a checkpoint."""
+        network, spec = load_network(model, settings.weights)
+        device = settings.device or "cpu"
+        return cls(network, spec, device=device, threads=settings.threads, max_batch=settings.max_batch)
 
     @torch.no_grad()  # not inference_mode: `export.precision` watches the operators
-    def run(self, batch: int) -> None:
-        """Predict for the leading `batch` rows."""
-        if self._network is None:
-            raise BackendError("this model is closed: load it again")
+    def predict(self, batch: int) -> None:
+        """Predict for the leading rows."""
+        assert self._network is not None
         try:
             with _full_float32():
                 inputs = [tensor[:batch].to(self._device) for tensor in self._inputs]
@@ -71,7 +59,8 @@ class TorchDenoiser:
             raise BackendError(f"PyTorch failed on a batch of {batch}: {first_line(error)}") from error
 
     def close(self) -> None:
-        """Free the network. Closing again does nothing."""
+        """Free the network."""
+        super().close()
         self._network = None
 
 

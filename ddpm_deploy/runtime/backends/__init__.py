@@ -1,0 +1,97 @@
+"""Which backend runs a model: one class a file, found by name, imported when it is used.
+
+A new backend is a file beside this one with a class that follows `protocols.Network` and has
+`open(model, settings) -> Network`, and a line in `_BACKENDS`.
+"""
+
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ddpm_deploy.dependencies import onnxruntime_has_cuda
+from ddpm_deploy.engine.bindings import require_gpu
+from ddpm_deploy.engine.cache import flavour_here
+from ddpm_deploy.errors import SettingError
+from ddpm_deploy.model_file import Kind, ModelFile
+from ddpm_deploy.runtime.protocols import Network
+from ddpm_deploy.stages import Stages, silent
+from ddpm_deploy.words import BACKENDS, Backend, Weights
+
+logger = logging.getLogger(__name__)
+
+# Each one's class, and the kinds of file that it takes. PyTorch's stands in train/, which needs torch: named, not
+# imported, as nothing here may need that.
+_BACKENDS: Final[dict[Backend, tuple[str, str, tuple[Kind, ...]]]] = {
+    "onnxruntime": ("ddpm_deploy.runtime.backends.onnxruntime", "OrtNetwork", ("onnx",)),
+    "tensorrt": ("ddpm_deploy.runtime.backends.tensorrt", "TrtNetwork", ("onnx", "plan")),
+    "torch": ("ddpm_deploy.train.network", "TorchNetwork", ("checkpoint",)),
+}
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How to load a model.
+
+    device: "cpu", "cuda" or "cuda:1"; of torch any of its devices (None: an engine on the GPU, others on the CPU).
+    threads: CPU threads to use (None: one per core). max_batch: rows of the batch (None: the backend's own).
+    weights: of a checkpoint. stages: shows how far the build of an engine is.
+    """
+
+    device: str | None = None
+    threads: int | None = None
+    max_batch: int | None = None
+    weights: Weights = "ema"
+    stages: Stages = silent
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_batch"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise SettingError(f"{name} must be a whole number of 1 or more, not {value!r}")
+
+    @property
+    def gpu(self) -> int | None:
+        """The number of the GPU that is asked for; None for the CPU, or where nothing is said."""
+        if self.device in (None, "cpu"):
+            return None
+        place, _, number = str(self.device).partition(":")
+        if place != "cuda" or not (number or "0").isdecimal():
+            raise SettingError(
+                f"device {self.device!r} is not known: say cpu, cuda or cuda:1, or leave it out"
+            )
+        return int(number or 0)
+
+
+def load_network(
+    model: ModelFile, settings: LoadSettings | None = None, *, backend: Backend | None = None
+) -> Network:
+    """Load a model into a backend (None: the one for its kind of file and the device).
+
+    Raises ArtefactError, SpecError, DependencyError, BackendError or SettingError.
+    """
+    settings = settings or LoadSettings()
+    name = backend or _backend_for(model, settings)
+    if name not in _BACKENDS:
+        raise SettingError(f"backend {name!r} is not known: choose from {', '.join(BACKENDS)}")
+    module, network, kinds = _BACKENDS[name]
+    model.require_kind(*kinds)
+    found: Any = getattr(importlib.import_module(module), network)
+    opened: Network = found.open(model, settings)
+    return opened
+
+
+def _backend_for(model: ModelFile, settings: LoadSettings) -> Backend:
+    if model.kind == "checkpoint":
+        return "torch"
+    if model.kind == "plan":
+        return "tensorrt"
+    if settings.gpu is None:
+        return "onnxruntime"
+    gpu = require_gpu(
+        "leave device out to run on the CPU; ddpm-deploy doctor says what is missing", settings.gpu
+    )
+    if flavour_here(gpu) is None and onnxruntime_has_cuda():
+        logger.info("no TensorRT is installed that runs on this GPU: using ONNX Runtime")
+        return "onnxruntime"
+    return "tensorrt"

@@ -1,0 +1,197 @@
+"""ONNX Runtime, on the CPU or on a GPU, through memory of ours that is bound once for each batch size."""
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final, Self
+
+from ddpm_deploy.dependencies import onnxruntime_has_cuda, require_onnxruntime
+from ddpm_deploy.errors import ArtefactError, BackendError, first_line
+from ddpm_deploy.model_file import ModelFile
+from ddpm_deploy.runtime.backends import LoadSettings
+from ddpm_deploy.runtime.device.cuda import Cuda
+from ddpm_deploy.runtime.device.host import Host
+from ddpm_deploy.runtime.network import allocate, default_max_batch, require_open
+from ddpm_deploy.runtime.protocols import Device
+from ddpm_deploy.spec import ModelSpec
+
+_CPU: Final = ["CPUExecutionProvider"]
+_CUDA: Final = "CUDAExecutionProvider"
+_Side = dict[str, tuple[str, list[Any]]]  # inputs or outputs: type and shape behind B, by name
+
+
+class OrtNetwork:
+    """An exported network in ONNX Runtime. Follows `protocols.Network`.
+
+    model: an .onnx file. device: where its memory is. threads: CPU threads to use (None: one per core). max_batch:
+    rows (None: `default_max_batch`). provider: of ONNX Runtime (None: that of the device).
+
+    Raises ArtefactError, SpecError or DependencyError where it cannot be loaded, BackendError where ONNX Runtime fails
+    at it, or the provider does not work here: ONNX Runtime would run on the CPU instead, and say nothing.
+    """
+
+    capturable = False  # it waits and allocates as it likes
+
+    def __init__(
+        self,
+        model: ModelFile,
+        device: Device | None = None,
+        *,
+        threads: int | None = None,
+        max_batch: int | None = None,
+        provider: str | None = None,
+    ) -> None:
+        self.spec, self.device = model.spec, device or Host()
+        self.max_batch = max_batch or default_max_batch(self.spec)
+        self.buckets: Sequence[int] = range(1, self.max_batch + 1)
+        on_cpu = provider in _CPU or (provider is None and self.device.is_host)
+        providers = _CPU if on_cpu else [(_CUDA, _cuda_options(self.spec, self.device))]
+        if not on_cpu:
+            _require_cuda()
+        self._session: Any = _open(model, providers, threads)
+        if not on_cpu and _CUDA not in self._session.get_providers():
+            raise _unusable()
+        _SESSIONS.add(self._session)
+        self.memory = allocate(self.device, self.spec, self.max_batch)
+        self._place = "cpu" if on_cpu else "cuda"
+        self._binding: Any = self._session.io_binding()
+        _SESSIONS.add(self._binding)
+        self._options: Any = require_onnxruntime().RunOptions()
+        # What is started on a stream of ours is waited for by whoever needs it.
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._bound = 0
+
+    @classmethod
+    def open(cls, model: ModelFile, settings: LoadSettings) -> Self:
+        """Load an .onnx file."""
+        device = None if settings.gpu is None else Cuda(settings.gpu)
+        return cls(model, device, threads=settings.threads, max_batch=settings.max_batch)
+
+    def enqueue(self, bucket: int) -> None:
+        """Start to predict for the leading rows."""
+        require_open(self._session is not None)
+        self.device.start(lambda: self._run(bucket))
+
+    def _run(self, batch: int) -> None:
+        try:
+            if batch != self._bound:
+                self._bind(batch)
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            raise BackendError(
+                f"ONNX Runtime failed on a batch of {batch}: {first_line(error)} (a smaller batch needs less memory)"
+            ) from error
+
+    def _bind(self, batch: int) -> None:
+        """Bind the memory of the leading rows, where the batch changes."""
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        for tensor in (*self.spec.inputs, self.spec.output):
+            bind = self._binding.bind_output if tensor == self.spec.output else self._binding.bind_input
+            memory = self.memory[tensor.name]
+            shape = [batch, *tensor.shape]
+            bind(tensor.name, self._place, 0, memory.dtype.type, shape, self.device.address(memory))
+        self._bound = batch
+
+    def close(self) -> None:
+        """Free the session and the memory, once what is under way has ended."""
+        if self._session is not None:
+            with suppress(BackendError):
+                self.device.synchronize()
+        self._session = self._binding = None
+        self.memory = {}
+        self.device.release()
+
+
+# Sessions of this process. Their threads do not live on in a fork of it, and freeing a session waits for them.
+_SESSIONS: Final["weakref.WeakSet[Any]"] = weakref.WeakSet()
+
+
+def _keep_in_fork() -> None:
+    """Keep the parent's sessions for ever: in a child that was forked, freeing one would hang, also at its exit."""
+    for session in _SESSIONS:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+os.register_at_fork(after_in_child=_keep_in_fork)
+
+
+def _require_cuda() -> None:
+    if not onnxruntime_has_cuda():
+        raise _unusable()
+    onnxruntime = require_onnxruntime()
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's libraries and cuDNN, out of NVIDIA's packages
+
+
+def _unusable() -> BackendError:
+    return BackendError(
+        f"ONNX Runtime cannot use its {_CUDA} here, and would run on the CPU (see ddpm-deploy doctor)"
+    )
+
+
+def _cuda_options(spec: ModelSpec, device: Any) -> dict[str, str]:
+    """Our stream, the precision that was asked for (TF32 is on by default there), and the same algorithms each time."""
+    return {
+        "user_compute_stream": str(device.stream),
+        "use_tf32": "1" if spec.precision == "tf32" else "0",
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
+
+
+def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
+    """A session that has the interface of the contract."""
+    onnxruntime = require_onnxruntime()
+    hint = (
+        " (it has no bfloat16 on a CPU: this file is for building an engine)"
+        if model.spec.precision == "bf16"
+        else ""
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it logs, it also raises
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    # Its threads spin while a network runs, and leave the cores to others between two runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if providers != _CPU:  # nothing of it may run there instead, unseen
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        session = onnxruntime.InferenceSession(str(model.path), options, providers=providers)
+    except Exception as error:
+        raise ArtefactError(
+            f"{model.name}: ONNX Runtime cannot load it: {first_line(error)}{hint}"
+        ) from error
+    _require_interface(session, model)
+    return session
+
+
+def _require_interface(session: Any, model: ModelFile) -> None:
+    """The graph must have the inputs and the output that its spec says."""
+    wanted = tuple(
+        {tensor.name: (_TYPES[tensor.dtype], list(tensor.shape)) for tensor in side}
+        for side in (model.spec.inputs, [model.spec.output])
+    )
+    sides = session.get_inputs(), session.get_outputs()
+    got = tuple({a.name: (a.type, a.shape[1:]) for a in side if a.shape} for side in sides)
+    if got != wanted or any(len(side) != len(named) for side, named in zip(sides, wanted, strict=True)):
+        raise ArtefactError(
+            f"{model.name} does not fit its ModelSpec: it has {_interface(got)}, and {_interface(wanted)} is "
+            "needed: export it again with ddpm-export"
+        )
+    if any(isinstance(argument.shape[0], int) for side in sides for argument in side):
+        raise ArtefactError(f"{model.name} has a fixed batch dimension: export it again with ddpm-export")
+
+
+_TYPES: Final = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+
+
+def _interface(sides: tuple[_Side, ...]) -> str:
+    texts = [
+        ", ".join(
+            f"{name} {kind} ({', '.join(map(str, ['B', *shape]))})" for name, (kind, shape) in side.items()
+        )
+        for side in sides
+    ]
+    return " → ".join(text or "nothing" for text in texts)

@@ -1,0 +1,379 @@
+"""The host as a device, and its stepper: the update of `solvers` in NumPy, float32, in memory allocated once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ddpm_deploy.exponential import Exponential
+from ddpm_deploy.noise import AddressedNoise
+from ddpm_deploy.runtime.protocols import IDLE, Array, Look, Network, Slots, runs_of
+from ddpm_deploy.solvers import COLUMNS, HI, IDENTITY, LN_VAR_MAX, LN_VAR_MIN, LO, A, B, C, D, E, F, G, T
+
+# What the host adds to a row: w = v·QUARTER + BASE is the exponent of a learned variance, where LEARNS is not 0.
+QUARTER, BASE, LEARNS = range(len(COLUMNS), len(COLUMNS) + 3)
+_ZERO, _QUARTER, _HALF = np.array([0.0, 0.25, 0.5], np.float32)
+
+
+class Host:
+    """The host's memory: NumPy arrays; work is done when it returns. Follows `protocols.Device`."""
+
+    is_host = True
+    lag = 0
+
+    def __init__(self, name: str = "cpu") -> None:
+        self.name = name
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A new array; the system gives memory only where it is used."""
+        return np.zeros(shape, dtype)
+
+    def address(self, memory: NDArray[Any]) -> int:
+        """Where it starts."""
+        return memory.ctypes.data
+
+    def upload(self, host: NDArray[Any], memory: NDArray[Any]) -> None:
+        """Copy."""
+        np.copyto(memory, host)
+
+    def copy(self, source: NDArray[Any], target: NDArray[Any]) -> None:
+        """Copy."""
+        np.copyto(target, source)
+
+    def fetch(self, memory: NDArray[Any]) -> NDArray[Any]:
+        """A copy."""
+        return memory.copy()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Call it."""
+        work()
+
+    def synchronize(self) -> None:
+        """Everything is done."""
+
+    def release(self) -> None:
+        """NumPy keeps nothing back."""
+
+    def stepper(self, network: Network, rows: int) -> "HostStepper":
+        """The update in NumPy."""
+        return HostStepper(network, rows)
+
+
+class NoiseAhead:
+    """The noise of each slot for its next steps, made some steps at once: a start or a stop costs the others nothing.
+
+    A caller's noise takes the place of a slot's own for one step.
+    """
+
+    def __init__(self, slots: int, elements: int) -> None:
+        self._noise = AddressedNoise(slots, elements)
+        self._steps, self._elements = self._noise.lookahead, elements
+        self._ahead = np.empty((slots, self._steps, self._noise.width), np.float32)
+        self._left = np.zeros(slots, np.int64)  # steps whose noise is made and not used
+        self._gathered = np.empty((slots, self._noise.width), np.float32)
+
+    def assign(self, slots: Slots, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
+        """Say whose noise slots make from now on."""
+        done = 0
+        for run in runs_of(slots):
+            part = slice(done, done + run.stop - run.start)
+            self._noise.assign(run, seeds[part], indices[part])
+            done = part.stop
+        self._left[slots] = 0
+
+    def give(self, slots: Slots, noise: Array) -> None:
+        """Use this noise, (k, elements), for the next step."""
+        self._ahead[slots, -1, : self._elements] = noise
+        self._left[slots] = 1
+
+    def move(self, source: int, target: int) -> None:
+        """Let a slot have what another has."""
+        self._noise.move(source, target)
+        self._ahead[target], self._left[target] = self._ahead[source], self._left[source]
+
+    def skip(self, slots: Slots | slice) -> None:
+        """Take a step without noise."""
+        left = self._left[slots]
+        self._left[slots] = left - (left > 0)
+
+    def take(self, slots: Slots, draws: Callable[[slice, int], NDArray[np.int64]]) -> Array:
+        """The noise of slots for their next step, (k, elements): memory that the next call reuses.
+
+        draws(run, steps): the numbers of the next draws of a run of slots, (k, steps).
+        """
+        left = self._left[slots]
+        if not left.all():
+            for run in runs_of(slots[left == 0]):
+                self._noise.fill(run, draws(run, self._steps), self._ahead[run])
+            left[left == 0] = self._steps
+        place = self._steps - left
+        self._left[slots] = left - 1
+        first, count = int(slots[0]), len(slots)
+        if slots[-1] - first == count - 1 and (place == place[0]).all():
+            return self._ahead[first : first + count, place[0], : self._elements]
+        ahead = self._ahead.reshape(-1, self._ahead.shape[2])
+        np.take(ahead, slots * self._steps + place, axis=0, out=self._gathered[:count], mode="clip")
+        return self._gathered[:count, : self._elements]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The slots that take the next step, as long as none starts, stops, ends or moves.
+
+    runs: their runs of neighbours, each with its part of arrays that hold these slots alone. pairs: the same of the
+    guided ones, each with the slots of its partners. scale: of each guided one, (slots, 1).
+    """
+
+    slots: Slots
+    runs: list[tuple[slice, slice]]
+    pairs: list[tuple[slice, slice]]
+    scale: Array
+
+
+class HostStepper:
+    """Follows `protocols.Stepper`. What a table does not use (x̂0 of the step before, the raw prediction, a learned
+    variance) is not computed while no table has used it."""
+
+    def __init__(self, network: Network, rows: int) -> None:
+        slots = network.max_batch
+        self._network = network
+        self._memory = network.memory
+        self._x, self._prediction = _flat(network.memory["x"]), _flat(network.memory["prediction"])
+        self._temb = network.memory["temb"]
+        self._gathered_temb = np.empty_like(self._temb)
+        elements = self._x.shape[1]
+        self._embedding = network.spec.embedding.table(network.spec.timesteps)
+        self._rows = np.zeros((rows, len(COLUMNS) + 3), np.float32)
+        self._rows[0, : len(COLUMNS)] = IDENTITY
+        self._row, self._end = np.full(slots, IDLE), np.full(slots, IDLE)
+        self._partner, self._scale = np.full(slots, -1), np.ones((slots, 1), np.float32)
+        self._broken = np.zeros(slots, bool)
+        self._ahead = NoiseAhead(slots, elements)
+        self._current = np.zeros((slots, self._rows.shape[1]), np.float32)  # the rows of the plan's slots
+        self._x0 = np.zeros((slots, elements), np.float32)
+        self._finite = np.empty((slots, elements), bool)
+        # Arrays that hold the plan's slots alone, where they are not neighbours, and what terms are computed in.
+        self._gathered = np.empty((4, slots, elements), np.float32)
+        self._scratch = np.empty((slots, elements), np.float32)
+        self._previous = np.empty((slots, elements), np.float32)
+        self._uses_previous = self._uses_prediction = False
+        self._exponential: Exponential | None = None
+        self._plan: _Plan | None = None
+
+    def put_rows(self, first: int, rows: Array) -> None:
+        """Write rows of a step table."""
+        place = self._rows[first : first + len(rows)]
+        place[:, : len(COLUMNS)] = rows
+        place[:, QUARTER] = (rows[:, LN_VAR_MAX] - rows[:, LN_VAR_MIN]) * _QUARTER
+        place[:, BASE] = place[:, QUARTER] + rows[:, LN_VAR_MIN] * _HALF
+        place[:, LEARNS] = (rows[:, LN_VAR_MIN] != 0) | (rows[:, LN_VAR_MAX] != 0)
+        self._uses_previous |= bool(rows[:, F].any())
+        self._uses_prediction |= bool(rows[:, G].any())
+        if place[:, LEARNS].any() and not self._exponential:
+            self._exponential = Exponential(*self._x0.shape)
+
+    def place(self, slots: Slots, places: NDArray[np.void]) -> None:
+        """Say what slots run from now on."""
+        self._row[slots], self._end[slots] = places["row"], places["end"]
+        self._partner[slots], self._scale[slots, 0] = places["partner"], places["scale"]
+        self._broken[slots] = False
+        self._ahead.assign(slots, places["seed"], places["index"])
+        self._plan = None
+
+    def begin(self, slots: Slots, noise: Array | None) -> None:
+        """x_T is written, not computed by the START row: 0·NaN would keep a slot broken that once was."""
+        if noise is None:
+            noise = self._ahead.take(slots, self._draws)
+        self._set(slots, noise, np.zeros((), np.float32))
+        self._row[slots] += 1
+
+    def resume(self, slots: Slots, x: Array, x0: Array) -> None:
+        """Set x and the last x̂0."""
+        self._set(slots, x, x0)
+
+    def _set(self, slots: Slots, x: Array, x0: Array) -> None:
+        self._x[slots] = x.reshape(len(slots), -1)
+        self._x0[slots] = x0.reshape(len(slots), -1) if x0.ndim else x0
+        guided = slots[self._partner[slots] >= 0]
+        self._x[self._partner[guided]] = self._x[guided]
+        self._plan = None
+
+    def give(self, slots: Slots, noise: Array) -> None:
+        """The noise of a caller's for the next step."""
+        self._ahead.give(slots, noise.reshape(len(slots), -1))
+
+    def pair(self, guide: int, partner: int) -> None:
+        """Say which slot has the unconditional row of a guided one."""
+        self._partner[guide] = partner
+        self._plan = None
+
+    def move(self, source: int, target: int) -> None:
+        """Let a slot take another's place."""
+        inputs = [self._memory[tensor.name] for tensor in self._network.spec.inputs]
+        for array in (*inputs, self._x0, self._row, self._end, self._partner, self._scale, self._broken):
+            array[target] = array[source]
+        self._ahead.move(source, target)
+        self._row[source] = IDLE
+        self._plan = None
+
+    def step(self, bucket: int) -> None:
+        """The network, then the update."""
+        plan = self._plan or self._planned()
+        self._network.enqueue(bucket)
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # of a slot that is broken, which is told by `broken`
+            self._update(plan)
+        self._row[plan.slots] += 1
+        ended = self._row[plan.slots] == self._end[plan.slots]
+        if ended.any():
+            self._row[plan.slots[ended]] = IDLE
+            self._plan = None
+        else:
+            self._look_up(plan)
+
+    def _planned(self) -> _Plan:
+        """Which slots take the next step; their rows are looked up."""
+        slots = np.flatnonzero(self._row != IDLE)
+        guided = np.flatnonzero(self._partner[slots] >= 0)
+        self._plan = _Plan(
+            slots,
+            _pairs(np.arange(len(slots)), slots),
+            _pairs(guided, self._partner[slots[guided]]),
+            self._scale[slots],
+        )
+        self._look_up(self._plan)
+        return self._plan
+
+    def _look_up(self, plan: _Plan) -> None:
+        """The row that each slot runs next, and the embedding of its timestep, for its partner too."""
+        current = self._current[: len(plan.slots)]
+        # mode="clip" writes straight into `out`; the indices are ours and in range.
+        np.take(self._rows, self._row[plan.slots], axis=0, out=current, mode="clip")
+        temb = self._gathered_temb[: len(plan.slots)]
+        np.take(self._embedding, current[:, T].astype(np.intp), axis=0, out=temb, mode="clip")
+        for part, slots in (*plan.runs, *plan.pairs):
+            self._temb[slots] = temb[part]
+
+    def _update(self, plan: _Plan) -> None:
+        """x ← x', x̂0, of the plan's slots, by the rows that were looked up."""
+        count = len(plan.slots)
+        row = self._current[:count, :, None]  # (k, columns, 1)
+        x, x0, out = self._rows_of(plan, self._x, 0), self._rows_of(plan, self._x0, 1), self._guided(plan)
+        scratch, previous = self._scratch[:count], self._previous[:count]
+        if self._uses_previous:  # before x̂0 takes its place
+            np.multiply(x0, row[:, F], previous)
+
+        np.multiply(x, row[:, A], x0)
+        np.multiply(out, row[:, B], scratch)
+        np.add(x0, scratch, x0)
+        np.maximum(x0, row[:, LO], out=x0)
+        np.minimum(x0, row[:, HI], out=x0)
+
+        np.multiply(x, row[:, D], x)
+        np.multiply(x0, row[:, C], scratch)
+        np.add(x, scratch, x)
+        if row[:, E].any():
+            np.multiply(self._ahead.take(plan.slots, self._draws), row[:, E], scratch)
+            if self._exponential:
+                np.multiply(scratch, self._deviation(plan, row), scratch)
+            np.add(x, scratch, x)
+        else:
+            self._ahead.skip(plan.slots)
+        if self._uses_previous:
+            np.add(x, previous, x)
+        if self._uses_prediction:
+            np.multiply(out, row[:, G], scratch)
+            np.add(x, scratch, x)
+        # -0 becomes +0, so that a term with a zero coefficient may as well not be computed.
+        np.add(x, _ZERO, x)
+        self._watch_over(plan, x)
+        if len(plan.runs) > 1:
+            for part, slots in plan.runs:
+                self._x[slots], self._x0[slots] = x[part], x0[part]
+        for part, slots in plan.pairs:
+            self._x[slots] = x[part]
+
+    def _rows_of(self, plan: _Plan, memory: Array, place: int) -> Array:
+        """The plan's rows of some memory: themselves where they are neighbours, else a copy of them."""
+        if len(plan.runs) == 1:
+            return memory[plan.runs[0][1]]
+        gathered = self._gathered[place, : len(plan.slots)]
+        for part, slots in plan.runs:
+            gathered[part] = memory[slots]
+        return gathered
+
+    def _guided(self, plan: _Plan) -> Array:
+        """What the network predicts, where guided out(none) + scale·(out(y) - out(none)) (Ho & Salimans 2022)."""
+        prediction = self._prediction[:, : self._x.shape[1]]
+        out = self._rows_of(plan, prediction, 2)
+        if plan.pairs and len(plan.runs) == 1:  # the network's own memory, which stays as it is
+            gathered = self._gathered[2, : len(plan.slots)]
+            np.copyto(gathered, out)
+            out = gathered
+        for part, partners in plan.pairs:
+            without = prediction[partners]
+            np.subtract(out[part], without, out[part])
+            np.multiply(out[part], plan.scale[part], out[part])
+            np.add(out[part], without, out[part])
+        return out
+
+    def _deviation(self, plan: _Plan, row: Array) -> Array:
+        """s of the rule, (k, C·H·W), in memory of its own."""
+        assert self._exponential
+        w = self._gathered[3, : len(plan.slots)]
+        for part, slots in plan.runs:
+            np.multiply(self._prediction[slots, self._x.shape[1] :], row[part, QUARTER], w[part])
+        np.add(w, row[:, BASE], w)
+        learns = row[:, LEARNS, 0]
+        if not learns.all():
+            w[learns == 0] = 0  # whatever v was: 0 times an infinity would be NaN
+        self._exponential.apply(w)
+        return w
+
+    def _watch_over(self, plan: _Plan, x: Array) -> None:
+        finite = np.isfinite(x, out=self._finite[: len(x)])
+        if not finite.all():
+            self._broken[plan.slots[~finite.all(axis=1)]] = True
+
+    def _draws(self, run: slice, steps: int) -> NDArray[np.int64]:
+        """The draws of a run of slots from their next step on: t + 1. Past a chain's end they are never used."""
+        rows = self._row[run, None] + np.arange(steps)
+        timesteps: NDArray[np.float32] = self._rows[:, T].take(rows, mode="clip")
+        return timesteps.astype(np.int64) + 1
+
+    def broken(self, slots: Slots) -> NDArray[np.bool_]:
+        """Which slots had numbers that were not finite."""
+        broken: NDArray[np.bool_] = self._broken[slots]
+        return broken
+
+    def read(self, part: slice) -> tuple[Array, Array]:
+        """Copies of x and x̂0."""
+        x, x0 = self.watch(part)()
+        return x.copy(), x0.copy()
+
+    def watch(self, part: slice) -> Look:
+        """Views of x and x̂0."""
+        x: Array = self._memory["x"]
+        return lambda: (x[part], self._x0.reshape(x.shape)[part])
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def _flat(array: Array) -> Array:
+    return array.reshape(len(array), -1)
+
+
+def _pairs(places: Slots, slots: Slots) -> list[tuple[slice, slice]]:
+    """Places in one array and slots in another, as pairs of slices: one for each stretch where both have neighbours."""
+    if not len(places):
+        return []
+    breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(slots) != 1)) + 1
+    ends = [*breaks.tolist(), len(places)]
+    return [
+        (slice(int(places[a]), int(places[b - 1]) + 1), slice(int(slots[a]), int(slots[b - 1]) + 1))
+        for a, b in zip([0, *ends[:-1]], ends, strict=True)
+    ]
