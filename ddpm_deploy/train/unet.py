@@ -140,22 +140,20 @@ class UNet(nn.Module):
         self, config: UNetConfig, image_channels: int, temb_dim: int, out_channels: int, num_labels: int = 0
     ) -> None:
         super().__init__()
-        widths = [config.channels * mult for mult in config.channel_mults]
-        hidden = 4 * config.channels
-        self.temb1 = nn.Linear(temb_dim, hidden)
-        self.temb2 = nn.Linear(hidden, hidden)
-        self.label_embedding = nn.Embedding(num_labels, hidden) if num_labels else None
+        self.temb1 = nn.Linear(temb_dim, config.time_width)
+        self.temb2 = nn.Linear(config.time_width, config.time_width)
+        self.label_embedding = nn.Embedding(num_labels, config.time_width) if num_labels else None
         self.conv_in = Conv2d(image_channels, config.channels, 3, padding=1)
 
         # Going down, what each module gives is kept; going up, each stage takes one back.
         self.down = nn.ModuleList()
         channels, skips = config.channels, [config.channels]
-        for level, width in enumerate(widths):
+        for level, width in enumerate(config.widths):
             for _ in range(config.blocks):
                 self.down.append(Stage(config, channels, width, level in config.attention_levels))
                 channels = width
                 skips.append(channels)
-            if level < len(widths) - 1:
+            if level < len(config.widths) - 1:
                 self.down.append(Downsample(config, channels))
                 skips.append(channels)
 
@@ -167,7 +165,7 @@ class UNet(nn.Module):
         )
 
         self.up = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
+        for level, width in reversed(list(enumerate(config.widths))):
             for _ in range(config.blocks + 1):
                 self.up.append(Stage(config, channels + skips.pop(), width, level in config.attention_levels))
                 channels = width
@@ -178,7 +176,7 @@ class UNet(nn.Module):
         self.conv_out = Conv2d(channels, out_channels, 3, padding=1)
         # The timestep's projections for all blocks are one matrix product, split.
         self.temb_splits = [m.temb_channels for m in self.modules() if isinstance(m, ResBlock)]
-        self.temb_projections = nn.Linear(hidden, sum(self.temb_splits))
+        self.temb_projections = nn.Linear(config.time_width, sum(self.temb_splits))
         self._initialise()
 
     def _initialise(self) -> None:
