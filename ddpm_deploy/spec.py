@@ -5,6 +5,7 @@ The same text is in the checkpoint (an entry), in the ONNX file (a metadata prop
 """
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -147,6 +148,18 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     refittable: bool = False
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor that goes into the network or comes out of it.
+
+    shape: of one row, without the batch axis, which every tensor has in front.
+    """
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[int, ...]
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the runtime must know of a model.
 
@@ -252,6 +265,18 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             case "dpmpp-2m":
                 return dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
         raise SettingError(f"solver {settings.solver!r} is not known: choose from {', '.join(SOLVERS)}")
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the network takes, in order: the images x, the timestep's embedding, and the labels y if it has any."""
+        x = Tensor("x", "float32", self.image_shape)
+        temb = Tensor("temb", "float32", (self.embedding.dim,))
+        return (x, temb, Tensor("y", "int64", ())) if self.num_classes else (x, temb)
+
+    @property
+    def output(self) -> Tensor:
+        """What the network gives."""
+        return Tensor("prediction", "float32", self.prediction_shape)
 
     @property
     def prediction_shape(self) -> tuple[int, int, int]:

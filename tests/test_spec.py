@@ -8,7 +8,7 @@ import pytest
 
 from ddpm_deploy.errors import SpecError
 from ddpm_deploy.schedule import CosineBetas
-from ddpm_deploy.spec import MAX_SPEC_BYTES, ModelSpec, UNetConfig
+from ddpm_deploy.spec import MAX_SPEC_BYTES, ModelSpec, Tensor, UNetConfig
 from tests.models import tiny_spec
 
 
@@ -23,6 +23,16 @@ def test_kinds_are_told() -> None:
     content = json.loads(tiny_spec().to_json())
     kinds = {name: content[name]["kind"] for name in ("schedule", "embedding", "network")}
     assert kinds == {"schedule": "linear", "embedding": "sinusoidal", "network": "unet"}
+
+
+def test_what_goes_in_and_out() -> None:
+    spec = tiny_spec((3, 8, 16))
+    x, temb = Tensor("x", "float32", (3, 8, 16)), Tensor("temb", "float32", (8,))
+    assert spec.inputs == (x, temb)
+    assert spec.output == Tensor("prediction", "float32", (3, 8, 16))
+    more = msgspec.structs.replace(spec, num_classes=2, variance="learned_range")
+    assert more.inputs == (x, temb, Tensor("y", "int64", ()))
+    assert more.output.shape == more.prediction_shape == (6, 8, 16)
 
 
 def test_largest_spec_fits_in_an_engines_name() -> None:

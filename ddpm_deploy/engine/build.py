@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_LEVEL: Final = 3  # TensorRT's own
 # Where a graph is said to be, so that the parser finds no other file that it may name.
 NOWHERE: Final = "/dev/null/model.onnx"
+_TYPES: Final = {"float32": "FLOAT", "int64": "INT64"}  # as TensorRT names them
 SPARE: Final = 200  # characters that a refittable engine's name has left for the ModelSpec of other weights
 
 
@@ -200,10 +201,10 @@ def _parse(trt: Any, network: Any, onnx: Path, log: Log) -> None:
 
 def _require_interface(trt: Any, network: Any, spec: ModelSpec, onnx: Path) -> None:
     """The graph must have the inputs and the output of the contract, in the shapes of the spec, B dynamic."""
-    wanted = {"x": ("FLOAT", (-1, *spec.image_shape)), "temb": ("FLOAT", (-1, spec.embedding.dim))}
-    if spec.num_classes:
-        wanted["y"] = ("INT64", (-1,))
-    result = {"prediction": ("FLOAT", (-1, *spec.prediction_shape))}
+    wanted, result = (
+        {tensor.name: (_TYPES[tensor.dtype], (-1, *tensor.shape)) for tensor in side}
+        for side in (spec.inputs, (spec.output,))
+    )
     inputs = _tensors(network.get_input(index) for index in range(network.num_inputs))
     outputs = _tensors(network.get_output(index) for index in range(network.num_outputs))
     if (inputs, outputs) != (wanted, result):
@@ -269,11 +270,8 @@ def _member(capability: str) -> str:
 
 def _add_profile(builder: Any, config: Any, spec: ModelSpec, batches: tuple[int, int, int], log: Log) -> None:
     profile = made("a profile", log, builder.create_optimization_profile)
-    shapes: dict[str, tuple[int, ...]] = {"x": spec.image_shape, "temb": (spec.embedding.dim,)}
-    if spec.num_classes:
-        shapes["y"] = ()
-    for name, shape in shapes.items():
-        profile.set_shape(name, *((batch, *shape) for batch in batches))
+    for tensor in spec.inputs:
+        profile.set_shape(tensor.name, *((batch, *tensor.shape) for batch in batches))
     if config.add_optimization_profile(profile) < 0:
         raise BackendError(f"TensorRT refuses the batches {batches}: {log.reason('it does not say why')}")
 
