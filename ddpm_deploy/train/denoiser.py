@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from ddpm_deploy.errors import BackendError, SettingError, first_line
 from ddpm_deploy.runtime.denoiser import allocate, default_max_batch
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import load_network
-from ddpm_deploy.train.unet import UNet
 
 
 class TorchDenoiser:
@@ -23,7 +23,7 @@ class TorchDenoiser:
 
     def __init__(
         self,
-        network: UNet,
+        network: nn.Module,
         spec: ModelSpec,
         *,
         device: str = "cpu",
@@ -36,7 +36,7 @@ class TorchDenoiser:
             torch.set_num_threads(threads)
         self._device = torch_device(device)
         self.device = str(self._device)
-        self._network: UNet | None = network.to(self._device).eval()
+        self._network: nn.Module | None = network.to(self._device).eval()
         self.x, self.temb, self.y, self.prediction = allocate(spec, self.max_batch)
         # The same memory as the arrays.
         self._inputs = [torch.from_numpy(array) for array in (self.x, self.temb)]
