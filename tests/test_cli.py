@@ -367,6 +367,7 @@ def test_quiet_and_verbose(tmp_path: Path, onnx_path: Path) -> None:
     assert quiet.stdout.startswith(f"{tmp_path / 'x.png'}: 1 image, 2 steps")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_training_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     model = tmp_path / "m.pt"
@@ -508,6 +509,7 @@ def test_progress_shows_the_images_appear(tmp_path: Path, onnx_path: Path, suffi
     )
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_interrupted_run_leaves_nothing(tmp_path: Path, onnx_path: Path) -> None:
     command = [BIN / "ddpm-run", onnx_path, "--count", "5000", "-o", tmp_path / "x.npz"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -252,6 +252,7 @@ def interrupting(label: str, length: int) -> Iterator[Callable[[int], None]]:
     yield lambda steps: signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_while_the_graph_is_read_is_not_lost(
     exported: dict[Precision, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +263,7 @@ def test_a_signal_while_the_graph_is_read_is_not_lost(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_build_and_leaves_nothing(
     exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -212,6 +212,7 @@ def test_names_that_are_no_model(tmp_path: Path, name: str) -> None:
         read_spec(tmp_path / name)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_files_that_belong_together_get_their_names_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
