@@ -138,7 +138,6 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     gpu: Text = ""
     driver: Text = ""
     batches: tuple[tuple[Batch, Batch, Batch], ...]
-    refittable: bool = False
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -38,7 +38,6 @@ MODULES = [
     "engine/cache",
     "engine/layers",
     "engine/load",
-    "engine/refit",
     "errors",
     "export/__init__",
     "export/graph",

@@ -131,7 +131,7 @@ def _if_there(plan: Path, load: Callable[[Path], Loaded], level: int) -> Loaded 
 
 def _key(onnx: Path, spec: ModelSpec, settings: EngineSettings) -> str:
     """Of the file's bytes, not of the weights alone, as a graph may change with them the same."""
-    trt = require_builder(settings.flavour, refittable=settings.refittable)
+    trt = require_builder(settings.flavour)
     found = driver()
     with onnx.open("rb") as file:
         key = hashlib.file_digest(file, "sha256")
