@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,12 +15,15 @@ import pytest
 
 from ddpm_deploy import reference
 from ddpm_deploy.embedding import SinusoidalEmbedding
-from ddpm_deploy.errors import BackendError
-from ddpm_deploy.runtime import device_chain
+from ddpm_deploy.engine.build import EngineSettings
+from ddpm_deploy.errors import BackendError, DependencyError
+from ddpm_deploy.gpu import Gpu
+from ddpm_deploy.runtime import backend, device_chain, kernel
 from ddpm_deploy.runtime.device_chain import DeviceChain
 from ddpm_deploy.runtime.kernel import OPTIONS, compiled, kernel_source
 from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.words import Flavour
 from tests.host_device import HostDevice, HostNetwork
 from tests.models import ArrayDenoiser, tiny_spec
 from tests.test_chain import every_column_table
@@ -50,6 +54,30 @@ def test_what_nvrtc_does_not_compile_is_told() -> None:
         compiled("no CUDA C", "86")
     with pytest.raises(BackendError, match="for sm_35: NVRTC_ERROR_INVALID_OPTION"):
         compiled(kernel_source(), "35")
+
+
+def no_library() -> None:
+    """As cuda.bindings answers the first call where there is no libnvrtc."""
+    raise RuntimeError("Failed to dlopen libnvrtc.so.13")
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_a_missing_nvrtc_is_told_before_minutes_of_building(
+    onnx_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: Flavour
+) -> None:
+    built: list[object] = []
+    monkeypatch.setattr(kernel, "require", lambda module, extra: SimpleNamespace(nvrtcVersion=no_library))
+    monkeypatch.setattr(backend, "require_gpu", lambda otherwise: Gpu("A10", "8.6", 1))
+    monkeypatch.setattr(backend, "flavour_here", lambda gpu: flavour)
+    monkeypatch.setattr(backend, "settings_here", lambda *_: EngineSettings(flavour=flavour))
+    monkeypatch.setattr(backend, "Cuda", lambda extra: None)
+    monkeypatch.setattr(backend, "built_on_arrival", lambda *_, **settings: built.append(settings))
+    extra = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}[flavour]
+    with pytest.raises(DependencyError, match=rf"NVRTC does not load .*libnvrtc.*ddpm-deploy\[{extra}\]"):
+        backend.load_denoiser(onnx_path, device="cuda")
+    assert built == []
+    with pytest.raises(DependencyError, match="NVRTC does not load"):
+        compiled(kernel_source(), "86")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

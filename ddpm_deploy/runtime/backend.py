@@ -11,6 +11,7 @@ from ddpm_deploy.files import quoted, show
 from ddpm_deploy.plan import PLAN_SUFFIX
 from ddpm_deploy.runtime.denoiser import Denoiser
 from ddpm_deploy.runtime.device import Cuda
+from ddpm_deploy.runtime.kernel import require_nvrtc
 from ddpm_deploy.runtime.network import Mirrored
 from ddpm_deploy.runtime.ort import OrtDenoiser, OrtNetwork, onnxruntime_has_cuda
 from ddpm_deploy.runtime.trt import TrtNetwork
@@ -66,6 +67,7 @@ def _on_gpu(path: Path, max_batch: int | None, spec: ModelSpec | None, stages: S
         return Mirrored(OrtNetwork(path, Cuda(), max_batch=max_batch, spec=spec))
     settings = settings_here(spec or read_spec(path), max_batch, gpu)
     Cuda(MODULES[settings.flavour][1])  # what is missing to run it is told before minutes of building
+    require_nvrtc(MODULES[settings.flavour][1])
 
     def load(plan: Path) -> Denoiser:
         return Mirrored(TrtNetwork.load(plan, max_batch=max_batch))
