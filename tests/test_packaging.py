@@ -80,6 +80,7 @@ MODULES = [
     "train/diffusion",
     "train/ema",
     "train/noise",
+    "train/pictures",
     "train/session",
     "train/settings",
     "train/trainer",

@@ -1,8 +1,11 @@
 """The network, the data, and training: sizes, exactness of resuming, and what is refused."""
 
 import io
+import logging
+import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import msgspec
@@ -647,15 +650,118 @@ def test_tensorboard_has_the_metrics(tmp_path: Path) -> None:
 def test_pictures_and_metrics_that_cannot_be_written_do_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ddpm_deploy.train import session
+    from ddpm_deploy.train import pictures
+    from ddpm_deploy.train.session import Session
 
     def full(*arguments: object) -> None:
         raise OutputError("the disk is full")
 
-    monkeypatch.setattr(session, "save_png", full)
+    monkeypatch.setattr(pictures, "save_png", full)
     trainer = digits_trainer(steps=3, save_every=3, sample_every=2)
-    assert session.Session(trainer, tmp_path / "m.pt", lambda steps, note: None).run()
+    assert Session(trainer, tmp_path / "m.pt", lambda steps, note: None).run()
     assert Checkpoint.load(tmp_path / "m.pt").step == 3
+
+
+# --- pictures ---------------------------------------------------------------------------------------------
+
+
+class SlowNetwork:
+    """Makes out that a call of the network takes `seconds` for each image, and counts the calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> None:
+        from ddpm_deploy.train import pictures
+
+        self.now, self.calls = 0.0, 0
+        run = TorchDenoiser.run
+
+        def slow(denoiser: TorchDenoiser, batch: int) -> None:
+            self.now += seconds * batch
+            self.calls += 1
+            run(denoiser, batch)
+
+        monkeypatch.setattr(TorchDenoiser, "run", slow)
+        monkeypatch.setattr(pictures, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "images", "said"),
+    [
+        (0.001, 16, "each picture of samples has 16 images and takes about 1.6 s"),
+        (0.046, 13, "has 13 images and takes about 60 s: with 16 it would take 74 s"),
+        (0.5, 1, "has 1 image and takes about 50 s: with 16 it would take 800 s"),
+        (0.7, 0, "no pictures of samples are drawn: one of a single image would take about 70 s here"),
+    ],
+)
+def test_a_picture_takes_a_minute_at_most_and_says_so_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seconds: float,
+    images: int,
+    said: str,
+) -> None:
+    from ddpm_deploy.train.session import Session
+
+    caplog.set_level(logging.INFO, "ddpm_deploy")
+    slow = SlowNetwork(monkeypatch, seconds)
+    trainer = digits_trainer(steps=4, sample_every=2)
+    told: list[float] = []
+    assert Session(trainer, tmp_path / "m.pt", lambda steps, note: told.append(slow.now)).run()
+    assert told[0] < 30  # seconds, to find out
+    assert said in caplog.text
+    assert len([message for message in caplog.messages if "picture" in message]) == 1
+    names = [path.name for path in sorted((tmp_path / "m.train").glob("*.png"))]
+    assert names == (["samples-000002.png", "samples-000004.png"] if images else [])
+    if images:
+        side = int(np.ceil(np.sqrt(images)))
+        with Image.open(tmp_path / "m.train" / "samples-000004.png") as picture:
+            assert picture.size[0] == side * 66 + 2
+
+
+def test_no_pictures_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddpm_deploy.train.session import Session
+
+    slow = SlowNetwork(monkeypatch)
+    assert Session(digits_trainer(steps=2, sample_every=0), tmp_path / "m.pt", lambda *_: None).run()
+    assert slow.calls == 0
+
+
+def test_pictures_do_not_change_the_training(tmp_path: Path) -> None:
+    from ddpm_deploy.train.session import Session
+
+    for every in (0, 1):
+        output = tmp_path / f"{every}.pt"
+        Session(digits_trainer(steps=3, sample_every=every), output, lambda steps, note: None).run()
+    first, second = (Checkpoint.load(tmp_path / f"{every}.pt") for every in (0, 1))
+    assert digest(first.raw) == digest(second.raw)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_stop_during_a_picture_is_heard_within_a_step_of_its_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, last: bool
+) -> None:
+    """What was trained is saved before a picture is begun where that is due, and in any case before the end."""
+    from ddpm_deploy.train.session import Session
+
+    trainer = digits_trainer(steps=3, save_every=50, sample_every=3 if last else 2)
+    output, calls, saved = tmp_path / "m.pt", 0, []
+    run = TorchDenoiser.run
+
+    def interrupted(denoiser: TorchDenoiser, batch: int) -> None:
+        nonlocal calls
+        run(denoiser, batch)
+        calls += trainer.steps_done > 0
+        if calls == 5:
+            saved.append(output.exists())
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(TorchDenoiser, "run", interrupted)
+    finished = Session(trainer, output, lambda steps, note: None).run()
+    assert (finished, saved, calls) == (last, [last], 5)
+    assert Checkpoint.load(output).step == (3 if last else 2)
+    assert not list((tmp_path / "m.train").glob("*.png"))
 
 
 # --- data -----------------------------------------------------------------------------------------------
