@@ -107,7 +107,7 @@ def non_finite_tensor(path: Path) -> str | None:
         tensors = (payload for graph in graphs for field, _, payload in _fields(graph) if field == 5)
         for tensor in tensors:
             parts = {field: payload for field, _, payload in _fields(tensor)}
-            dtype = _FLOATS.get(parts[2][0]) if 2 in parts else None
+            dtype = _FLOATS.get(_varint(parts[2], 0)[0]) if 2 in parts else None
             if dtype and 9 in parts and not np.isfinite(np.frombuffer(parts[9], dtype)).all():
                 return bytes(parts.get(8, b"?")).decode(errors="replace")
     except (OSError, ValueError) as error:

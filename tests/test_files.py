@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_deploy.artefact import read_spec
+from ddpm_deploy.artefact import non_finite_tensor, protobuf_field, read_spec
 from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError, SpecError
 from ddpm_deploy.files import atomic, atomic_together, require_file, require_output
 from ddpm_deploy.spec import SPEC_KEY
@@ -203,6 +203,42 @@ def test_an_onnx_file_of_another_maker(tmp_path: Path) -> None:
     )
     with pytest.raises(SpecError, match="carries no ModelSpec"):
         read_spec(tmp_path / "x.onnx")
+
+
+NAN = protobuf_field(9, np.array([1, np.nan], np.float32).tobytes()) + protobuf_field(8, b"weight")
+DATA_TYPE = bytes([2 << 3])  # the tag of a number in field 2
+
+
+@pytest.mark.parametrize(
+    ("data_type", "found"),
+    [
+        (DATA_TYPE + b"\x01", "weight"),
+        (DATA_TYPE + b"\x81\x00", "weight"),  # 1 again, in more bytes than it needs
+        (DATA_TYPE + b"\x07", None),  # int64
+        (b"", None),  # no type, which ONNX Runtime refuses
+    ],
+)
+def test_numbers_that_are_not_finite_are_found_by_the_type_of_their_tensor(
+    tmp_path: Path, data_type: bytes, found: str | None
+) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(protobuf_field(7, protobuf_field(5, data_type + NAN)))
+    assert non_finite_tensor(path) == found
+
+
+@pytest.mark.parametrize(
+    "data_type",
+    [protobuf_field(2, b""), DATA_TYPE, DATA_TYPE + b"\x81" * 11],
+    ids=["a text without letters", "no number", "a number without end"],
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_a_tensor_whose_type_is_no_number_is_no_whole_file(
+    tmp_path: Path, data_type: bytes, last: bool
+) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(protobuf_field(7, protobuf_field(5, NAN + data_type if last else data_type + NAN)))
+    with pytest.raises(ArtefactError, match=r"not a whole \.onnx file"):
+        non_finite_tensor(path)
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.plan"])
