@@ -15,7 +15,6 @@ import msgspec
 import numpy as np
 import pytest
 from ddpm_deploy.artefact import read_meant_float32, read_spec, seal
-from ddpm_deploy.engine.refit import refitted_spec, renamed
 
 from ddpm_deploy.cli.engine import _CAPABILITIES, engine_settings
 from ddpm_deploy.cli.export import main
@@ -31,9 +30,9 @@ from ddpm_deploy.engine.build import (
 )
 from ddpm_deploy.engine.layers import Layers, inspected, require_precision
 from ddpm_deploy.engine.load import _options_of, require_runs_here, runs_on, source_of
-from ddpm_deploy.errors import ArtefactError, BackendError, OutputError, ParityError, SettingError, SpecError
+from ddpm_deploy.errors import ArtefactError, OutputError, ParityError, SettingError, SpecError
 from ddpm_deploy.gpu import Gpu
-from ddpm_deploy.plan import PlanHead, digest_path, read_plan_head, spec_place, trusted
+from ddpm_deploy.plan import PlanHead, digest_path, read_plan_head, trusted
 from ddpm_deploy.runtime.proof import proof_path
 from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, EngineSpec, ModelSpec
 from ddpm_deploy.words import CAPABILITIES, GraphPrecision, Precision
@@ -199,7 +198,6 @@ def test_the_settings_reach_tensorrt(asked: bool) -> None:
         flavour="tensorrt-rtx",
         batches=((1, 1, 1), (2, 4, 8)),
         tf32=asked,
-        refittable=asked,
         workspace=1 << 20,
         level=4,
         capabilities=("8.6",) if asked else (),
@@ -207,7 +205,6 @@ def test_the_settings_reach_tensorrt(asked: bool) -> None:
     spec = engine_spec(tiny_spec(), settings, "1")
     config = _configure(trt, builder, settings, spec, log)
     assert config.get_flag(trt.BuilderFlag.TF32) is asked
-    assert config.get_flag(trt.BuilderFlag.REFIT) is asked
     assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 20
     assert (config.builder_optimization_level, config.num_optimization_profiles) == (4, 2)
@@ -250,13 +247,13 @@ def test_the_longest_name_is_kept_and_a_longer_one_refused() -> None:
         network.name = "short"
         network.name = "n" * length
         assert (network.name == "n" * length) is kept
-    engine = EngineSpec(flavour="tensorrt-rtx", version="1", batches=((1, 1, 1),), refittable=True)
+    engine = EngineSpec(flavour="tensorrt-rtx", version="1", batches=((1, 1, 1),))
     spec = msgspec.structs.replace(tiny_spec(), engine=engine)
     _set_name(network, spec)
-    assert network.name == spec.to_json() + " " * 200
+    assert network.name == spec.to_json()
     crowded = msgspec.structs.replace(spec, num_classes=30, class_names=tuple(f"{i:0100}" for i in range(30)))
     with pytest.raises(
-        SpecError, match="only 3799 fit in an engine: shorten the names of the classes, or build for fewer"
+        SpecError, match="only 3999 fit in an engine: shorten the names of the classes, or build for fewer"
     ):
         _set_name(network, crowded)
 
@@ -267,6 +264,7 @@ def interrupting(label: str, length: int) -> Iterator[Callable[[int], None]]:
     yield lambda steps: signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_while_the_graph_is_read_is_not_lost(
     exported: dict[Precision, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +275,7 @@ def test_a_signal_while_the_graph_is_read_is_not_lost(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_build_and_leaves_nothing(
     exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -556,10 +555,10 @@ def test_which_gpus_an_engine_runs_on(changes: dict[str, Any], gpus: list[Gpu]) 
         ({}, "fp16", HOPPER, "--max-batch 64"),
         ({"batches": ((1, 8, 64),)}, "tf32", HOPPER, "--precision tf32 --max-batch 64 --opt-batch 8"),
         (
-            {"batches": ((1, 1, 1), (8, 8, 8)), "refittable": True},
+            {"batches": ((1, 1, 1), (8, 8, 8))},
             "fp16",
             HOPPER,
-            "--batch-buckets 1,8 --refittable",
+            "--batch-buckets 1,8",
         ),
         ({"flavour": "tensorrt-rtx", "capabilities": ()}, "fp16", AMPERE, "--rtx --max-batch 64"),
         (
@@ -587,50 +586,6 @@ def test_the_source_of_a_plan(tmp_path: Path) -> None:
     assert source_of(plan) == tmp_path / "m.onnx"
     (tmp_path / "m.tf32.onnx").touch()
     assert source_of(plan) == tmp_path / "m.tf32.onnx"
-
-
-# --- new weights ------------------------------------------------------------------------------------------
-
-
-def test_weights_go_into_engines_of_their_network_alone() -> None:
-    new, path = tiny_spec(), Path("e.plan")
-    engine = EngineSpec(flavour="tensorrt", version="11", batches=((1, 1, 1),), refittable=True)
-    old = msgspec.structs.replace(
-        new, engine=engine, provenance=msgspec.structs.replace(new.provenance, digest="1" * 64)
-    )
-    assert refitted_spec(Path("n.onnx"), new, path, old) == msgspec.structs.replace(new, engine=engine)
-    for changed, problem in (
-        (
-            msgspec.structs.replace(old, engine=msgspec.structs.replace(engine, refittable=False)),
-            "--refittable",
-        ),
-        (msgspec.structs.replace(old, engine=None), "not an engine that was built to take new weights"),
-        (msgspec.structs.replace(old, image_shape=(3, 8, 8)), "they differ in image_shape"),
-        (msgspec.structs.replace(old, precision="fp16"), "they differ in precision"),
-    ):
-        with pytest.raises(ArtefactError, match=problem):
-            refitted_spec(Path("n.onnx"), new, path, changed)
-
-
-def test_the_spec_of_other_weights_takes_the_old_ones_place() -> None:
-    """And nothing else moves, also the second time. Refitting itself needs a GPU."""
-    old = tiny_spec()
-    longer = msgspec.structs.replace(
-        old, provenance=msgspec.structs.replace(old.provenance, step=123456, data="pets")
-    )
-    plan = b"vtrt" + bytes(100) + old.to_json().encode() + b" " * 200 + bytes(50)
-    for spec in (longer, old, longer):
-        plan = renamed(plan, spec)
-        place = spec_place(plan)
-        assert place is not None
-        assert ModelSpec.from_json(plan[place], "it") == spec
-        assert (place.start, plan[: place.start], plan[place.stop :]) == (
-            104,
-            b"vtrt" + bytes(100),
-            bytes(50),
-        )
-    with pytest.raises(BackendError, match="build anew"):
-        renamed(b"vtrt" + old.to_json().encode(), longer)
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -687,11 +642,6 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
     advice = "no NVIDIA GPU is visible: on this machine's CPU run the model it was built of, ddpm-run m.onnx;"
     refused(call("run", "m.rtx.plan"), 1, advice)
     refused(call("verify", "m.rtx.plan"), 1, advice)
-    refused(
-        call("export", "m.onnx", "--refit", "m.rtx.plan"),
-        1,
-        "with ddpm-export m.onnx --rtx --refittable, on a",
-    )
 
 
 @pytest.mark.parametrize(
@@ -714,15 +664,12 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
         (["m.onnx", "--compute-capability", "8.6"], 2, "are of TensorRT-RTX"),
         (["m.onnx", "--rtx", "--workspace", "0"], 2, "--workspace"),
         (["m.onnx", "--rtx", "--workspace", "nan"], 2, "--workspace nan"),
-        (["m.onnx", "--rtx", "--refittable"], 1, "a refittable engine is built on a GPU"),
         (["m.onnx", "--rtx", "-o", "loop.plan"], 1, "loop.plan"),
         (["m.onnx", "--rtx", "-o", "b.plan"], 1, "b.plan.sha256 exists and is no digest"),
         (["m.onnx", "--rtx", "-o", "c.plan"], 1, "c.plan.sha256 is another file of this command"),
         (["m.onnx", "--rtx", "-o", "link.plan"], 1, "link.proof.npz is another file of this command"),
         (["m.onnx", "--rtx", "-o", "other.plan"], 1, "holds another model"),
         (["m.onnx", "--rtx", "-o", "folder.plan"], 1, "is a folder"),
-        (["m.onnx", "--refit", "other.plan"], 1, "not a TensorRT engine"),
-        (["m.onnx", "--refit", "none.plan", "--rtx"], 2, "--rtx cannot be given with --refit"),
         (["other.plan"], 1, "neither a checkpoint nor an ONNX file"),
     ],
 )

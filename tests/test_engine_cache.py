@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from ddpm_deploy.artefact import read_spec
+
 from ddpm_deploy.engine import cache
 from ddpm_deploy.engine.build import EngineSettings
 from ddpm_deploy.engine.cache import built_on_arrival, cache_folder, with_timing_cache
@@ -66,7 +66,7 @@ def test_what_an_engine_depends_on_is_in_its_name(exported: dict[Precision, Path
 
 
 def test_the_machine_is_in_its_name(exported: dict[Precision, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPU, driver, CUDA and TensorRT's version: names of machines, of which none is here."""
+    """GPU, driver, CUDA, and the versions of TensorRT and of ours: names of machines, of which none is here."""
     machines = [
         Driver(),
         Driver("580", "13.0", (Gpu("A10", "8.6", 1),)),
@@ -78,9 +78,10 @@ def test_the_machine_is_in_its_name(exported: dict[Precision, Path], monkeypatch
     for machine in machines:
         monkeypatch.setattr(cache, "driver", lambda machine=machine: machine)
         keys.append(cache._key(exported["fp16"], read_spec(exported["fp16"]), RTX))
-    monkeypatch.setattr("tensorrt_rtx.__version__", "1.8.0")
-    keys.append(cache._key(exported["fp16"], read_spec(exported["fp16"]), RTX))
-    assert len(set(keys)) == len(machines) + 1
+    for version in ("tensorrt_rtx.__version__", "ddpm_deploy.engine.cache.__version__"):
+        monkeypatch.setattr(version, "1.8.0")
+        keys.append(cache._key(exported["fp16"], read_spec(exported["fp16"]), RTX))
+    assert len(set(keys)) == len(machines) + 2
 
 
 def test_an_engine_that_cannot_be_used_is_built_again_loudly(
@@ -140,6 +141,43 @@ def test_a_cache_that_others_may_write_to(exported: dict[Precision, Path], tmp_p
         built_on_arrival(exported["fp16"], RTX, same, folder=open_to_all)
     built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path / "own")
     assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "planted", ["open folder", "open file", "link", "another's folder", "another's file"]
+)
+def test_what_others_may_have_planted_is_not_loaded(
+    exported: dict[Precision, Path], tmp_path: Path, planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine with its digest right, in the place where it is looked for: loading it would run it."""
+    folder = tmp_path / "cache"
+    plan = built_on_arrival(exported["fp16"], RTX, same, folder=folder)
+    if planted == "open folder":
+        folder.chmod(0o770)
+    elif planted == "open file":
+        plan.chmod(0o664)
+    elif planted == "link":
+        plan.rename(tmp_path / "elsewhere.plan")
+        plan.symlink_to(tmp_path / "elsewhere.plan")
+    elif os.getuid():
+        pytest.skip("files are given to others by root alone")
+    else:
+        os.chown(folder if planted == "another's folder" else plan, 1234, -1)
+    loaded: list[Path] = []
+    with pytest.raises(OutputError, match="what is in it is run|may be somebody else's: remove it"):
+        built_on_arrival(exported["fp16"], RTX, loaded.append, folder=folder)
+    assert loaded == []
+
+
+def test_ones_own_engine_is_loaded_again_whatever_the_umask(
+    exported: dict[Precision, Path], tmp_path: Path
+) -> None:
+    before = os.umask(0o002)
+    try:
+        plan = built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path / "cache")
+        assert built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path / "cache") == plan
+    finally:
+        os.umask(before)
 
 
 def test_two_processes_build_it_once(exported: dict[Precision, Path], tmp_path: Path) -> None:

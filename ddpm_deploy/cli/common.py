@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import signal
-import threading
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ddpm_deploy.errors import DdpmDeployError, SettingError
+from ddpm_deploy.signals import handled
 from ddpm_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -82,16 +82,8 @@ def _terminated() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = (
-        signal.signal(signal.SIGTERM, interrupt)
-        if threading.current_thread() is threading.main_thread()
-        else None
-    )
-    try:
+    with handled([signal.SIGTERM], interrupt):
         yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 class Command(click.Command):

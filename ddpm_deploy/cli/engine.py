@@ -90,13 +90,10 @@ _OPTIONS: Final = (
     click.option(
         "--hardware-compatible", is_flag=True, help="For every GPU from Ampere on, at some cost in speed."
     ),
-    click.option(
-        "--refittable", is_flag=True, help="Can take new weights later (--refit), at some cost in speed."
-    ),
 )
 ENGINE_OPTIONS: Final = frozenset(
     {"rtx", "capabilities", "max_batch", "opt_batch", "buckets", "workspace", "level", "timing_cache"}
-    | {"hardware_compatible", "refittable"}
+    | {"hardware_compatible"}
 )
 
 
@@ -127,7 +124,6 @@ def engine_settings(options: dict[str, Any], spec: "ModelSpec") -> "EngineSettin
             tf32=options["precision"] == "tf32",
             workspace=None if workspace is None else int(workspace * _GIB),
             level=options["level"],
-            refittable=options["refittable"],
             hardware_compatible=options["hardware_compatible"],
             capabilities=tuple(dict.fromkeys(options["capabilities"])),
             timing_cache=options["timing_cache"],
@@ -139,9 +135,9 @@ def engine_settings(options: dict[str, Any], spec: "ModelSpec") -> "EngineSettin
 def require_room(spec: "ModelSpec", settings: "EngineSettings") -> None:
     """Raise SpecError where the ModelSpec will not fit in the engine, before minutes of work for it."""
     from ddpm_deploy.engine.bindings import load_tensorrt
-    from ddpm_deploy.engine.build import engine_spec, engine_text
+    from ddpm_deploy.engine.build import engine_spec
 
-    engine_text(engine_spec(spec, settings, str(load_tensorrt(settings.flavour).__version__)))
+    engine_spec(spec, settings, str(load_tensorrt(settings.flavour).__version__)).to_json()
 
 
 def _batches(options: dict[str, Any], spec: "ModelSpec") -> tuple[tuple[int, int, int], ...]:
@@ -263,8 +259,7 @@ def built_for(engine: "EngineSpec | None") -> str:
     where = f" ({engine.gpu})" if engine.gpu else ""
     batches = ", ".join(str(low) if low == high else f"{low} to {high}" for low, _, high in engine.batches)
     name = "TensorRT-RTX" if engine.flavour == "tensorrt-rtx" else "TensorRT"
-    refittable = ", refittable" if engine.refittable else ""
-    return show(f"{name} {engine.version} for {gpus}{where}, batch {batches}{refittable}")
+    return show(f"{name} {engine.version} for {gpus}{where}, batch {batches}")
 
 
 def skipped(onnx: Path, options: list[str], reason: str) -> None:

@@ -13,7 +13,6 @@ from ddpm_deploy.cli.common import FilePath, check_outputs, command, logger, ref
 from ddpm_deploy.cli.engine import (
     ENGINE_OPTIONS,
     build,
-    carry_proof,
     engine_files,
     engine_name,
     engine_options,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from ddpm_deploy.words import GraphPrecision, Precision
 
 _ANY_WAY: Final = {"model", "output", "force"}
-_WITH_REFIT: Final = {*_ANY_WAY, "refit"}
 _WITH_ONNX: Final = {*_ANY_WAY, *ENGINE_OPTIONS, "engine", "precision", "fp16"}
 
 
@@ -48,7 +46,6 @@ _WITH_ONNX: Final = {*_ANY_WAY, *ENGINE_OPTIONS, "engine", "precision", "fp16"}
   ddpm-export model.fp16.onnx --batch-buckets 1,8,64
   ddpm-export model.pt --fp16 --rtx             model.fp16.rtx.plan, for RTX GPUs; builds without one
   ddpm-export model.fp16.onnx --rtx --compute-capability 8.6 --compute-capability 8.9
-  ddpm-export new.onnx --refit engine.plan      new weights in an engine that was built --refittable
   ddpm-export model.pt -o net.onnx              under another name, and no engine
   ddpm-export model.pt --weights raw            the weights as trained, without averaging
 """,
@@ -77,9 +74,6 @@ _WITH_ONNX: Final = {*_ANY_WAY, *ENGINE_OPTIONS, "engine", "precision", "fp16"}
 )
 @click.option("--report", type=FilePath, help="Write what was found on the way here, as JSON.")
 @engine_options
-@click.option(
-    "--refit", type=FilePath, help="An engine whose weights to replace with those of MODEL, an .onnx."
-)
 @click.option("--force", is_flag=True, help="Replace a file that holds another model.")
 @click.pass_context
 def main(ctx: click.Context, /, model: Path, **options: Any) -> None:
@@ -103,12 +97,7 @@ def main(ctx: click.Context, /, model: Path, **options: Any) -> None:
         )
     spec = read_spec(model)  # a broken or foreign file is refused before torch is loaded
     if suffix in CHECKPOINT_SUFFIXES:
-        if options["refit"]:
-            raise click.UsageError("--refit takes the new weights from an .onnx: export the checkpoint first")
         _from_checkpoint(ctx, model, spec, options)
-    elif options["refit"]:
-        refuse_given(ctx, _WITH_REFIT, "cannot be given with --refit: the engine has its own settings")
-        _refit(model, spec, options)
     else:
         refuse_given(ctx, _WITH_ONNX, "cannot be given with an .onnx: of checkpoints alone")
         _from_onnx(ctx, model, spec, options)
@@ -174,7 +163,7 @@ def _instead(options: dict[str, Any], words: list[str]) -> str:
     if options["output"] and options["output"].suffix.lower() == ".plan":
         typed.append("-o with a .plan")
     here = f"Leave out {' '.join(typed)} to make the .onnx here, and the engine of that where it can be built"
-    of_tensorrt = any(options[name] for name in ("rtx", "refittable", "hardware_compatible", "timing_cache"))
+    of_tensorrt = any(options[name] for name in ("rtx", "hardware_compatible", "timing_cache"))
     return here if of_tensorrt else f"{here}; or build one of TensorRT-RTX here, with --rtx"
 
 
@@ -211,7 +200,7 @@ def _from_onnx(ctx: click.Context, onnx: Path, spec: "ModelSpec", options: dict[
         )
     settings = engine_settings(options, spec)
     plan = _plan_output(options["output"] or engine_name(onnx, options))
-    _check_engine(plan, onnx, [onnx], options)
+    _check_engine(plan, onnx, options)
     if missing := _why_no_engine(options):
         rtx = "" if options["rtx"] else ", or build one of TensorRT-RTX here, with --rtx"
         raise BackendError(
@@ -222,26 +211,7 @@ def _from_onnx(ctx: click.Context, onnx: Path, spec: "ModelSpec", options: dict[
     build(onnx, plan, settings)
 
 
-def _refit(onnx: Path, spec: "ModelSpec", options: dict[str, Any]) -> None:
-    """New weights in an engine that there is."""
-    from ddpm_deploy.artefact import read_spec
-    from ddpm_deploy.engine.refit import refit_engine, refitted_spec
-    from ddpm_deploy.files import show
-
-    engine: Path = options["refit"]
-    result = refitted_spec(onnx, spec, engine, read_spec(engine))
-    assert result.engine is not None
-    like = {"precision": result.precision, "rtx": result.engine.flavour == "tensorrt-rtx"}
-    plan = _plan_output(options["output"] or engine_name(onnx, like))
-    _check_engine(plan, onnx, [onnx, engine], options)
-    if not options["force"]:
-        _require_same_engine(plan, spec.provenance.digest, result.precision)
-    refit_engine(onnx, engine, plan)
-    carry_proof(onnx, plan)
-    click.echo(f"wrote {show(plan)} (the engine {show(engine)} with the weights of {show(onnx)})")
-
-
-def _check_engine(plan: Path, onnx: Path, read: list[Path], options: dict[str, Any]) -> None:
+def _check_engine(plan: Path, onnx: Path, options: dict[str, Any]) -> None:
     """Refuse outputs that cannot be written, or that would replace what is read."""
     from ddpm_deploy.runtime.proof import proof_path
 
@@ -249,7 +219,7 @@ def _check_engine(plan: Path, onnx: Path, read: list[Path], options: dict[str, A
     *files, proof = engine_files(plan)
     if os.path.realpath(proof) != os.path.realpath(own):
         files.append(proof)
-    check_outputs([*files, options["timing_cache"]], [*read, own])
+    check_outputs([*files, options["timing_cache"]], [onnx, own])
 
 
 def _written(onnx: Path) -> list[Path]:
@@ -273,7 +243,7 @@ def _why_no_engine(options: dict[str, Any]) -> str | None:
     from ddpm_deploy.errors import BackendError, DependencyError
 
     try:
-        require_builder(flavour_of(options), refittable=options["refittable"])
+        require_builder(flavour_of(options))
     except (BackendError, DependencyError) as error:
         return str(error)
     return None

@@ -1,5 +1,6 @@
 """ddpm-run: a model → images, by the full reverse chain."""
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -286,7 +287,8 @@ def _check_outputs(model: Path, options: dict[str, Any]) -> None:
     if options["snapshot"]:
         check_outputs([options["snapshot"]], read)
         _require_snapshot(options["snapshot"])
-    if options["progress"] and options["progress"].parent.resolve() == options["output"].resolve():
+    folder = os.path.realpath(options["output"])  # which bears loops of links
+    if options["progress"] and os.path.realpath(options["progress"].parent) == folder:
         raise SettingError(
             f"{show(options['progress'])} is among the images of this run: name a file elsewhere"
         )
@@ -341,7 +343,8 @@ class _Watch:
         if self._snapshot and self._saves(step):
             if self._stopped:
                 self._end(self._snapshot)
-            self._save(self._snapshot)
+            else:
+                self._save(self._snapshot)
 
     def _save(self, path: Path) -> None:
         """From time to time: one that fails is not worth the chain."""
@@ -352,9 +355,12 @@ class _Watch:
         self._saved = time.monotonic()
 
     def _end(self, path: Path) -> None:
+        """Keep what is done and stop; but a chain that is at its end, as a device is a step ahead, is to be written."""
         from ddpm_deploy.files import quoted
 
         snapshot = self._sampler.snapshot()
+        if snapshot.step == self.steps:
+            return
         snapshot.save(path)
         click.echo(
             f"stopped after step {snapshot.step} of {self.steps}; go on with: "
