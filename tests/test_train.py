@@ -734,7 +734,7 @@ def test_pictures_do_not_change_the_training(tmp_path: Path) -> None:
     for every in (0, 1):
         output = tmp_path / f"{every}.pt"
         Session(digits_trainer(steps=3, sample_every=every), output, lambda steps, note: None).run()
-    first, second = (Checkpoint.load(tmp_path / f"{every}.pt") for every in (0, 1))
+    first, second = (Checkpoint.load(open_model(tmp_path / f"{every}.pt")) for every in (0, 1))
     assert digest(first.raw) == digest(second.raw)
 
 
@@ -762,7 +762,7 @@ def test_a_stop_during_a_picture_is_heard_within_a_step_of_its_chain(
     monkeypatch.setattr(TorchNetwork, "run", interrupted)
     finished = Session(trainer, output, lambda steps, note: None).run()
     assert (finished, saved, calls) == (last, [last], 5)
-    assert Checkpoint.load(output).step == (3 if last else 2)
+    assert Checkpoint.load(open_model(output)).step == (3 if last else 2)
     assert not list((tmp_path / "m.train").glob("*.png"))
 
 
