@@ -1,6 +1,7 @@
 """Optional packages: imported when they are needed, and when they are missing, the exact pip line."""
 
 import importlib
+import os
 from importlib import metadata
 from types import ModuleType
 
@@ -42,7 +43,12 @@ def importable(module: str) -> bool:
 
 
 def require_onnxruntime() -> ModuleType:
-    """Import onnxruntime, or raise DependencyError where it is missing or installed twice."""
+    """Import onnxruntime, or raise DependencyError where it is missing or installed twice.
+
+    Its telemetry is switched off, unless the user set that: it collects, and a process that was forked never ends for
+    the thread that does so.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         raise DependencyError(
             "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other's files: "

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -250,7 +252,43 @@ def test_a_closed_model_is_told(onnx_path: Path) -> None:
             call()
 
 
-def test_a_forked_process_is_refused(onnx_path: Path) -> None:
+FORKED = """
+import os, signal, sys
+from ddpm_deploy import Sampler
+from ddpm_deploy.errors import OwnershipError
+path, threads, use = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+sampler = Sampler.load(path, threads=threads)
+sampler.sample(2, steps=2, seed=0)
+child = os.fork()
+if not child:
+    if use == "sample":
+        try:
+            sampler.sample(1, steps=2)
+        except OwnershipError as error:
+            print(error)
+    if use == "close":
+        sampler.close()
+    if use == "let go":
+        del sampler
+    sys.exit(7)  # as an interpreter ends
+signal.alarm(30)
+status = os.waitpid(child, 0)[1]
+assert os.waitstatus_to_exitcode(status) == 7, status
+sampler.sample(1, steps=2, seed=0)  # the parent goes on
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("use", ["sample", "close", "let go", "nothing"])
+def test_a_fork_of_a_process_ends_whatever_it_does(onnx_path: Path, threads: int, use: str) -> None:
+    """As gunicorn --preload forks one; a sampler that it inherits is refused in one line."""
+    command = [sys.executable, "-c", FORKED, onnx_path, str(threads), use]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert result.returncode == 0, result.stderr
+    assert ("was forked after the model was loaded" in result.stdout) == (use == "sample")
+
+
+def test_a_forked_process_is_refused_on_a_device_too(onnx_path: Path) -> None:
     with on_device(onnx_path) as sampler:
         child = os.fork()
         if not child:
