@@ -226,7 +226,7 @@ def use(kind: str, path: Path, onnx: Path) -> None:
         case ".png":
             with contextlib.suppress(DataError):
                 read_images(find_images(str(path.parent)), 8, 1, workers=1)
-            main(["run", str(onnx), "--replay", str(path), "--threads", "1"])
+            main(["replay", str(onnx), str(path), "--threads", "1"])
         case ".json":
             spec = ModelSpec.from_json(path.read_bytes(), str(path))
             spec.step_table(ChainSettings(steps=min(10, spec.timesteps)))

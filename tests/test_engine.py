@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ddpm_deploy.artefact import read_meant_float32, read_spec, seal
-from ddpm_deploy.cli.engine import _CAPABILITIES, engine_settings
+from ddpm_deploy.cli.bodies.engine import EngineOptions, engine_settings
 from ddpm_deploy.cli.export import main
 from ddpm_deploy.engine import build
 from ddpm_deploy.engine.bindings import log_of
@@ -30,13 +30,12 @@ from ddpm_deploy.engine.build import (
 )
 from ddpm_deploy.engine.layers import Layers, inspected, require_precision
 from ddpm_deploy.engine.load import _options_of, require_runs_here, runs_on, source_of
-from ddpm_deploy.engine.refit import refitted_spec, renamed
-from ddpm_deploy.errors import ArtefactError, BackendError, OutputError, ParityError, SettingError, SpecError
+from ddpm_deploy.errors import ArtefactError, OutputError, ParityError, SettingError, SpecError
 from ddpm_deploy.gpu import Gpu
-from ddpm_deploy.plan import PlanHead, digest_path, read_plan_head, spec_place, trusted
+from ddpm_deploy.plan import PlanHead, digest_path, read_plan_head, trusted
 from ddpm_deploy.runtime.proof import proof_path
 from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, EngineSpec, ModelSpec
-from ddpm_deploy.words import CAPABILITIES, GraphPrecision, Precision
+from ddpm_deploy.words import GraphPrecision, Precision
 from tests.models import tiny_spec
 from tests.test_cli import call, refused
 
@@ -214,11 +213,6 @@ def test_settings_out_of_range() -> None:
     ):
         with pytest.raises(SettingError, match=problem):
             EngineSettings(**settings)  # type: ignore[arg-type]
-
-
-def test_the_command_line_knows_the_capabilities() -> None:
-    """It names them itself, so that --help is quick."""
-    assert _CAPABILITIES == CAPABILITIES
 
 
 def test_the_default_batch_shrinks_with_the_image() -> None:
@@ -541,10 +535,10 @@ def test_which_gpus_an_engine_runs_on(changes: dict[str, Any], gpus: list[Gpu]) 
         ({}, "fp16", HOPPER, "--max-batch 64"),
         ({"batches": ((1, 8, 64),)}, "tf32", HOPPER, "--precision tf32 --max-batch 64 --opt-batch 8"),
         (
-            {"batches": ((1, 1, 1), (8, 8, 8)), "refittable": True},
+            {"batches": ((1, 1, 1), (8, 8, 8))},
             "fp16",
             HOPPER,
-            "--batch-buckets 1,8 --refittable",
+            "--batch-buckets 1,8",
         ),
         ({"flavour": "tensorrt-rtx", "capabilities": ()}, "fp16", AMPERE, "--rtx --max-batch 64"),
         (
@@ -564,7 +558,8 @@ def test_the_command_that_rebuilds_an_engine(
     )
     assert " ".join(_options_of(spec, gpu)) == options
     parsed = main.make_context("ddpm-export", ["m.onnx", *options.split(), "-o", "e.plan"])
-    assert engine_settings(parsed.params, spec).batches == spec.engine.batches  # type: ignore[union-attr]
+    typed: Any = {name: parsed.params[name] for name in EngineOptions.__annotations__}
+    assert engine_settings(typed, spec).batches == spec.engine.batches  # type: ignore[union-attr]
 
 
 def test_the_source_of_a_plan(tmp_path: Path) -> None:
@@ -572,50 +567,6 @@ def test_the_source_of_a_plan(tmp_path: Path) -> None:
     assert source_of(plan) == tmp_path / "m.onnx"
     (tmp_path / "m.tf32.onnx").touch()
     assert source_of(plan) == tmp_path / "m.tf32.onnx"
-
-
-# --- new weights ------------------------------------------------------------------------------------------
-
-
-def test_weights_go_into_engines_of_their_network_alone() -> None:
-    new, path = tiny_spec(), Path("e.plan")
-    engine = EngineSpec(flavour="tensorrt", version="11", batches=((1, 1, 1),), refittable=True)
-    old = msgspec.structs.replace(
-        new, engine=engine, provenance=msgspec.structs.replace(new.provenance, digest="1" * 64)
-    )
-    assert refitted_spec(Path("n.onnx"), new, path, old) == msgspec.structs.replace(new, engine=engine)
-    for changed, problem in (
-        (
-            msgspec.structs.replace(old, engine=msgspec.structs.replace(engine, refittable=False)),
-            "--refittable",
-        ),
-        (msgspec.structs.replace(old, engine=None), "not an engine that was built to take new weights"),
-        (msgspec.structs.replace(old, image_shape=(3, 8, 8)), "they differ in image_shape"),
-        (msgspec.structs.replace(old, precision="fp16"), "they differ in precision"),
-    ):
-        with pytest.raises(ArtefactError, match=problem):
-            refitted_spec(Path("n.onnx"), new, path, changed)
-
-
-def test_the_spec_of_other_weights_takes_the_old_ones_place() -> None:
-    """And nothing else moves, also the second time. Refitting itself needs a GPU."""
-    old = tiny_spec()
-    longer = msgspec.structs.replace(
-        old, provenance=msgspec.structs.replace(old.provenance, step=123456, data="pets")
-    )
-    plan = b"vtrt" + bytes(100) + old.to_json().encode() + b" " * 200 + bytes(50)
-    for spec in (longer, old, longer):
-        plan = renamed(plan, spec)
-        place = spec_place(plan)
-        assert place is not None
-        assert ModelSpec.from_json(plan[place], "it") == spec
-        assert (place.start, plan[: place.start], plan[place.stop :]) == (
-            104,
-            b"vtrt" + bytes(100),
-            bytes(50),
-        )
-    with pytest.raises(BackendError, match="build anew"):
-        renamed(b"vtrt" + old.to_json().encode(), longer)
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -672,11 +623,6 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
     advice = "no NVIDIA GPU is visible: on this machine's CPU run the model it was built of, ddpm-run m.onnx;"
     refused(call("run", "m.rtx.plan"), 1, advice)
     refused(call("verify", "m.rtx.plan"), 1, advice)
-    refused(
-        call("export", "m.onnx", "--refit", "m.rtx.plan"),
-        1,
-        "with ddpm-export m.onnx --rtx --refittable, on a",
-    )
 
 
 @pytest.mark.parametrize(
@@ -685,9 +631,9 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
         (["m.onnx", "--rtx", "-o", "e.onnx"], 1, "must end in .plan"),
         (["m.onnx", "--rtx", "--weights", "raw"], 2, "--weights cannot be given with an .onnx"),
         (["m.onnx", "--rtx", "--all", "--report", "r.json"], 2, "--all, --report cannot be given"),
-        (["m.onnx", "--rtx", "--precision", "bf16"], 1, "is in fp16, which its engine will be"),
-        (["m.onnx", "--rtx", "--precision", "tf32"], 1, "is in fp16, which its engine will be"),
-        (["m.onnx", "--rtx", "--max-batch", "8", "--batch-buckets", "1"], 2, "instead of --max-batch"),
+        (["m.onnx", "--rtx", "--precision", "bf16"], 1, "is in fp16, and its engine will be too"),
+        (["m.onnx", "--rtx", "--precision", "tf32"], 1, "is in fp16, and its engine will be too"),
+        (["m.onnx", "--rtx", "--max-batch", "8", "--batch-buckets", "1"], 2, "in place of --max-batch"),
         (["m.onnx", "--rtx", "--max-batch", "8", "--opt-batch", "9"], 2, "is more than --max-batch 8"),
         (["m.onnx", "--rtx", "--batch-buckets", "8,1"], 2, "each larger than the one before"),
         (["m.onnx", "--rtx", "--batch-buckets", "a"], 2, "not of the form 1,8,64"),
@@ -699,15 +645,12 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
         (["m.onnx", "--compute-capability", "8.6"], 2, "are of TensorRT-RTX"),
         (["m.onnx", "--rtx", "--workspace", "0"], 2, "--workspace"),
         (["m.onnx", "--rtx", "--workspace", "nan"], 2, "--workspace nan"),
-        (["m.onnx", "--rtx", "--refittable"], 1, "a refittable engine is built on a GPU"),
         (["m.onnx", "--rtx", "-o", "loop.plan"], 1, "loop.plan"),
         (["m.onnx", "--rtx", "-o", "b.plan"], 1, "b.plan.sha256 exists and is no digest"),
         (["m.onnx", "--rtx", "-o", "c.plan"], 1, "c.plan.sha256 is another file of this command"),
         (["m.onnx", "--rtx", "-o", "link.plan"], 1, "link.proof.npz is another file of this command"),
         (["m.onnx", "--rtx", "-o", "other.plan"], 1, "holds another model"),
         (["m.onnx", "--rtx", "-o", "folder.plan"], 1, "is a folder"),
-        (["m.onnx", "--refit", "other.plan"], 1, "not a TensorRT engine"),
-        (["m.onnx", "--refit", "none.plan", "--rtx"], 2, "--rtx cannot be given with --refit"),
         (["other.plan"], 1, "neither a checkpoint nor an ONNX file"),
     ],
 )

@@ -145,7 +145,6 @@ def _options_of(spec: ModelSpec, gpu: Gpu) -> list[str]:
     else:
         _, best, largest = built.batches[0]
         options += ["--max-batch", str(largest)] + (["--opt-batch", str(best)] if best != largest else [])
-    options += ["--refittable"] if built.refittable else []
     return options + (["--hardware-compatible"] if built.hardware_compatible and not rtx else [])
 
 
