@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Iterator
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime
@@ -13,34 +13,28 @@ import torch
 from benches.models import Model, diffusers_pipeline
 from benches.table import Row
 from benches.timing import ROUNDS, Block, interleave, median, ratio
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.chain import Chain
-from ddpm_deploy.runtime.denoiser import Denoiser
-from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.runtime.protocols import Network
+from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings
-from ddpm_deploy.train.denoiser import TorchDenoiser
-from ddpm_deploy.words import Solver
+from ddpm_deploy.train.network import TorchNetwork
+from ddpm_deploy.words import SOLVERS
 
 BLOCK: Final = 8  # steps in a row, before the next candidate's turn
 
 
-class _Timed:
-    """A Denoiser that adds up the time spent in its network."""
+class _Timed(OrtNetwork):
+    """ONNX Runtime, adding up the time spent in it."""
 
-    def __init__(self, inner: Denoiser) -> None:
-        self.inner = inner
-        self.seconds = 0.0
-        self.spec, self.device, self.max_batch = inner.spec, inner.device, inner.max_batch
-        self.x, self.temb, self.y, self.prediction = inner.x, inner.temb, inner.y, inner.prediction
+    seconds = 0.0
 
-    def run(self, batch: int) -> None:
+    def enqueue(self, bucket: int) -> None:
         """The network, timed."""
         start = time.perf_counter()
-        self.inner.run(batch)
+        super().enqueue(bucket)
         self.seconds += time.perf_counter() - start
-
-    def close(self) -> None:
-        """Free the network."""
-        self.inner.close()
 
 
 def measure(model: Model, *, batch: int, limit: float, peers: bool) -> Iterator[Row]:
@@ -48,7 +42,7 @@ def measure(model: Model, *, batch: int, limit: float, peers: bool) -> Iterator[
     label = f"{model.name}, batch {batch}"
     yield _outside(model, batch, limit, label)
     blocks = {
-        "ours": _chain_block(OrtDenoiser(model.onnx, max_batch=batch), batch),
+        "ours": _chain_block(OrtNetwork(open_model(model.onnx), max_batch=batch), batch),
         "bare": _bare_block(model, batch),
     }
     times = interleave(blocks, BLOCK)
@@ -62,7 +56,7 @@ def measure(model: Model, *, batch: int, limit: float, peers: bool) -> Iterator[
 
 def _outside(model: Model, batch: int, limit: float, label: str) -> Row:
     """Time outside the network ÷ time in it, over whole blocks: the median, which noise in the network spares."""
-    timed = _Timed(OrtDenoiser(model.onnx, max_batch=batch))
+    timed = _Timed(open_model(model.onnx), max_batch=batch)
     block = _chain_block(timed, batch)
     shares = []
     for _ in range(ROUNDS):
@@ -75,8 +69,8 @@ def _outside(model: Model, batch: int, limit: float, label: str) -> Row:
 
 
 def _against_peers(model: Model, batch: int, label: str) -> Iterator[Row]:
-    ours = _chain_block(OrtDenoiser(model.onnx, max_batch=batch), batch)
-    contiguous = _chain_block(TorchDenoiser(model.network, model.spec, max_batch=batch), batch)
+    ours = _chain_block(OrtNetwork(open_model(model.onnx), max_batch=batch), batch)
+    contiguous = _chain_block(TorchNetwork(model.network, model.spec, max_batch=batch), batch)
     channels_last = copy.deepcopy(model.network)
     for parameter in channels_last.parameters():
         if parameter.ndim == 4:
@@ -84,7 +78,7 @@ def _against_peers(model: Model, batch: int, label: str) -> Iterator[Row]:
     blocks = {
         "ours": ours,
         "torch": contiguous,
-        "torch channels-last": _chain_block(TorchDenoiser(channels_last, model.spec, max_batch=batch), batch),
+        "torch channels-last": _chain_block(TorchNetwork(channels_last, model.spec, max_batch=batch), batch),
         "diffusers": _diffusers_block(model, batch),
     }
     times = interleave(blocks, BLOCK)
@@ -100,9 +94,11 @@ def _against_peers(model: Model, batch: int, label: str) -> Iterator[Row]:
 
 def _against_one_another(model: Model, batch: int, label: str) -> Iterator[Row]:
     """A step of each solver, its noise and all, against one of ancestral sampling."""
-    solvers = get_args(Solver)
+    solvers = SOLVERS
     blocks = {
-        solver: _chain_block(OrtDenoiser(model.onnx, max_batch=batch), batch, ChainSettings(solver=solver))
+        solver: _chain_block(
+            OrtNetwork(open_model(model.onnx), max_batch=batch), batch, ChainSettings(solver=solver)
+        )
         for solver in solvers
     }
     times = interleave(blocks, BLOCK)
@@ -116,7 +112,7 @@ def _against_one_another(model: Model, batch: int, label: str) -> Iterator[Row]:
 def _building(model: Model) -> Row:
     """The slowest of the solvers' tables at T = 1000."""
     spec, slowest = model.spec, 0.0
-    for solver in get_args(Solver):
+    for solver in SOLVERS:
         times = []
         for _ in range(ROUNDS):
             start = time.perf_counter()
@@ -131,12 +127,11 @@ def _building(model: Model) -> Row:
     )
 
 
-def _chain_block(denoiser: Denoiser, batch: int, settings: ChainSettings = DEFAULT_CHAIN) -> Block:
+def _chain_block(network: Network, batch: int, settings: ChainSettings = DEFAULT_CHAIN) -> Block:
     """BLOCK steps on in a chain of all timesteps, which is long enough for all rounds."""
-    table = denoiser.spec.step_table(settings)
-    chain = Chain(denoiser)
-
-    chain.start(slice(0, batch), table, np.zeros(batch, np.uint64), np.arange(batch, dtype=np.uint64))
+    chain = Chain(network)
+    request = Request(count=batch, seed=0, solver=settings.solver).checked(network.spec)
+    chain.start(np.arange(batch), request)
 
     def block() -> None:
         for _ in range(BLOCK):

@@ -21,10 +21,10 @@ from benches.table import Row
 from benches.timing import interleave, median, ratio
 from ddpm_deploy import Sampler
 from ddpm_deploy.gpu import driver, visible_gpu
-from ddpm_deploy.runtime.device import Cuda
-from ddpm_deploy.runtime.device_chain import DeviceChain
-from ddpm_deploy.runtime.kernel import SLOT
-from ddpm_deploy.runtime.network import Mirrored, bucket_of
+from ddpm_deploy.runtime.device.cuda import Cuda, CudaStepper
+from ddpm_deploy.runtime.network import bucket_of
+from ddpm_deploy.runtime.protocols import PLACE
+from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.solvers import COLUMNS
 
 BATCHES: Final = (1, 16, 64, 256)
@@ -43,15 +43,9 @@ def measure(model: Model) -> Iterator[Row]:
     yield from _against_peers(model, 16, f"{model.name}, batch 16")
 
 
-def _parts(sampler: Sampler) -> tuple[DeviceChain, Any, Any]:
-    chain, denoiser = sampler._chain, sampler.denoiser
-    assert isinstance(chain, DeviceChain)
-    assert isinstance(denoiser, Mirrored)
-    return chain, denoiser.network, denoiser.network.device
-
-
 def _chain(sampler: Sampler, batch: int, label: str) -> Iterator[Row]:
-    chain, network, device = _parts(sampler)
+    network: Any = sampler.network
+    device = network.device
     sampler.sample_on_device(batch, steps=STEPS, seed=0)  # warms it up, and captures the graph
     bucket = bucket_of(network, batch)
 
@@ -80,17 +74,20 @@ def _chain(sampler: Sampler, batch: int, label: str) -> Iterator[Row]:
         f"{label}: images/s of the full chain",
         f"{batch / median(times['ours']) / sampler.spec.timesteps:.2f}",
     )
-    yield _kernel(chain, network, device, batch, label)
+    yield _kernel(sampler, batch, label)
 
 
-def _kernel(chain: DeviceChain, network: Any, device: Any, batch: int, label: str) -> Row:
+def _kernel(sampler: Sampler, batch: int, label: str) -> Row:
     """Bytes that the kernel must move over its time, against what copying moves."""
+    network: Any = sampler.network
+    device, chain = network.device, sampler._chain
+    stepper = chain._stepper
+    assert isinstance(stepper, CudaStepper)
     size = int(np.prod(network.spec.image_shape))
     # x and x̂0 are read and written, the prediction read; a row, an embedding and a slot for each image.
-    moved = batch * 4 * (5 * size + len(COLUMNS) + 2 * network.spec.embedding.dim + SLOT.itemsize // 2)
-    table = network.spec.step_table()
-    chain.start(slice(0, batch), table, np.zeros(batch, np.uint64), np.arange(batch, dtype=np.uint64))
-    update = device.capture(lambda: chain._launch(0, batch))
+    moved = batch * 4 * (5 * size + len(COLUMNS) + 2 * network.spec.embedding.dim + PLACE.itemsize // 2)
+    chain.start(np.arange(batch), Request(count=batch, seed=0))
+    update = device.capture(lambda: stepper._launch(0, batch))
     source, target = (device.empty((1 << 28,), np.uint8) for _ in range(2))
     seconds = _time(update, device)
     copying = _time(

@@ -8,10 +8,11 @@ from typing import Final
 from benches.table import Row
 from ddpm_deploy.export.graph import export_onnx
 from ddpm_deploy.export.precision import calibrate
-from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.parity import StepErrors, Trajectory, judge, record
 from ddpm_deploy.train.checkpoint import load_network
-from ddpm_deploy.train.denoiser import TorchDenoiser
+from ddpm_deploy.train.network import TorchNetwork
 
 _DEMO: Final = Path(__file__).parent.parent / "demo"
 _IMAGES: Final = 16
@@ -22,8 +23,8 @@ def measure() -> Iterator[Row]:
     checkpoint, onnx = _DEMO / "digits.pt", _DEMO / "digits.onnx"
     if not (checkpoint.exists() and onnx.exists()):
         return
-    trajectory = record(TorchDenoiser.load(checkpoint), count=_IMAGES, keep=1000)
-    result = judge(trajectory, OrtDenoiser(onnx))
+    trajectory = record(TorchNetwork(*load_network(open_model(checkpoint))), count=_IMAGES, keep=1000)
+    result = judge(trajectory, OrtNetwork(open_model(onnx)))
     worst = result.worst
     limit = result.limit(worst)
     measured = f"{worst.relative_rms:.1e} (t = {worst.timestep})"
@@ -42,13 +43,13 @@ def measure() -> Iterator[Row]:
 
 def _half(checkpoint: Path, trajectory: Trajectory) -> Iterator[Row]:
     """Rows for float16: as the oracle of its hardware computes, and the exported file in ONNX Runtime."""
-    network, spec = load_network(checkpoint)
+    network, spec = load_network(open_model(checkpoint))
     calibration = calibrate(network, trajectory, "fp16")
     yield from _by_range("oracle", calibration.steps, low=1e-2, high=2e-3)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "digits.fp16.onnx"
         export_onnx(network, spec, path, precision="fp16")
-        result = judge(trajectory, OrtDenoiser(path))
+        result = judge(trajectory, OrtNetwork(open_model(path)))
     yield from _by_range("file in ONNX Runtime", result.steps, low=3e-3, high=1e-3)
     psnr = float(result.psnr.min())
     label = f"trained digits, fp16 file, full chain: PSNR of the worst of {_IMAGES} images"

@@ -11,12 +11,13 @@ from benches.models import export_preset
 from ddpm_deploy.cli.progress import time_step
 from ddpm_deploy.export.graph import export_onnx
 from ddpm_deploy.export.precision import Oracle, calibrate
-from ddpm_deploy.runtime.denoiser import Denoiser
-from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, summarise
+from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import load_network
-from ddpm_deploy.train.denoiser import TorchDenoiser
+from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.train.unet import UNet
 from ddpm_deploy.words import GraphPrecision
 
@@ -31,7 +32,7 @@ def main() -> None:
     tables = [f"Measured {datetime.date.today().isoformat()}, on a CPU.\n"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        network, spec = load_network(_ROOT / "demo" / "digits.pt")
+        network, spec = load_network(open_model(_ROOT / "demo" / "digits.pt"))
         tables.append("### Digits, trained: 4 chains of 1000 steps, every timestep compared\n")
         tables.append(_ladder(network, spec, folder, count=4, steps=1000))
         random = export_preset("cifar10", folder)
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def _ladder(network: UNet, spec: ModelSpec, folder: Path, *, count: int, steps: int) -> str:
-    trajectory = record(TorchDenoiser(network, spec, max_batch=count), count=count, steps=steps, keep=steps)
+    trajectory = record(TorchNetwork(network, spec, max_batch=count), count=count, steps=steps, keep=steps)
     columns = [*_files(network, spec, folder, trajectory), *_oracles(network, trajectory)]
     names, comparisons, costs = zip(*columns, strict=True)
     rows = [("t", *names), ("---",) * (len(names) + 1)]
@@ -71,7 +72,7 @@ def _files(
     paths = [folder / f"ladder.{precision}.onnx" for precision in precisions]
     for precision, path in zip(precisions, paths, strict=True):
         export_onnx(network, spec, path, precision=precision)
-    models: list[Denoiser] = [OrtDenoiser(path, max_batch=trajectory.count) for path in paths]
+    models: list[Network] = [OrtNetwork(open_model(path), max_batch=trajectory.count) for path in paths]
     rounds = [[time_step(model, trajectory.count) for model in models] for _ in range(_ROUNDS)]
     for precision, path, model, times in zip(
         precisions, paths, models, zip(*rounds, strict=True), strict=True

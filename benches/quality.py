@@ -74,7 +74,7 @@ def _draw(count: int) -> Iterator[_Row]:
     with Sampler.load(_ROOT / "demo" / "digits.onnx") as sampler:
         for name, settings in _CHAINS.items():
             start = time.perf_counter()
-            images = sampler.sample(count, table=sampler.table(settings), seed=0)
+            images = sampler.sample(count, table=sampler.spec.step_table(settings), seed=0)
             seconds = time.perf_counter() - start
             print(f"{name}: {duration(seconds)}", flush=True)
             yield _Row(name, to_uint8(images).transpose(0, 3, 1, 2), seconds)

@@ -8,16 +8,16 @@ docs/precision.md and of the tolerance table.
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.parity import judge, record
 from ddpm_deploy.train.checkpoint import load_network
-from ddpm_deploy.train.denoiser import TorchDenoiser
+from ddpm_deploy.train.network import TorchNetwork
 
 _ATEN: Final = torch.ops.aten
 # Which of their arguments are multiplied.
@@ -48,17 +48,17 @@ def _round(x: torch.Tensor) -> torch.Tensor:
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
-class _Tf32(TorchDenoiser):
-    def run(self, batch: int) -> None:
+class _Tf32(TorchNetwork):
+    def predict(self, batch: int) -> None:
         """The network, its products' operands rounded."""
         with _Rounding():  # type: ignore[no-untyped-call]
-            super().run(batch)
+            super().predict(batch)
 
 
 def main() -> None:
     """Print the figures of one checkpoint."""
-    network, spec = load_network(Path(sys.argv[1]))
-    reference = record(TorchDenoiser(network, spec, max_batch=4), count=4, keep=200)
+    network, spec = load_network(open_model(sys.argv[1]))
+    reference = record(TorchNetwork(network, spec, max_batch=4), count=4, keep=200)
     result = judge(reference, _Tf32(network, msgspec.structs.replace(spec, precision="tf32"), max_batch=4))
     early = max(step.relative_rms for step in result.steps if step.timestep < spec.timesteps / 10)
     late = max(step.relative_rms for step in result.steps if step.timestep >= spec.timesteps / 10)

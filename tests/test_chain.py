@@ -98,8 +98,7 @@ def start(chain: Chain, slot: int, table: StepTable, seed: int, index: int) -> N
 
 def x_of(chain: Chain, slot: int) -> Array:
     """What stands in a slot, (C, H, W)."""
-    x, _ = chain.read(np.array([slot]))
-    return x[0]
+    return chain.images(np.array([slot]))[0]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -337,7 +336,7 @@ def test_x0_is_the_clipped_estimate_of_the_last_step(make: Make) -> None:
     chain = make(LearnedNetwork(LEARNED_SPEC, 2))
     slots = np.arange(2)
     chain.start(slots, Request(table=LEARNED_TABLES["learned"], count=2, seed=1))
-    x, _ = chain.read(slots)
+    x = chain.images(slots)
     chain.step()
     prediction = chain.network.device.fetch(chain.network.memory["prediction"][:2])
     wanted = LearnedNetwork(LEARNED_SPEC, 2).answer(x, np.array([29, 29]))
@@ -396,7 +395,7 @@ def test_guided_and_plain_samples_share_a_chain(make: Make, slots: list[int]) ->
     assert chain.free.tolist() == [6]
     while chain.active.any():
         chain.step()
-    images, _ = chain.read(place)
+    images = chain.images(place)
     for index, scale, label in ((0, 3.0, 2), (1, 1.0, 0), (2, -0.5, 1)):
         np.testing.assert_array_equal(images[index], guided_image(index, scale, label, table))
     assert len(chain.free) == 7

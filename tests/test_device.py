@@ -11,26 +11,31 @@ import numpy as np
 import pytest
 
 from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, OwnershipError, SettingError
-from ddpm_deploy.runtime.device import Cuda
-from ddpm_deploy.runtime.network import Mirrored
-from ddpm_deploy.runtime.ort import OrtDenoiser, OrtNetwork
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
+from ddpm_deploy.runtime.device.cuda import Cuda
+from ddpm_deploy.runtime.network import ask
 from ddpm_deploy.runtime.parity import judge
 from ddpm_deploy.runtime.proof import load_proof, proof_path
 from ddpm_deploy.runtime.sampler import Sampler
-from tests.host_device import HostDevice, HostNetwork
-from tests.models import ArrayDenoiser, tiny_spec
+from tests.host_device import DeviceNetwork, HostDevice
+from tests.models import ArrayNetwork, tiny_spec
 
 
 def on_device(path: Path, max_batch: int = 4) -> Sampler:
     """ONNX Runtime's CPU provider, bound by pointers to memory of the stand-in's."""
-    return Sampler(
-        Mirrored(OrtNetwork(path, HostDevice(), max_batch=max_batch, provider="CPUExecutionProvider"))
-    )
+    device: Any = HostDevice()
+    return Sampler(OrtNetwork(open_model(path), device, max_batch=max_batch, provider="CPUExecutionProvider"))
+
+
+def on_stand_in(network: ArrayNetwork) -> Sampler:
+    """A network of the tests' beside the stand-in's memory."""
+    return Sampler(DeviceNetwork(network, HostDevice()))  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def samplers(onnx_path: Path) -> tuple[Sampler, Sampler]:
-    return on_device(onnx_path), Sampler(OrtDenoiser(onnx_path, max_batch=4))
+    return on_device(onnx_path), Sampler(OrtNetwork(open_model(onnx_path), max_batch=4))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,7 @@ def test_previews_come_beside_the_chain(samplers: tuple[Sampler, Sampler]) -> No
         assert step == wanted
         np.testing.assert_array_equal(x, host_x)
         np.testing.assert_array_equal(x0, host_x0)
-    calls = device.denoiser.network.device.calls  # type: ignore[attr-defined]
+    calls = device.network.device.calls  # type: ignore[attr-defined]
     first = calls.index("wait")
     assert (
         "launch" in calls[calls.index("copy_out") : first]
@@ -99,12 +104,12 @@ def test_steps_that_are_not_wanted_are_not_copied(samplers: tuple[Sampler, Sampl
     assert device.seen == host.seen
     assert [step for step, _ in host.seen] == [0, 3, 6]
     assert device.asked == host.asked == list(range(8))
-    assert samplers[0].denoiser.network.device.calls.count("copy_out") == 3  # type: ignore[attr-defined]
+    assert samplers[0].network.device.calls.count("copy_out") == 3  # type: ignore[attr-defined]
 
 
 def test_two_samplers_in_two_threads(onnx_path: Path) -> None:
     """Each on a device of its own here, as on a stream of its own there."""
-    wanted = Sampler(OrtDenoiser(onnx_path)).sample(3, steps=5, seed=0)
+    wanted = Sampler(OrtNetwork(open_model(onnx_path))).sample(3, steps=5, seed=0)
     with ThreadPoolExecutor(2) as pool:
         samplers = [on_device(onnx_path) for _ in range(2)]
         for images in pool.map(lambda sampler: sampler.sample(3, steps=5, seed=0), samplers):
@@ -113,7 +118,7 @@ def test_two_samplers_in_two_threads(onnx_path: Path) -> None:
 
 def test_a_device_that_fails_leaves_the_sampler_free(samplers: tuple[Sampler, Sampler]) -> None:
     device, _ = samplers
-    gpu = device.denoiser.network.device  # type: ignore[attr-defined]
+    gpu = device.network.device  # type: ignore[attr-defined]
 
     def fails(host: Any, memory: Any) -> None:
         raise BackendError("the GPU failed: an illegal address")
@@ -169,7 +174,7 @@ def test_a_snapshot_in_a_callback_is_of_one_moment(samplers: tuple[Sampler, Samp
     np.testing.assert_array_equal(host.resume(taken[0]), wanted)
 
 
-def test_noise_of_a_callers_own_runs_on_the_host(samplers: tuple[Sampler, Sampler]) -> None:
+def test_noise_of_a_callers_own_runs_there_too(samplers: tuple[Sampler, Sampler]) -> None:
     device, host = samplers
 
     def noise(draw: int) -> Any:
@@ -184,33 +189,32 @@ def test_images_stay_on_the_device(samplers: tuple[Sampler, Sampler]) -> None:
     images = device.sample_on_device(3, steps=5, seed=1)
     assert images.base is not None  # the chain's own memory
     np.testing.assert_array_equal(images, host.sample(3, steps=5, seed=1))
-    calls = device.denoiser.network.device.calls  # type: ignore[attr-defined]
-    assert calls.count("download") == 1  # of what the slots say of themselves
+    calls = device.network.device.calls  # type: ignore[attr-defined]
+    assert calls.count("fetch") == 1  # of what the slots say of themselves
     for sampler, arguments, problem in (
         (host, {}, "runs on cpu, and not on a GPU"),
         (device, {"count": 5}, "5 images are more than one batch: choose 1 to 4"),
-        (device, {"noise": lambda draw: None}, "are the host's"),
     ):
         with pytest.raises(SettingError, match=problem):
             sampler.sample_on_device(**{"count": 3, "steps": 5, **arguments})
 
 
 def test_parity_judges_a_device(onnx_path: Path) -> None:
-    """Through the mirror; a batch below the proof's is held against as many of its images."""
+    """By the chain that runs there; a batch below the proof's is held against as many of its images."""
     for max_batch in (4, 2):
         with on_device(onnx_path, max_batch) as sampler:
-            comparison = judge(load_proof(proof_path(onnx_path)), sampler.denoiser)
+            comparison = judge(load_proof(proof_path(onnx_path)), sampler.network)
         assert comparison.within
         assert len(comparison.psnr) == max_batch
 
 
 def test_numbers_that_are_not_finite_are_told(onnx_path: Path) -> None:
-    class Broken(ArrayDenoiser):
-        def run(self, batch: int) -> None:
+    class Broken(ArrayNetwork):
+        def predict(self, batch: int) -> None:
             """Not a number."""
-            self.prediction[:batch] = np.nan
+            self.memory["prediction"][:batch] = np.nan
 
-    sampler = Sampler(Mirrored(HostNetwork(Broken(tiny_spec(network=None), 2), HostDevice())))
+    sampler = on_stand_in(Broken(tiny_spec(network=None), 2))
     with pytest.raises(BackendError, match="not finite, so the images are worthless"):
         sampler.sample(2, steps=3, seed=0)
     with pytest.raises(BackendError, match="not finite"):
@@ -218,25 +222,30 @@ def test_numbers_that_are_not_finite_are_told(onnx_path: Path) -> None:
 
 
 def test_labels_reach_the_device() -> None:
-    class Labelled(ArrayDenoiser):
-        def run(self, batch: int) -> None:
+    class Labelled(ArrayNetwork):
+        def predict(self, batch: int) -> None:
             """As ever, with the label added."""
-            super().run(batch)
-            self.prediction[:batch] += self.y[:batch, None, None, None].astype(np.float32) * np.float32(0.1)
+            super().predict(batch)
+            label = self.memory["y"][:batch, None, None, None].astype(np.float32)
+            self.memory["prediction"][:batch] += label * np.float32(0.1)
 
     spec = msgspec.structs.replace(tiny_spec(network=None), num_classes=3, null_class=True)
-    device = Sampler(Mirrored(HostNetwork(Labelled(spec, 4), HostDevice())))
-    host = Sampler(Labelled(spec, 4))
+    device, host = on_stand_in(Labelled(spec, 6)), Sampler(Labelled(spec, 6))
     for settings in ({"labels": [2, 0, 1]}, {}, {"guidance": 2.0}, {"labels": [2, 0, 1]}):
         wanted = host.sample(3, steps=5, seed=0, **settings)  # type: ignore[arg-type]
         np.testing.assert_array_equal(device.sample(3, steps=5, seed=0, **settings), wanted)  # type: ignore[arg-type]
+        left = device.sample_on_device(3, steps=5, seed=0, **settings)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(left, wanted)
+
+
+ZEROS = np.zeros((1, 1, 8, 8), np.float32), np.zeros((1, 8), np.float32)
 
 
 def test_a_closed_model_is_told(onnx_path: Path) -> None:
     sampler = on_device(onnx_path)
     sampler.close()
     sampler.close()
-    for call in (lambda: sampler.sample(1, steps=2), lambda: sampler.denoiser.run(1)):
+    for call in (lambda: sampler.sample(1, steps=2), lambda: ask(sampler.network, *ZEROS)):
         with pytest.raises(BackendError, match="is closed: load it again"):
             call()
 
@@ -262,16 +271,16 @@ def test_onnx_runtime_that_falls_back_to_the_cpu_is_refused(onnx_path: Path) -> 
     with pytest.raises(
         BackendError, match="cannot use its CUDAExecutionProvider here, and would run on the CPU"
     ):
-        OrtNetwork(onnx_path, HostDevice())
+        OrtNetwork(open_model(onnx_path), HostDevice())  # type: ignore[arg-type]
 
 
 def test_a_graph_that_does_not_fit_is_refused_on_a_device_too(onnx_path: Path, tmp_path: Path) -> None:
     spec = msgspec.structs.replace(tiny_spec((3, 8, 8)))
     with pytest.raises(ArtefactError, match="does not fit its ModelSpec"):
-        OrtNetwork(onnx_path, HostDevice(), spec=spec, provider="CPUExecutionProvider")
+        OrtNetwork(open_model(onnx_path, spec), HostDevice(), provider="CPUExecutionProvider")  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
 def test_cuda_without_cupy() -> None:
     with pytest.raises(DependencyError, match=r"cupy is not installed: pip install 'ddpm-deploy\[rtx\]'"):
-        Cuda("rtx")
+        Cuda(extra="rtx")

@@ -4,19 +4,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ddpm_deploy.artefact import read_spec
+from ddpm_deploy.doctor import backends as doctor
+from ddpm_deploy.doctor import gaussian
 from ddpm_deploy.errors import BackendError
 from ddpm_deploy.gpu import Driver, Gpu, driver
-from ddpm_deploy.runtime import doctor, gaussian
-from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.model_file import ModelFile
+from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
+from ddpm_deploy.runtime.network import ask
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.tolerances import DOCTOR
-from tests.models import GaussianDenoiser
+from tests.models import GaussianNetwork
 from tests.test_cli import call, refused
 
 ROOT = Path(__file__).parent.parent
@@ -27,32 +31,35 @@ NONE = Driver(problem="no NVIDIA driver is installed (libcuda.so.1 is not there)
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "gaussian.onnx"
-    gaussian.write_onnx(path)
-    return path
+def model() -> Iterator[ModelFile]:
+    with gaussian.onnx_model() as model:
+        yield model
 
 
-def test_the_known_model_is_a_valid_onnx_file(model: Path) -> None:
+def test_the_known_model_is_the_one_that_its_maker_makes(model: ModelFile) -> None:
     onnx = pytest.importorskip("onnx")
-    onnx.checker.check_model(onnx.load(model), full_check=True)
-    assert read_spec(model) == gaussian.SPEC
-    assert model.stat().st_size < 2000
+    from tests.golden.gaussian import model as made
+
+    shipped, again = onnx.load(model.path), made()
+    onnx.checker.check_model(shipped, full_check=True)
+    assert model.spec == gaussian.SPEC
+    assert model.path.stat().st_size < 2000
+    assert shipped.graph.node == again.graph.node
+    for mine, theirs in zip(shipped.graph.initializer, again.graph.initializer, strict=True):
+        to_array = onnx.numpy_helper.to_array  # another machine's solver may differ in the last places
+        np.testing.assert_allclose(to_array(mine), to_array(theirs), rtol=1e-4, atol=1e-6)
 
 
-def test_the_network_is_the_optimal_one(model: Path) -> None:
+def test_the_network_is_the_optimal_one(model: ModelFile) -> None:
     """Against the closed form as the tests write it, at every t."""
     timesteps = gaussian.SPEC.timesteps
-    network = OrtDenoiser(model, max_batch=timesteps)
-    network.x[:] = np.random.default_rng(0).standard_normal(network.x.shape)
-    network.temb[:] = gaussian.SPEC.embedding.table(timesteps)
-    network.run(timesteps)
-    optimal = GaussianDenoiser(gaussian.SPEC, timesteps, gaussian.MEAN, gaussian.STD)
-    wanted = optimal.predict(network.x, np.arange(timesteps))
-    np.testing.assert_allclose(network.prediction, wanted, atol=1e-5)
+    x = np.random.default_rng(0).standard_normal((timesteps, *gaussian.SPEC.image_shape)).astype(np.float32)
+    got = ask(OrtNetwork(model, max_batch=timesteps), x, gaussian.SPEC.embedding.table(timesteps))
+    optimal = GaussianNetwork(gaussian.SPEC, timesteps, gaussian.MEAN, gaussian.STD)
+    np.testing.assert_allclose(got, optimal.answer(x, np.arange(timesteps)), atol=1e-5)
 
 
-def test_theory_and_the_chain_agree(model: Path) -> None:
+def test_theory_and_the_chain_agree(model: ModelFile) -> None:
     """The recursion for the moments, the exact chain, and the real one, which are three pieces of code."""
     mean, variance = gaussian.moments()
     exact = gaussian.exact_images(512, seed=1)
@@ -115,7 +122,7 @@ def test_what_works_together(packages: str, machine: Driver) -> None:
     assert doctor.problems(dict.fromkeys(packages.split(), "1.2.3"), machine) == []
 
 
-def test_the_backends_of_other_machines(model: Path) -> None:
+def test_the_backends_of_other_machines(model: ModelFile) -> None:
     """As far as names tell: what is missing, and the line that mends it."""
     for machine, says, mend in (
         (NONE, "needs an NVIDIA GPU, and none is visible", "install its driver"),
@@ -162,29 +169,29 @@ def test_a_broken_package_is_told_and_the_rest_goes_on(tmp_path: Path, content: 
     assert states["TensorRT-RTX"] == "broken"
 
 
-class Wrong(OrtDenoiser):
+class Wrong(OrtNetwork):
     """A backend that is off by a little, or broken."""
 
-    def __init__(self, path: Path, shift: float) -> None:
-        super().__init__(path)
+    def __init__(self, model: ModelFile, shift: float) -> None:
+        super().__init__(model)
         self.shift = shift
 
-    def run(self, batch: int) -> None:
-        super().run(batch)
-        self.prediction[:batch] += self.shift
+    def enqueue(self, bucket: int) -> None:
+        super().enqueue(bucket)
+        self.memory["prediction"][:bucket] += self.shift
         if np.isnan(self.shift):
             raise BackendError("the driver went away")
 
 
-def test_wrong_numbers_are_seen(model: Path) -> None:
-    right = doctor._chain_finding("it", "mend it", lambda: Sampler(Wrong(model, 0.0)))
+def test_wrong_numbers_are_seen(model: ModelFile) -> None:
+    right = doctor._chain_finding("it", "mend it", lambda: Wrong(model, 0.0))
     assert (right.state, right.mend) == ("works", "")
     for shift, says in (
         (1e-4, "WRONG NUMBERS"),
         (0.1, "WRONG NUMBERS"),
         (float("nan"), "the driver went away"),
     ):
-        wrong = doctor._chain_finding("it", "mend it", lambda shift=shift: Sampler(Wrong(model, shift)))  # type: ignore[misc]
+        wrong = doctor._chain_finding("it", "mend it", lambda shift=shift: Wrong(model, shift))  # type: ignore[misc]
         assert (wrong.state, wrong.mend, wrong.says.startswith(says)) == ("broken", "mend it", True)
 
 
@@ -197,10 +204,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["backends"][0]["state"] == "works"
     assert found["driver"]["gpus"] == [dict(vars(gpu)) for gpu in driver().gpus]
 
-    def nothing() -> dict[str, str]:
-        return {}
+    def nowhere(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor, "installed", nothing)
+    monkeypatch.setattr("importlib.metadata.version", nowhere)
     result = call("doctor")
     assert result.exit_code == 1
     assert "models run here on: nothing yet" in result.stdout

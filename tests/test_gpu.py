@@ -8,28 +8,29 @@ import pytest
 from numpy.typing import NDArray
 
 from ddpm_deploy import Sampler
+from ddpm_deploy.dependencies import onnxruntime_has_cuda
 from ddpm_deploy.gpu import visible_gpu
-from ddpm_deploy.runtime.denoiser import Array
-from ddpm_deploy.runtime.device import Cuda
-from ddpm_deploy.runtime.device_chain import DeviceChain
-from ddpm_deploy.runtime.network import Mirrored, allocate_on
-from ddpm_deploy.runtime.ort import OrtNetwork, onnxruntime_has_cuda
+from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.runtime.device.cuda import Cuda
+from ddpm_deploy.runtime.network import allocate
 from ddpm_deploy.runtime.parity import judge
 from ddpm_deploy.runtime.proof import load_proof, proof_path
+from ddpm_deploy.runtime.protocols import Array
+from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.words import Precision
-from tests.models import ArrayDenoiser
+from tests.models import ArrayNetwork
 from tests.test_chain import LEARNED_SPEC, LEARNED_TABLES, SPEC, TABLES, reference_images
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(visible_gpu() is None, reason="no NVIDIA GPU is visible")]
 
 
-class Echo(ArrayDenoiser):
+class Echo(ArrayNetwork):
     """ε = x, without a backend; and, where the model learned its variance, v = x."""
 
-    def predict(self, x: Array, t: NDArray[np.int64]) -> Array:
+    def answer(self, x: Array, t: NDArray[np.int64]) -> Array:
         """x again."""
-        return np.concatenate([x] * (self.prediction.shape[1] // x.shape[1]), axis=1)
+        return np.concatenate([x] * (self.spec.prediction_shape[0] // x.shape[1]), axis=1)
 
 
 class EchoNetwork:
@@ -40,7 +41,7 @@ class EchoNetwork:
     def __init__(self, spec: ModelSpec, slots: int) -> None:
         self.spec, self.device, self.max_batch = spec, Cuda(), slots
         self.buckets = range(1, slots + 1)
-        self.memory = allocate_on(self.device, spec, slots)
+        self.memory = allocate(self.device, spec, slots)
 
     def enqueue(self, bucket: int) -> None:
         x, prediction = self.memory["x"], self.memory["prediction"]
@@ -57,17 +58,18 @@ class EchoNetwork:
 @pytest.mark.parametrize("name", [*TABLES, *LEARNED_TABLES])
 def test_kernel_and_graph_are_the_reference_bit_for_bit(name: str) -> None:
     spec, table = (SPEC, TABLES[name]) if name in TABLES else (LEARNED_SPEC, LEARNED_TABLES[name])
-    chain = DeviceChain(EchoNetwork(spec, 3))
-    chain.start(slice(0, 3), table, np.full(3, 7, np.uint64), np.arange(5, 8, dtype=np.uint64))
+    chain = Chain(EchoNetwork(spec, 3))
+    chain.start(np.arange(3), Request(table=table, count=3, seed=7, first_index=5))
     while chain.active.any():
         chain.step()
+    images = chain.images(np.arange(3))
     for slot in range(3):
         wanted = reference_images(table, 7, 5 + slot, Echo(spec, 1))
-        np.testing.assert_array_equal(chain.x[slot].view(np.uint32), wanted.view(np.uint32))
+        np.testing.assert_array_equal(images[slot].view(np.uint32), wanted.view(np.uint32))
 
 
 def test_previews_and_results_on_the_gpu() -> None:
-    sampler, host = Sampler(Mirrored(EchoNetwork(SPEC, 4))), Sampler(Echo(SPEC, 4))
+    sampler, host = Sampler(EchoNetwork(SPEC, 4)), Sampler(Echo(SPEC, 4))
     seen: dict[str, list[Array]] = {"gpu": [], "host": []}
     for name, one in (("gpu", sampler), ("host", host)):
         one.sample(3, seed=0, callback=lambda step, x, x0, name=name: seen[name].append(x.copy()))
@@ -82,7 +84,7 @@ def test_previews_and_results_on_the_gpu() -> None:
 def test_two_samplers_in_two_threads() -> None:
     wanted = Sampler(Echo(SPEC, 4)).sample(4, seed=1)
     with ThreadPoolExecutor(2) as pool:
-        samplers = [Sampler(Mirrored(EchoNetwork(SPEC, 4))) for _ in range(2)]
+        samplers = [Sampler(EchoNetwork(SPEC, 4)) for _ in range(2)]
         for images in pool.map(lambda sampler: sampler.sample(4, seed=1), samplers):
             np.testing.assert_array_equal(images, wanted)
 
@@ -90,8 +92,8 @@ def test_two_samplers_in_two_threads() -> None:
 def test_onnx_runtime_on_the_gpu(onnx_path: Path) -> None:
     if not onnxruntime_has_cuda():
         pytest.skip("this ONNX Runtime has no CUDA")
-    with Sampler(Mirrored(OrtNetwork(onnx_path, Cuda(), max_batch=4))) as sampler:
-        assert judge(load_proof(proof_path(onnx_path)), sampler.denoiser).within
+    with Sampler.load(onnx_path, device="cuda", backend="onnxruntime", max_batch=4) as sampler:
+        assert judge(load_proof(proof_path(onnx_path)), sampler.network).within
         images = sampler.sample(4, steps=50, seed=0)
     with Sampler.load(onnx_path) as host:
         assert abs(images - host.sample(4, steps=50, seed=0)).max() < 1e-3
@@ -103,7 +105,7 @@ def test_an_engine_built_on_arrival_passes_its_proof(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with Sampler.load(exported[precision], device="cuda") as sampler:
-        assert judge(load_proof(proof_path(exported[precision])), sampler.denoiser).within
+        assert judge(load_proof(proof_path(exported[precision])), sampler.network).within
         images = sampler.sample(5, seed=0)
         np.testing.assert_array_equal(sampler.sample(5, seed=0), images)  # replayed, and the same bits
     with Sampler.load(exported["fp32"]) as host:

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import CosineBetas, LinearBetas, Schedule
 from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable, ddpm
 from ddpm_deploy.spacings import spaced
 from ddpm_deploy.tolerances import TOLERANCES
 from ddpm_deploy.words import Prediction, Variance
-from tests.models import ArrayDenoiser, GaussianDenoiser, tiny_spec
+from tests.models import ArrayNetwork, GaussianNetwork, tiny_spec
 
 LINEAR = Schedule(LinearBetas().betas(1000))
 COSINE = Schedule(CosineBetas().betas(1000))
@@ -122,15 +123,15 @@ def test_known_variances_of_the_chain() -> None:
 def test_running_chain_has_the_exact_moments(steps: int, variance: Variance) -> None:
     """The real chain, in float32 on the addressed noise, within five standard errors."""
     spec = tiny_spec((1, 32, 32))
-    denoiser = GaussianDenoiser(spec, 8, mean=0.3, std=0.4)
+    network = GaussianNetwork(spec, 8, mean=0.3, std=0.4)
     timesteps = spaced("leading", 1000, steps)
     table = ddpm(LINEAR, timesteps, variance=variance, clip=None)
-    chain = Chain(denoiser)
-    chain.start(slice(0, 8), table, np.full(8, 1, np.uint64), np.arange(8, dtype=np.uint64))
+    chain = Chain(network)
+    chain.start(np.arange(8), Request(table=table, count=8, seed=1))
     while chain.active.any():
         chain.step()
     mean, var = exact_moments(LINEAR, timesteps, variance, 0.3, 0.4)
-    x = chain.x.astype(np.float64)
+    x = chain.images(np.arange(8)).astype(np.float64)
     assert abs(x.mean() - mean) < 5 * (var / x.size) ** 0.5
     assert abs(x.var() - var) < 5 * var * (2 / x.size) ** 0.5
 
@@ -223,7 +224,7 @@ def test_sampler_replays_a_diffusers_chain(diffusers: Any) -> None:
     spec = tiny_spec()
     peer = diffusers.DDPMScheduler(variance_type="fixed_large")
     peer.set_timesteps(1000)
-    denoiser = ArrayDenoiser(spec, 2)
+    network = ArrayNetwork(spec, 2)
     generator, draws = torch.Generator().manual_seed(3), {0: torch.zeros(0)}
     x = draws[0] = torch.randn(2, 1, 8, 8, generator=generator)
     shadow = torch.Generator().manual_seed(3)
@@ -231,9 +232,9 @@ def test_sampler_replays_a_diffusers_chain(diffusers: Any) -> None:
     for t in peer.timesteps.tolist():
         if t > 0:
             draws[t + 1] = torch.randn(2, 1, 8, 8, generator=shadow)
-        out = torch.from_numpy(denoiser.predict(x.numpy(), np.array([t, t])))
+        out = torch.from_numpy(network.answer(x.numpy(), np.array([t, t])))
         x = peer.step(out, t, x, generator=generator).prev_sample
-    mine = Sampler(denoiser).sample(2, noise=lambda draw: draws[draw].numpy())
+    mine = Sampler(network).sample(2, noise=lambda draw: draws[draw].numpy())
     assert np.abs(mine - x.numpy()).max() <= TOLERANCES["diffusers_replay"].limit
 
 

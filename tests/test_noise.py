@@ -31,7 +31,9 @@ KNOWN_ANSWERS = [
 def addressed(seeds: list[int], indices: list[int], draws: list[int], elements: int) -> NDArray[np.float32]:
     source = AddressedNoise(len(seeds), elements)
     source.assign(slice(0, len(seeds)), np.array(seeds, np.uint64), np.array(indices, np.uint64))
-    return source.fill(np.array([draws]))[0].copy()
+    out = np.empty((len(seeds), 1, source.width), np.float32)
+    source.fill(slice(0, len(seeds)), np.array(draws)[:, None], out)
+    return out[:, 0, :elements]
 
 
 def golden_cases() -> NDArray[np.float32]:
@@ -71,7 +73,11 @@ def test_a_slot_takes_up_its_new_address() -> None:
     source = AddressedNoise(3, 16)
     source.assign(slice(0, 3), np.array([1, 1, 1], np.uint64), np.array([0, 1, 2], np.uint64))
     source.assign(slice(1, 2), np.array([9], np.uint64), np.array([77], np.uint64))
-    np.testing.assert_array_equal(source.fill(np.array([[4, 5, 6]]))[0, 1], addressed([9], [77], [5], 16)[0])
+    source.move(1, 0)
+    out = np.empty((3, 1, 16), np.float32)
+    source.fill(slice(0, 3), np.array([[4], [5], [6]]), out)
+    for slot, address in enumerate([([9], [77], [4]), ([9], [77], [5]), ([1], [2], [6])]):
+        np.testing.assert_array_equal(out[slot, 0], addressed(*address, 16)[0])
 
 
 def test_golden_bits() -> None:
@@ -130,6 +136,13 @@ def test_noise_of_several_steps_is_that_of_each() -> None:
     source = AddressedNoise(3, 20)
     assert source.lookahead > 4
     source.assign(slice(0, 3), np.array([1, 1, 2], np.uint64), np.array([0, 1, 2], np.uint64))
-    draws = np.array([[9, 5, 7], [8, 4, 6], [7, 3, 5]])
-    for made, wanted in zip(source.fill(draws).copy(), draws, strict=True):
-        np.testing.assert_array_equal(made, addressed([1, 1, 2], [0, 1, 2], wanted.tolist(), 20))
+    draws = np.array([[9, 8, 7], [5, 4, 3], [7, 6, 5]])
+    out = np.empty((3, 3, 20), np.float32)
+    source.fill(slice(0, 3), draws, out)
+    for step in range(3):
+        wanted = addressed([1, 1, 2], [0, 1, 2], draws[:, step].tolist(), 20)
+        np.testing.assert_array_equal(out[:, step], wanted)
+    np.testing.assert_array_equal(
+        noise.addressed_noise(1, np.arange(2, dtype=np.uint64), 4, (4, 5)).reshape(2, 20),
+        addressed([1, 1], [0, 1], [4, 4], 20),
+    )

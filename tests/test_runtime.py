@@ -20,14 +20,17 @@ from ddpm_deploy.errors import (
     SettingError,
     SpecError,
 )
-from ddpm_deploy.runtime.images import Destination, grid
-from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.backends import load_network
+from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
+from ddpm_deploy.runtime.images import Destination, grid, read_origin
 from ddpm_deploy.runtime.parity import judge, psnr, record, spot_check, summarise, teacher_forced, tolerance
 from ddpm_deploy.runtime.proof import as_proof, load_proof, write_proof
+from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.solvers import StepTable, ddpm
 from ddpm_deploy.spec import ChainSettings, ModelSpec
 from ddpm_deploy.tolerances import MEAN_PSNR, PARITY
-from tests.models import ArrayDenoiser, tiny_spec
+from tests.models import ArrayNetwork, tiny_spec
 
 # --- Sampler ------------------------------------------------------------------------------------------
 
@@ -55,14 +58,14 @@ def test_a_sampler_gives_the_same_again_and_other_for_another_seed(onnx_path: Pa
 
 
 def test_iter_samples_gives_the_batches_of_sample() -> None:
-    sampler = Sampler(ArrayDenoiser(tiny_spec(), 4))
+    sampler = Sampler(ArrayNetwork(tiny_spec(), 4))
     parts = list(sampler.iter_samples(10, steps=5, seed=0))
     assert [len(part) for part in parts] == [4, 4, 2]
     np.testing.assert_array_equal(np.concatenate(parts), sampler.sample(10, steps=5, seed=0))
 
 
 def test_callback_sees_every_step_and_may_stop_the_run() -> None:
-    sampler = Sampler(ArrayDenoiser(tiny_spec(), 4))
+    sampler = Sampler(ArrayNetwork(tiny_spec(), 4))
     seen = []
     sampler.sample(6, steps=5, seed=0, callback=lambda step, x, x0: seen.append((step, x.shape, x0.shape)))
     shapes = {4: (4, 1, 8, 8), 2: (2, 1, 8, 8)}
@@ -72,14 +75,14 @@ def test_callback_sees_every_step_and_may_stop_the_run() -> None:
         if step == 2:
             raise KeyboardInterrupt
 
-    wanted = Sampler(ArrayDenoiser(tiny_spec(), 4)).sample(3, steps=5, seed=0)
+    wanted = Sampler(ArrayNetwork(tiny_spec(), 4)).sample(3, steps=5, seed=0)
     with pytest.raises(KeyboardInterrupt):
         sampler.sample(3, steps=5, seed=0, callback=stop)
     np.testing.assert_array_equal(sampler.sample(3, steps=5, seed=0), wanted)
 
 
 def test_a_stream_shows_every_step_of_sample() -> None:
-    sampler = Sampler(ArrayDenoiser(tiny_spec(), 4))
+    sampler = Sampler(ArrayNetwork(tiny_spec(), 4))
     seen: list[Any] = []
     wanted = sampler.sample(
         3, steps=5, seed=0, callback=lambda step, x, x0: seen.append((step, x.copy(), x0.copy()))
@@ -94,7 +97,7 @@ def test_a_stream_shows_every_step_of_sample() -> None:
 
 
 def test_a_stream_holds_the_sampler_until_it_is_closed() -> None:
-    sampler = Sampler(ArrayDenoiser(tiny_spec(), 4))
+    sampler = Sampler(ArrayNetwork(tiny_spec(), 4))
     wanted = sampler.sample(3, steps=5, seed=0)
     stream = sampler.stream(3, steps=5, seed=0)
     next(stream)
@@ -105,8 +108,8 @@ def test_a_stream_holds_the_sampler_until_it_is_closed() -> None:
 
 
 def test_a_table_of_the_callers_own() -> None:
-    sampler = Sampler(ArrayDenoiser(tiny_spec(), 2))
-    table = sampler.table(ChainSettings(steps=5, solver="ddim"))
+    sampler = Sampler(ArrayNetwork(tiny_spec(), 2))
+    table = sampler.spec.step_table(ChainSettings(steps=5, solver="ddim"))
     np.testing.assert_array_equal(
         sampler.sample(2, table=StepTable(table.rows.copy()), seed=0),
         sampler.sample(2, steps=5, solver="ddim", seed=0),
@@ -135,7 +138,7 @@ def test_given_noise_replaces_the_addressed_noise() -> None:
     from ddpm_deploy import reference
 
     spec = tiny_spec()
-    sampler = Sampler(ArrayDenoiser(spec, 2))
+    sampler = Sampler(ArrayNetwork(spec, 2))
 
     def noise(draw: int) -> np.ndarray:
         return np.stack([reference.normal(5, index, draw, spec.image_shape) for index in range(3)])
@@ -164,16 +167,16 @@ def test_given_noise_replaces_the_addressed_noise() -> None:
         ({"count": 1, "solver": ["ddim"]}, "solver must be a name"),
         ({"count": 1, "solver": "ddim", "eta": "a"}, "eta must be a number"),
         ({"count": 1, "table": np.zeros((3, 12))}, "table must be a StepTable"),
-        ({"count": 1, "labels": 1.0}, "labels must be one name or number"),
+        ({"count": 1, "labels": 1.0}, "no class 1.0|unconditional"),
     ],
 )
 def test_settings_out_of_range(arguments: dict[str, object], problem: str) -> None:
     with pytest.raises(SettingError, match=problem):
-        Sampler(ArrayDenoiser(tiny_spec(), 1)).sample(**arguments)  # type: ignore[arg-type]
+        Sampler(ArrayNetwork(tiny_spec(), 1)).sample(**arguments)  # type: ignore[arg-type]
 
 
 def test_a_sampler_in_use_refuses_a_second_thread() -> None:
-    sampler = Sampler(ArrayDenoiser(tiny_spec(), 1))
+    sampler = Sampler(ArrayNetwork(tiny_spec(), 1))
     errors: list[Exception] = []
 
     def other() -> None:
@@ -194,10 +197,10 @@ def test_a_sampler_in_use_refuses_a_second_thread() -> None:
 
 
 def test_numbers_that_are_not_finite_are_an_error() -> None:
-    class Broken(ArrayDenoiser):
-        def run(self, batch: int) -> None:
+    class Broken(ArrayNetwork):
+        def predict(self, batch: int) -> None:
             """NaN, as half precision gives when it overflows."""
-            self.prediction[:batch] = np.nan
+            self.memory["prediction"][:batch] = np.nan
 
     with pytest.raises(BackendError, match="not finite"):
         Sampler(Broken(tiny_spec(), 1)).sample(1, steps=3)
@@ -212,10 +215,18 @@ def test_numbers_that_are_not_finite_are_an_error() -> None:
     ("arguments", "error", "problem"),
     [
         ({"path": "missing.onnx"}, ArtefactError, "does not exist"),
-        ({"path": "model.pt"}, ArtefactError, "export it first"),
+        (
+            {"backend": "tensorflow"},
+            SettingError,
+            "backend 'tensorflow' is not known: choose from onnxruntime",
+        ),
+        ({"backend": "torch"}, SettingError, r"is not a checkpoint \(.pt\)"),
+        ({"backend": "tensorrt", "device": "cpu"}, SettingError, "TensorRT runs on a GPU"),
+        ({"device": "cuda:x"}, SettingError, "device 'cuda:x' is not known"),
         ({"device": "cuda"}, BackendError, "no NVIDIA GPU is visible"),
-        ({"device": "tpu"}, SettingError, "device 'tpu' is not known: say 'cpu' or 'cuda'"),
+        ({"device": "tpu"}, SettingError, "device 'tpu' is not known: say cpu, cuda or cuda:1"),
         ({"threads": 0}, SettingError, "threads must be"),
+        ({"threads": "x"}, SettingError, "threads must be"),
         ({"max_batch": 0}, SettingError, "max_batch must be"),
     ],
 )
@@ -237,7 +248,7 @@ def test_a_graph_that_does_not_fit_its_spec(onnx_path: Path) -> None:
     with pytest.raises(
         ArtefactError, match=r"has x tensor\(float\) \(B, 1, 8, 8\).*\(B, 3, 8, 8\).*is needed"
     ):
-        OrtDenoiser(onnx_path, spec=spec)
+        OrtNetwork(open_model(onnx_path, spec))
 
 
 def test_a_broken_graph_with_a_whole_spec(tmp_path: Path, onnx_path: Path) -> None:
@@ -246,12 +257,11 @@ def test_a_broken_graph_with_a_whole_spec(tmp_path: Path, onnx_path: Path) -> No
     model.graph.node[3].op_type = "NoSuchOperator"
     onnx.save(model, tmp_path / "x.onnx")
     with pytest.raises(ArtefactError, match="ONNX Runtime cannot load it"):
-        OrtDenoiser(tmp_path / "x.onnx")
+        OrtNetwork(open_model(tmp_path / "x.onnx"))
 
 
 def test_a_graph_with_inputs_and_outputs_exchanged(tmp_path: Path, onnx_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    from ddpm_deploy.artefact import read_spec
 
     def value(name: str, *shape: int) -> object:
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", *shape])
@@ -265,7 +275,7 @@ def test_a_graph_with_inputs_and_outputs_exchanged(tmp_path: Path, onnx_path: Pa
     model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 21)])
     onnx.save(model, tmp_path / "x.onnx")
     with pytest.raises(ArtefactError, match="does not fit its ModelSpec"):
-        OrtDenoiser(tmp_path / "x.onnx", spec=read_spec(onnx_path))
+        OrtNetwork(open_model(tmp_path / "x.onnx", open_model(onnx_path).spec))
 
 
 def test_closing_twice_is_once_and_a_closed_sampler_says_so(onnx_path: Path) -> None:
@@ -282,20 +292,18 @@ def test_a_fixed_batch_is_refused(tmp_path: Path, onnx_path: Path) -> None:
         value.type.tensor_type.shape.dim[0].dim_value = 2
     onnx.save(model, tmp_path / "x.onnx")
     with pytest.raises(ArtefactError, match="fixed batch"):
-        OrtDenoiser(tmp_path / "x.onnx")
+        OrtNetwork(open_model(tmp_path / "x.onnx"))
 
 
 def test_spec_from_elsewhere_for_a_graph_without_one(tmp_path: Path, onnx_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    from ddpm_deploy.artefact import read_spec
-
     model = onnx.load(onnx_path)
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "bare.onnx")
     with pytest.raises(SpecError):
         Sampler.load(tmp_path / "bare.onnx")
     with (
-        Sampler.load(tmp_path / "bare.onnx", spec=read_spec(onnx_path)) as bare,
+        Sampler.load(tmp_path / "bare.onnx", spec=open_model(onnx_path).spec) as bare,
         Sampler.load(onnx_path) as whole,
     ):
         np.testing.assert_array_equal(bare.sample(1, steps=3, seed=0), whole.sample(1, steps=3, seed=0))
@@ -310,16 +318,16 @@ def test_both_onnxruntimes_at_once_are_explained(monkeypatch: pytest.MonkeyPatch
 # --- labels -------------------------------------------------------------------------------------------
 
 
-class Labelled(ArrayDenoiser):
+class Labelled(ArrayNetwork):
     """Its images tell their label: the network predicts what leads to label/10 everywhere."""
 
     def __init__(self, **changes: Any) -> None:
         super().__init__(msgspec.structs.replace(tiny_spec(), **changes), 4)
 
-    def predict(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    def answer(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
         """ε of an image that is y/10 everywhere."""
         ac = self.spec.make_schedule().alphas_cumprod[t][:, None, None, None]
-        wanted = self.y[: len(x), None, None, None] / 10
+        wanted = self.memory["y"][: len(x), None, None, None] / 10
         return np.asarray((x - ac**0.5 * wanted) / (1 - ac) ** 0.5, np.float32)
 
 
@@ -371,7 +379,7 @@ def test_a_proof_holds_its_labels(tmp_path: Path) -> None:
     proof = as_proof(record(network, count=4, steps=20))
     write_proof(proof, tmp_path / "x.npz")
     assert load_proof(tmp_path / "x.npz").labels.tolist() == [0, 1, 2, 3]
-    network.y[:] = 0
+    network.memory["y"][:] = 0
     assert judge(proof, network).within
     with pytest.raises(SettingError, match="differ in num_classes"):
         judge(proof, Labelled(num_classes=4, null_class=True))
@@ -380,17 +388,17 @@ def test_a_proof_holds_its_labels(tmp_path: Path) -> None:
 # --- parity -------------------------------------------------------------------------------------------
 
 
-class Off(ArrayDenoiser):
+class Off(ArrayNetwork):
     """Right, but for an error of a given relative size below a given timestep."""
 
     def __init__(self, size: float, below: int = 1000) -> None:
         super().__init__(tiny_spec(), 4)
         self.size, self.below = size, below
 
-    def predict(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    def answer(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
         """The prediction, scaled."""
         scale = np.where(t < self.below, 1 + self.size, 1).astype(np.float32)
-        return super().predict(x, t) * scale[:, None, None, None]
+        return super().answer(x, t) * scale[:, None, None, None]
 
 
 def test_equal_models_are_equal() -> None:
@@ -452,7 +460,7 @@ def test_psnr_is_that_of_its_definition() -> None:
 
 
 def test_models_of_different_kinds_cannot_be_compared() -> None:
-    other = ArrayDenoiser(tiny_spec(timesteps=500), 4)
+    other = ArrayNetwork(tiny_spec(timesteps=500), 4)
     with pytest.raises(SettingError, match="differ in timesteps"):
         judge(record(Off(0), count=1, steps=2), other)
     with pytest.raises(SettingError, match="count must be from 1 to 4"):
@@ -460,9 +468,8 @@ def test_models_of_different_kinds_cannot_be_compared() -> None:
 
 
 def test_exported_network_agrees_with_pytorch(checkpoint_path: Path, onnx_path: Path) -> None:
-    from ddpm_deploy.train.denoiser import TorchDenoiser
-
-    result = judge(record(TorchDenoiser.load(checkpoint_path), count=2), OrtDenoiser(onnx_path))
+    reference = load_network(open_model(checkpoint_path))
+    result = judge(record(reference, count=2), load_network(open_model(onnx_path)))
     assert result.within
     assert result.tolerance == PARITY["fp32"]
 
@@ -485,7 +492,7 @@ def test_a_proof_says_what_was_recorded(tmp_path: Path) -> None:
 
 
 def test_a_proof_for_images_as_cifars_is_under_a_megabyte(tmp_path: Path) -> None:
-    trajectory = record(ArrayDenoiser(tiny_spec((3, 32, 32)), 1), count=1, steps=25)
+    trajectory = record(ArrayNetwork(tiny_spec((3, 32, 32)), 1), count=1, steps=25)
     write_proof(as_proof(trajectory), tmp_path / "x.proof.npz")
     assert (tmp_path / "x.proof.npz").stat().st_size < 1_000_000
 
@@ -553,9 +560,10 @@ def test_grid_places_every_image() -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
 def test_destinations(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     samples = np.random.default_rng(0).uniform(-1, 1, (5, *shape)).astype(np.float32)
+    request = Request(count=5, first_index=30, seed=1).checked(tiny_spec(shape))
 
     def write(name: str, as_float: bool = False) -> Path:
-        destination = Destination(tmp_path / name, 5, 30, tiny_spec(shape), {"seed": 1}, as_float)
+        destination = Destination(tmp_path / name, request, tiny_spec(shape), as_float)
         destination.check()
         with destination.open() as put:
             put(samples[:2])
@@ -569,15 +577,16 @@ def test_destinations(tmp_path: Path, shape: tuple[int, int, int]) -> None:
         assert sorted(p.name for p in folder.iterdir()) == [f"{30 + i:06d}.png" for i in range(5)]
         with Image.open(folder / "000033.png") as image:
             np.testing.assert_array_equal(np.asarray(image).reshape(pixels[3].shape), pixels[3])
-            assert json.loads(image.text["ddpm_deploy"]) == {"seed": 1, "index": 33}  # type: ignore[attr-defined]
+            assert read_origin(folder / "000033.png")[0].request == request[3:4]
     with Image.open(write("x.png")) as image:
         np.testing.assert_array_equal(np.asarray(image).reshape(grid(pixels).shape), grid(pixels))
-        assert json.loads(image.text["ddpm_deploy"]) == {"seed": 1, "first_index": 30, "count": 5}  # type: ignore[attr-defined]
+    origin, _ = read_origin(tmp_path / "x.png")
+    assert (origin.request, origin.is_grid, origin.model) == (request, True, "0" * 64)
 
 
 def test_an_interrupted_destination_leaves_nothing(tmp_path: Path) -> None:
     for name in ("x.npz", "x.png"):
-        destination = Destination(tmp_path / name, 5, 0, tiny_spec(), {})
+        destination = Destination(tmp_path / name, Request(count=5, seed=0), tiny_spec())
         with pytest.raises(KeyboardInterrupt), destination.open() as put:
             put(np.zeros((2, 1, 8, 8), np.float32))
             raise KeyboardInterrupt
@@ -600,4 +609,4 @@ def test_destinations_that_are_refused(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=problem):
-        Destination(tmp_path / name, count, 0, tiny_spec(), {}, as_float).check()
+        Destination(tmp_path / name, Request(count=count, seed=0), tiny_spec(), as_float).check()

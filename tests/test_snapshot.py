@@ -14,12 +14,12 @@ from ddpm_deploy.runtime.snapshot import Snapshot, digest
 from ddpm_deploy.schedule import CosineBetas
 from ddpm_deploy.solvers import StepTable, ddim
 from ddpm_deploy.spec import ModelSpec, Provenance
-from tests.models import ArrayDenoiser, tiny_spec
+from tests.models import ArrayNetwork, tiny_spec
 from tests.test_guidance import Labelled
 
 
-def model(max_batch: int = 4) -> ArrayDenoiser:
-    return ArrayDenoiser(tiny_spec((1, 4, 4), timesteps=20), max_batch)
+def model(max_batch: int = 4) -> ArrayNetwork:
+    return ArrayNetwork(tiny_spec((1, 4, 4), timesteps=20), max_batch)
 
 
 def taken(sampler: Sampler, after: int, **settings: Any) -> tuple[Snapshot, np.ndarray]:
@@ -63,7 +63,7 @@ def test_labels_guidance_and_variance_are_in_it(tmp_path: Path) -> None:
     snapshot, images = taken(Sampler(Labelled(variance="learned_range")), 7, **settings)
     snapshot.save(tmp_path / "x.npz")
     again = Snapshot.load(tmp_path / "x.npz")
-    assert again.batch.settings == snapshot.batch.settings
+    assert again.request == snapshot.request
     other = Sampler(Labelled(variance="learned_range"))
     np.testing.assert_array_equal(other.resume(again), images)
     np.testing.assert_array_equal(other.resume(again), images)  # as often as one likes
@@ -138,7 +138,7 @@ def test_there_is_none_of_nothing_and_none_of_foreign_noise() -> None:
             "of the model 000000000000…, and this is aaaaaaaaaaaa…",
         ),
         ({"image_shape": (1, 8, 8)}, "of images"),
-        ({"num_classes": 2}, "labels of this snapshot are not those"),
+        ({"num_classes": 2}, "of another table|no class"),
         ({"timesteps": 10}, "of another table"),
         ({"schedule": CosineBetas()}, "of another table"),
         ({"prediction": "v"}, "of another table"),
@@ -149,7 +149,7 @@ def test_a_snapshot_of_another_model_is_refused(spec: dict[str, Any], problem: s
     snapshot, _ = taken(Sampler(model()), 3)
     other: ModelSpec = msgspec.structs.replace(tiny_spec((1, 4, 4), timesteps=20), **spec)
     with pytest.raises(SettingError, match=problem):
-        Sampler(ArrayDenoiser(other, 4)).resume(snapshot)
+        Sampler(ArrayNetwork(other, 4)).resume(snapshot)
 
 
 def changed(path: Path, out: Path, **changes: Any) -> Path:
@@ -183,11 +183,11 @@ def changed(path: Path, out: Path, **changes: Any) -> Path:
         {"step": 21},
         {"step": -1},
         {"step": "one"},
-        {"seed": -1},
-        {"first_index": 2**64 - 2},
-        {"settings": {"solver": "euler"}},
-        {"labels": np.zeros(2, np.int64)},
-        {"guidance": np.array([1, np.inf, 1], np.float32)},
+        {"request": {"count": 2}},
+        {"request": {"count": 3}},  # without a seed
+        {"request": {"count": 3, "seed": 0, "solver": "euler"}},
+        {"request": {"count": 3, "seed": 0, "guidance": ["a"]}},
+        {"request": 7},
         {"x": np.array([{}], dtype=object)},
     ],
     ids=str,
@@ -200,11 +200,24 @@ def test_snapshots_that_are_broken_or_lie(tmp_path: Path, change: dict[str, Any]
         Snapshot.load(changed(tmp_path / "x.npz", tmp_path / "y.npz", **change))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": -1}, {"first_index": 2**64 - 2}, {"labels": [7]}, {"guidance": [2.0]}, {"steps": 10**9}],
+)
+def test_requests_that_no_model_has(tmp_path: Path, change: dict[str, Any]) -> None:
+    snapshot, _ = taken(Sampler(model()), 3)
+    snapshot.save(tmp_path / "x.npz")
+    request = snapshot.request.to_builtins() | change
+    lie = changed(tmp_path / "x.npz", tmp_path / "y.npz", request=request)
+    with pytest.raises(SettingError):
+        Sampler(model()).resume(Snapshot.load(lie))
+
+
 def test_rows_that_are_not_those_of_the_settings_are_refused(tmp_path: Path) -> None:
     """Another table of the caller's own, that says it follows from settings: its pictures would not say the truth."""
     snapshot, _ = taken(Sampler(model()), 3)
     snapshot.save(tmp_path / "x.npz")
-    rows = snapshot.batch.table.rows * 1.01
+    rows = snapshot.table.rows * 1.01
     lie = changed(tmp_path / "x.npz", tmp_path / "y.npz", rows=rows, table=digest(StepTable(rows)))
     with pytest.raises(SettingError, match="of another table"):
         Sampler(model()).resume(Snapshot.load(lie))
@@ -213,7 +226,7 @@ def test_rows_that_are_not_those_of_the_settings_are_refused(tmp_path: Path) -> 
 def test_a_newer_format_says_so(tmp_path: Path) -> None:
     snapshot, _ = taken(Sampler(model()), 3)
     snapshot.save(tmp_path / "x.npz")
-    for change in ({"format": 2, "settings": {"solver": "unknown"}}, {"noise_version": 9, "step": "one"}):
+    for change in ({"format": 2, "request": {"solver": "unknown"}}, {"noise_version": 9, "step": "one"}):
         with pytest.raises(ArtefactError, match="newer ddpm-deploy"):
             Snapshot.load(changed(tmp_path / "x.npz", tmp_path / "y.npz", **change))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:-200])

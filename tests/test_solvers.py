@@ -19,7 +19,7 @@ from ddpm_deploy.spec import ChainSettings
 from ddpm_deploy.tolerances import TOLERANCES
 from ddpm_deploy.words import Prediction, Spacing, Variance
 from tests.golden import improved_diffusion
-from tests.models import GaussianDenoiser, tiny_spec
+from tests.models import GaussianNetwork, tiny_spec
 
 SCHEDULES = {
     "linear": Schedule(LinearBetas().betas(1000)),
@@ -207,7 +207,7 @@ def test_orders_of_convergence(solver: Any, least: float, most: float) -> None:
 def test_running_chains_have_the_exact_moments(settings: dict[str, Any]) -> None:
     """The Sampler in float32, on the addressed noise, within five standard errors."""
     spec = msgspec.structs.replace(tiny_spec((1, 32, 32)), value_range=(-1e6, 1e6))  # as good as unclipped
-    sampler = Sampler(GaussianDenoiser(spec, 8, mean=MEAN, std=STD))
+    sampler = Sampler(GaussianNetwork(spec, 8, mean=MEAN, std=STD))
     x = sampler.sample(8, seed=1, **settings).astype(np.float64)
     timesteps = sampler.table(ChainSettings(**settings)).timesteps
     mean, variance = (

@@ -15,14 +15,15 @@ import pytest
 from ddpm_deploy import reference
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import BackendError
-from ddpm_deploy.runtime import device_chain
-from ddpm_deploy.runtime.device_chain import DeviceChain
-from ddpm_deploy.runtime.kernel import OPTIONS, compiled, kernel_source
+from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.runtime.device import kernel
+from ddpm_deploy.runtime.device.kernel import OPTIONS, compiled, kernel_source
+from ddpm_deploy.runtime.protocols import PLACE
 from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import ModelSpec
-from tests.host_device import HostDevice, HostNetwork
-from tests.models import ArrayDenoiser, tiny_spec
-from tests.test_chain import every_column_table
+from tests.host_device import DeviceNetwork, HostDevice
+from tests.models import ArrayNetwork, tiny_spec
+from tests.test_chain import every_column_table, start
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
@@ -30,7 +31,7 @@ TABLE = every_column_table(0, 12)
 
 
 def test_the_source_is_short_and_compiled_without_contraction() -> None:
-    source = Path(device_chain.__file__).with_name("step.cu").read_text()
+    source = Path(kernel.__file__).with_name("step.cu").read_text()
     assert len(source.splitlines()) < 150
     assert {"--fmad=false", "--ftz=false"} <= set(OPTIONS)
 
@@ -79,23 +80,23 @@ def chained(
     if source is not None:
         compiled = device.compile
         device.compile = lambda _, name: compiled(source, name)  # type: ignore[method-assign]
-    chain = DeviceChain(HostNetwork(ArrayDenoiser(spec, 3), device))
+    chain = Chain(DeviceNetwork(ArrayNetwork(spec, 3), device))  # type: ignore[arg-type]
     for slot in (0, 2):
-        chain.start(slice(slot, slot + 1), table, np.array([7], np.uint64), np.array([slot], np.uint64))
+        start(chain, slot, table, 7, slot)
         chain.step()
     for _ in range(len(table) + 3):
         if chain.active.any():
             chain.step()
-    return chain.x[[0, 2]].copy()
+    return chain.images(np.array([0, 2]))
 
 
 def expected(spec: ModelSpec, table: StepTable = TABLE) -> np.ndarray[Any, Any]:
     """The same by reference.py."""
-    denoiser = ArrayDenoiser(spec, 1)
+    network = ArrayNetwork(spec, 1)
 
     def last(index: int) -> Iterator[np.ndarray[Any, Any]]:
         return reference.chain(
-            lambda x, t: denoiser.predict(x[None], np.array([t]))[0], table, spec.image_shape, 7, index
+            lambda x, t: network.answer(x[None], np.array([t]))[0], table, spec.image_shape, 7, index
         )
 
     return np.stack([list(last(index))[-1] for index in (0, 2)])
@@ -166,18 +167,13 @@ def test_what_was_never_written_would_be_seen() -> None:
     assert not np.array_equal(chained(spec, source), expected(spec))
 
 
-def test_many_tables_and_too_many() -> None:
-    """Rows of finished chains make room; those of running ones cannot."""
-    spec = tiny_spec((1, 2, 2), timesteps=30, network=None)
-    chain = DeviceChain(HostNetwork(ArrayDenoiser(spec, 2), HostDevice()))
-    one = np.zeros(1, np.uint64)
-    tables = [every_column_table(seed, 25) for seed in range(50)]
-    for table in tables:
-        chain.start(slice(0, 1), table, one, one)
-        chain.step()
-        chain.clear()
-    chain.start(slice(1, 2), tables[0], one, one)
-    with pytest.raises(device_chain.SettingError, match="too many different tables are in use at once"):
-        for table in tables:
-            chain.start(slice(0, 1), table, one, one)
-            chain._left[0] = 0
+def test_a_place_is_what_the_kernel_reads() -> None:
+    """Field by field as `struct Slot` lists them, in words of four bytes."""
+    source = Path(kernel.__file__).with_name("step.cu").read_text()
+    struct = source[source.index("struct Slot {") : source.index("};")]
+    names = [word.strip("; ").split("[")[0] for word in ("row", "end", "key[2]", "sample[2]")]
+    names += ["partner", "scale", "given", "arrived", "broken"]
+    places = [struct.index(f" {name}") for name in names]
+    assert places == sorted(places)
+    offsets = [PLACE.fields[name][1] for name in PLACE.names or ()]  # type: ignore[index]
+    assert offsets == [0, 4, 8, 16, 24, 28, 32, 36, 40]

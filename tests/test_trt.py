@@ -1,4 +1,4 @@
-"""The TensorRT Denoiser over stand-ins for the GPU and the engine: whatever of it is not TensorRT or CUDA is real.
+"""The TensorRT network over stand-ins for the GPU and the engine: whatever of it is not TensorRT or CUDA is real.
 
 The engine's stand-in keeps TensorRT's rules (addresses and shapes are set before it runs, shapes are within the
 profile, scratch memory is given) and computes by running the .onnx it would have been built of, at the addresses.
@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.engine.load import LoadedEngine
 from ddpm_deploy.errors import ArtefactError, BackendError
-from ddpm_deploy.runtime.network import Mirrored
-from ddpm_deploy.runtime.ort import OrtDenoiser
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
+from ddpm_deploy.runtime.backends.tensorrt import TrtNetwork
+from ddpm_deploy.runtime.network import ask
+from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.runtime.sampler import Sampler
-from ddpm_deploy.runtime.trt import TrtNetwork
 from tests.host_device import HostDevice
 
 TRT: Any = SimpleNamespace(
@@ -31,6 +32,8 @@ TRT: Any = SimpleNamespace(
     DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
 )
 SCRATCH = 1000
+PLAN: Any = SimpleNamespace(name="e.plan")
+ZEROS = np.zeros((1, 1, 8, 8), np.float32), np.zeros((1, 8), np.float32)
 
 
 class Engine:
@@ -39,7 +42,7 @@ class Engine:
     num_io_tensors = 3
 
     def __init__(self, onnx: Path, profiles: list[tuple[int, int, int]], device: HostDevice) -> None:
-        spec = read_spec(onnx)
+        spec = open_model(onnx).spec
         self.device = device
         self.num_optimization_profiles = len(profiles)
         self.profiles = profiles
@@ -48,7 +51,7 @@ class Engine:
             "temb": (spec.embedding.dim,),
             "prediction": spec.prediction_shape,
         }
-        self.network = OrtDenoiser(onnx)
+        self.network = OrtNetwork(open_model(onnx))
         self.ran: list[tuple[int, int]] = []
         self.refuses = ""
 
@@ -143,11 +146,8 @@ class Context:
 
     def _compute(self, rows: int) -> None:
         self._engine.ran.append((self._profile, rows))
-        network, at = self._engine.network, self._at
-        for buffer, name in ((network.x, "x"), (network.temb, "temb")):
-            buffer[:rows] = at(name, rows)
-        network.run(rows)
-        at("prediction", rows)[:] = network.prediction[:rows]
+        inputs = self._at("x", rows), self._at("temb", rows)
+        self._at("prediction", rows)[:] = ask(self._engine.network, *inputs)
 
     def _at(self, name: str, rows: int) -> NDArray[np.float32]:
         shape = rows, *self._engine.shapes[name]
@@ -170,9 +170,9 @@ def load(onnx_path: Path) -> Callable[..., tuple[TrtNetwork, Engine]]:
         device = HostDevice()
         engine: Any = Engine(onnx_path, profiles, device)
         engine.refuses = changed.pop("refuses", "")
-        spec = msgspec.structs.replace(read_spec(onnx_path), **changed)
+        spec = msgspec.structs.replace(open_model(onnx_path).spec, **changed)
         log: Any = Log()
-        loaded = LoadedEngine(Path("e.plan"), TRT, engine, log)
+        loaded = LoadedEngine(PLAN, TRT, engine, log)
         return TrtNetwork(loaded, spec, device, max_batch), engine
 
     return make
@@ -200,17 +200,17 @@ def test_a_chain_is_that_of_onnx_runtime(
 ) -> None:
     """Bit for bit, as the engine's stand-in is; padded, in buckets, or as it is; five images, split where they must."""
     network, engine = load(profiles, max_batch)
-    wanted = Sampler(OrtDenoiser(onnx_path)).sample(5, steps=6, seed=3)
-    with Sampler(Mirrored(network)) as sampler:
+    wanted = Sampler(OrtNetwork(open_model(onnx_path))).sample(5, steps=6, seed=3)
+    with Sampler(network) as sampler:
         assert list(dict.fromkeys(engine.ran)) == buckets  # each run once when it is loaded
         for _ in range(2):
             engine.ran.clear()
             np.testing.assert_array_equal(sampler.sample(5, steps=6, seed=3), wanted)
             assert list(dict.fromkeys(engine.ran)) == ran
-            sampler.denoiser.run(1)  # through the mirror, between two chains
+            ask(network, *ZEROS)  # between two chains
     for call in (
         lambda: network.enqueue(1),
-        lambda: sampler.denoiser.run(1),
+        lambda: ask(network, *ZEROS),
         lambda: sampler.sample(1, steps=1),
     ):
         with pytest.raises(BackendError, match="is closed"):
@@ -224,13 +224,13 @@ def test_between_noise_and_images_there_is_the_device_alone(
     """No allocation, no capture, no copy and no waiting between the start and the images, whatever the batch."""
     network, _ = load([(1, 8, 8)], max_batch=4)
     device: Any = network.device
-    sampler = Sampler(Mirrored(network))
+    sampler = Sampler(network)
     sampler.sample(3, steps=50, seed=0)
     for count in (4, 2, 4, 1):
         device.calls.clear()
         sampler.sample(count, steps=50, seed=0)
         between = [call for call in device.calls if call != "mark"]  # which an event is
-        assert between == ["upload", "launch", *["replay"] * 50, "download", "synchronize"]
+        assert between == ["upload", "launch", *["replay"] * 50, "fetch", "fetch"]
 
 
 def test_the_queue_is_bounded(load: Callable[..., tuple[TrtNetwork, Engine]]) -> None:
@@ -238,12 +238,11 @@ def test_the_queue_is_bounded(load: Callable[..., tuple[TrtNetwork, Engine]]) ->
     network, engine = load([(1, 1, 1)])
     device: Any = network.device
     behind: list[int] = []
-    with Sampler(Mirrored(network)) as sampler:
+    with Sampler(network) as sampler:
         chain: Any = sampler._chain
         engine.ran.clear()
-        table = sampler.table()
-        chain.start(slice(0, 1), table, np.zeros(1, np.uint64), np.zeros(1, np.uint64))
-        for step in range(len(table)):
+        chain.start(np.array([0]), Request(seed=0))
+        for step in range(network.spec.timesteps):
             chain.step()
             behind.append(step + 1 - len(engine.ran))
         assert device._pending
@@ -266,7 +265,7 @@ def test_a_refusal_is_an_error(
 ) -> None:
     """TensorRT says no by False."""
     with pytest.raises(BackendError, match=f"TensorRT refused {problem}: it said so"):
-        Sampler(Mirrored(load([(1, 1, 1), (2, 2, 2)], refuses=refuses)[0]))
+        Sampler(load([(1, 1, 1), (2, 2, 2)], refuses=refuses)[0])
 
 
 def test_what_cannot_be_captured_is_started_anew(
@@ -274,8 +273,8 @@ def test_what_cannot_be_captured_is_started_anew(
 ) -> None:
     network, _ = load([(1, 2, 2)], refuses="capture")
     device: Any = network.device
-    wanted = Sampler(OrtDenoiser(onnx_path)).sample(2, steps=3, seed=0)
-    np.testing.assert_array_equal(Sampler(Mirrored(network)).sample(2, steps=3, seed=0), wanted)
+    wanted = Sampler(OrtNetwork(open_model(onnx_path))).sample(2, steps=3, seed=0)
+    np.testing.assert_array_equal(Sampler(network).sample(2, steps=3, seed=0), wanted)
     assert not {"capture", "replay"} & set(device.calls)
 
 
@@ -291,10 +290,10 @@ def test_too_little_memory_says_which_batch_would_fit(onnx_path: Path) -> None:
     device.left = 8 * (SCRATCH + 4 * (2 * 64 + 8)) - 1  # one byte short of a batch of 8
     engine: Any = Engine(onnx_path, [(1, 8, 8)], device)
     log: Any = Log()
-    loaded = LoadedEngine(Path("e.plan"), TRT, engine, log)
+    loaded = LoadedEngine(PLAN, TRT, engine, log)
     with pytest.raises(BackendError, match="batches of 8 need .* left: load it with max_batch 7"):
-        TrtNetwork(loaded, read_spec(onnx_path), device)
-    TrtNetwork(loaded, read_spec(onnx_path), device, max_batch=7)
+        TrtNetwork(loaded, open_model(onnx_path).spec, device)
+    TrtNetwork(loaded, open_model(onnx_path).spec, device, max_batch=7)
     device.left = 10
     with pytest.raises(BackendError, match="free some, or use a larger GPU"):
-        TrtNetwork(loaded, read_spec(onnx_path), device)
+        TrtNetwork(loaded, open_model(onnx_path).spec, device)

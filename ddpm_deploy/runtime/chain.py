@@ -239,8 +239,13 @@ class Chain:
     def read(self, slots: Slots) -> tuple[Array, Array]:
         """x and the last x̂0 of some slots as they are now, (k, C, H, W) each, as copies."""
         part = _around(slots)
-        x, x0 = self._stepper.read(part)
-        return x[slots - part.start], x0[slots - part.start]
+        return self.images(slots), self._stepper.x0(part)[slots - part.start]
+
+    def images(self, slots: Slots) -> Array:
+        """x of some slots as it is now, (k, C, H, W), as a copy."""
+        part = _around(slots)
+        images: Array = self._stepper.x(part)[slots - part.start]
+        return images
 
     def watch(self, slots: Slots) -> Look:
         """What gives x and x̂0 of some slots as they are after this step, (k, C, H, W) each.

@@ -167,12 +167,12 @@ def record(
         for step in range(len(table)):
             at = place.get(step)
             if at is not None:
-                x[at], _ = chain.read(slots)
+                x[at] = chain.images(slots)
             chain.step()
             if at is not None:
                 prediction[at] = reference.device.fetch(reference.memory["prediction"][:count])
             progress(1)
-        images, _ = chain.read(slots)
+        images = chain.images(slots)
     timesteps = table.timesteps[kept].astype(np.int64)
     return Trajectory(spec, seed, len(table), labels, timesteps, x, prediction, images)
 
@@ -191,7 +191,7 @@ def judge(trajectory: Trajectory, candidate: Network, progress: Progress = no_pr
         for _ in range(trajectory.steps):
             chain.step()
             progress(1)
-        images, _ = chain.read(np.arange(trajectory.count))
+        images = chain.images(np.arange(trajectory.count))
     lo, hi = trajectory.spec.value_range
     return Comparison(
         errors,

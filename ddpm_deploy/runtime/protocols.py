@@ -133,8 +133,11 @@ class Stepper(Protocol):
     def broken(self, slots: Slots) -> NDArray[np.bool_]:
         """Which slots had numbers in x that were not finite, at any step since they were placed."""
 
-    def read(self, part: slice) -> tuple[Array, Array]:
-        """x and the last x̂0 of some slots, (k, C, H, W) each, as arrays of the caller's."""
+    def x(self, part: slice) -> Array:
+        """A copy of x of some slots, (k, C, H, W)."""
+
+    def x0(self, part: slice) -> Array:
+        """A copy of the last x̂0 of some slots, (k, C, H, W)."""
 
     def watch(self, part: slice) -> Look:
         """Note x and x̂0 of some slots as they are after this step: views that the next step (with a lag, the next

@@ -268,7 +268,7 @@ class Sampler:
         """The images of a batch, from step `first` of its chain."""
         self._run(batch, first, callback)
         self._require_finite(batch)
-        return self._chain.read(batch.slots)[0]
+        return self._chain.images(batch.slots)
 
     def _run(self, batch: _Batch, first: int, callback: Callback | None) -> None:
         """To the end; a callback is told of a step while a device takes the next."""

@@ -304,10 +304,15 @@ class CudaStepper:
         broken: NDArray[np.bool_] = records["broken"][slots] != 0
         return broken
 
-    def read(self, part: slice) -> tuple[Array, Array]:
-        """x and x̂0 as they are now: this waits for the device."""
+    def x(self, part: slice) -> Array:
+        """As it is now: this waits for the device."""
         require_open(bool(self._steps))
-        return self._device.fetch(self._network.memory["x"][part]), self._device.fetch(self._x0[part])
+        return self._device.fetch(self._network.memory["x"][part])
+
+    def x0(self, part: slice) -> Array:
+        """Likewise."""
+        require_open(bool(self._steps))
+        return self._device.fetch(self._x0[part])
 
     def watch(self, part: slice) -> Look:
         """Bring x and x̂0 to the host as they are after this step, while the next one runs."""

@@ -349,10 +349,15 @@ class HostStepper:
         broken: NDArray[np.bool_] = self._broken[slots]
         return broken
 
-    def read(self, part: slice) -> tuple[Array, Array]:
-        """Copies of x and x̂0."""
-        x, x0 = self.watch(part)()
-        return x.copy(), x0.copy()
+    def x(self, part: slice) -> Array:
+        """A copy."""
+        x, _ = self.watch(part)()
+        return x.copy()
+
+    def x0(self, part: slice) -> Array:
+        """A copy."""
+        _, x0 = self.watch(part)()
+        return x0.copy()
 
     def watch(self, part: slice) -> Look:
         """Views of x and x̂0."""
