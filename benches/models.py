@@ -47,13 +47,13 @@ def diffusers_pipeline(model: Model) -> Any:
 
     config, (channels, size, _) = model.spec.network, model.spec.image_shape
     assert config is not None
-    levels = range(len(config.channel_mults))
+    levels = range(len(config.widths))
     kinds = ["Attn" if level in config.attention_levels else "" for level in levels]
     unet = UNet2DModel(
         sample_size=size,
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=tuple(config.channels * mult for mult in config.channel_mults),
+        block_out_channels=config.widths,
         layers_per_block=config.blocks,
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),

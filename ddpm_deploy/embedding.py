@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class SinusoidalEmbedding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SinusoidalEmbedding(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="sinusoidal"
+):
     """A table of sinusoids at geometrically spaced frequencies (Vaswani et al. 2017, section 3.5).
 
     dim: D, the width of the embedding.
@@ -38,3 +40,7 @@ class SinusoidalEmbedding(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
             halves.reverse()
         padding = np.zeros((timesteps, self.dim % 2))  # an odd width ends in a zero
         return np.concatenate([*halves, padding], axis=1).astype(np.float32)
+
+
+# Every kind of embedding there is, told apart by its "kind"; each has a width `dim` and a `table`.
+Embedding = SinusoidalEmbedding

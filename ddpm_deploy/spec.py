@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from ddpm_deploy.embedding import SinusoidalEmbedding
+from ddpm_deploy.embedding import Embedding
 from ddpm_deploy.errors import SettingError, SpecError, first_line, newer
 from ddpm_deploy.files import show
 from ddpm_deploy.noise import NOISE_VERSION
@@ -44,15 +44,6 @@ Text = Annotated[str, msgspec.Meta(max_length=200)]
 Batch = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """An input or the output of a network. shape: of one row, without the batch in front."""
-
-    name: str
-    dtype: Literal["float32", "int64"]
-    shape: tuple[int, ...]
-
-
 class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Which reverse chain to run.
 
@@ -68,11 +59,14 @@ class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
 DEFAULT_CHAIN: Final = ChainSettings()
 
 
-class UNetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class UNetConfig(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="unet"
+):
     """The ε-network of the DDPM family; the defaults are the paper's CIFAR-10 network.
 
-    channels: width at the highest resolution.
-    channel_mults: width of each level as a multiple of it; each level halves the resolution.
+    channels: width of the first convolution.
+    widths: channels of each level, highest resolution first; each level but the last halves the resolution.
+    time_width: of the hidden layers that the timestep's embedding goes through.
     blocks: residual blocks a level going down; one more going up.
     attention_levels: levels (0 = highest resolution) with attention after each block; the middle of
         the network always has it.
@@ -85,7 +79,8 @@ class UNetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """
 
     channels: Size = 128
-    channel_mults: Annotated[tuple[Size, ...], msgspec.Meta(min_length=1, max_length=16)] = (1, 2, 2, 2)
+    widths: Annotated[tuple[Size, ...], msgspec.Meta(min_length=1, max_length=16)] = (128, 256, 256, 256)
+    time_width: Size = 512
     blocks: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     attention_levels: tuple[Annotated[int, msgspec.Meta(ge=0, le=15)], ...] = (1,)
     heads: Size = 1
@@ -99,21 +94,23 @@ class UNetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     @property
     def size_divisor(self) -> int:
         """Heights and widths must be multiples of this, as each level but the last halves them."""
-        return int(2 ** (len(self.channel_mults) - 1))
+        return int(2 ** (len(self.widths) - 1))
 
     def require_sound(self, image_shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless there is such a network for images (C, H, W)."""
         _, height, width = image_shape
         if height % self.size_divisor or width % self.size_divisor:
-            raise ValueError(
-                f"images of {height}×{width} cannot be halved {len(self.channel_mults) - 1} times"
-            )
-        for mult in self.channel_mults:
-            channels = self.channels * mult
-            if channels % self.groups or self.channels % self.groups:
+            raise ValueError(f"images of {height}×{width} cannot be halved {len(self.widths) - 1} times")
+        for channels in (self.channels, *self.widths):
+            if channels % self.groups:
                 raise ValueError(f"{channels} channels do not make {self.groups} groups")
+        for channels in self.widths:
             if channels % (self.head_channels or self.heads):
                 raise ValueError(f"{channels} channels do not make whole attention heads")
+
+
+# Every kind of network there is, told apart by its "kind"; each has a `size_divisor` and `require_sound`.
+NetworkConfig = UNetConfig
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -151,6 +148,18 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     refittable: bool = False
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor that goes into the network or comes out of it.
+
+    shape: of one row, without the batch axis, which every tensor has in front.
+    """
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[int, ...]
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the runtime must know of a model.
 
@@ -174,8 +183,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     schedule: BetaSchedule = msgspec.field(default_factory=LinearBetas)
     prediction: Prediction = "epsilon"
     variance: Variance = "fixed_large"
-    embedding: SinusoidalEmbedding
-    network: UNetConfig | None = None
+    embedding: Embedding
+    network: NetworkConfig | None = None
     num_classes: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
     class_names: tuple[Text, ...] = ()
     null_class: bool = False
@@ -259,17 +268,14 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What goes into the network: x, temb and, where there are classes, y."""
-        labels = (Tensor("y", "int64", ()),) if self.num_classes else ()
-        return (
-            Tensor("x", "float32", self.image_shape),
-            Tensor("temb", "float32", (self.embedding.dim,)),
-            *labels,
-        )
+        """What the network takes, in order: the images x, the timestep's embedding, and the labels y if it has any."""
+        x = Tensor("x", "float32", self.image_shape)
+        temb = Tensor("temb", "float32", (self.embedding.dim,))
+        return (x, temb, Tensor("y", "int64", ())) if self.num_classes else (x, temb)
 
     @property
     def output(self) -> Tensor:
-        """What comes out of it."""
+        """What the network gives."""
         return Tensor("prediction", "float32", self.prediction_shape)
 
     @property

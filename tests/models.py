@@ -13,7 +13,14 @@ from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.spec import ModelSpec, Provenance, UNetConfig
 
 TINY_UNET = UNetConfig(
-    channels=8, channel_mults=(1, 2), blocks=1, attention_levels=(1,), heads=2, groups=4, dropout=0.0
+    channels=8,
+    widths=(8, 16),
+    time_width=32,
+    blocks=1,
+    attention_levels=(1,),
+    heads=2,
+    groups=4,
+    dropout=0.0,
 )
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-
 from ddpm_deploy.artefact import read_meant_float32, read_spec, seal
 from ddpm_deploy.cli.bodies.engine import EngineOptions, engine_settings
 from ddpm_deploy.cli.export import main
@@ -101,17 +100,16 @@ def test_an_engine_is_what_it_says(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.plan", "e.plan.sha256"]
 
 
-def traced(folder: Path, spec: ModelSpec, precision: GraphPrecision) -> Path:
+def traced(folder: Path, spec: ModelSpec, precision: GraphPrecision, network: Any = None) -> Path:
     """A network with random weights as ddpm-export writes it, without the chains that it is calibrated on."""
-    from ddpm_deploy.export.graph import describe, meant_float32, trace
-    from ddpm_deploy.export.precision import STANDING_ISLANDS, reduce
+    from ddpm_deploy.export.graph import describe, trace
+    from ddpm_deploy.export.precision import reduce, standing_islands
     from ddpm_deploy.train.checkpoint import new_network
 
-    network = new_network(spec).eval()
+    network = network or new_network(spec).eval()
     spec, path = msgspec.structs.replace(spec, precision=precision), folder / f"{precision}.onnx"
-    half = precision != "fp32"
-    model = trace(reduce(network, precision, STANDING_ISLANDS) if half else network, spec)
-    describe(model, spec, meant_float32(network, STANDING_ISLANDS) if half else None)
+    model = trace(reduce(network, precision, standing_islands(network)), spec)
+    describe(model, spec)
     onnx.save(model, path)
     return path
 
@@ -153,6 +151,22 @@ def test_labels_and_learned_variances_build(tmp_path: Path) -> None:
     spec = msgspec.structs.replace(tiny_spec(), num_classes=3, null_class=True, variance="learned_range")
     build_engine(traced(tmp_path, spec, "fp16"), tmp_path / "e.plan", RTX)
     assert read_spec(tmp_path / "e.plan").prediction_shape == (2, 8, 8)
+
+
+def test_any_network_builds(tmp_path: Path) -> None:
+    """One that says nothing of precision: its convolutions are in half, its attention and its timestep are not."""
+    from tests.test_precision import foreign
+
+    network, spec = foreign()
+    layers = build_engine(traced(tmp_path, spec, "fp16", network), tmp_path / "e.plan", RTX)
+    assert {name for name, kind in layers.products.items() if kind == "HALF"} == {
+        "first",
+        "body.0",
+        "body.2",
+        "last",
+    }
+    assert Counter(layers.products.values()) == {"HALF": 4, "FLOAT": 3}
+    assert Counter(layers.norms.values()) == {"FLOAT": 2}
 
 
 def test_the_head_holds_the_capabilities(

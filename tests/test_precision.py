@@ -2,31 +2,35 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
 import pytest
+from ddpm_deploy.artefact import read_meant_float32
+from ddpm_deploy.runtime.ort import OrtDenoiser
 
 from ddpm_deploy.errors import ParityError
-from ddpm_deploy.runtime.ort import OrtDenoiser
 from ddpm_deploy.runtime.parity import Trajectory, judge, record, teacher_forced
 from ddpm_deploy.spec import ModelSpec
-from ddpm_deploy.words import Precision
+from ddpm_deploy.words import GraphPrecision, Precision
+from tests.models import tiny_spec
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 
+from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
+
+from ddpm_deploy.export.graph import export_onnx  # noqa: E402
 from ddpm_deploy.export.precision import (  # noqa: E402
-    STANDING_ISLANDS,
     TYPES,
     Oracle,
     calibrate,
     reduce,
+    standing_islands,
     unsafe,
 )
 from ddpm_deploy.train.checkpoint import load_network  # noqa: E402
-from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
 from ddpm_deploy.train.unet import Conv2d, UNet  # noqa: E402
 
 FLOAT, FLOAT16, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
@@ -52,8 +56,8 @@ def test_the_oracle_rounds_as_torchs_own_half_does(
     trajectory = recorded(network, spec)
     errors = {}
     for name, denoiser in (
-        ("oracle", Oracle(network, spec, precision, STANDING_ISLANDS, max_batch=2)),
-        ("native", TorchDenoiser(reduce(network, precision, STANDING_ISLANDS), spec, max_batch=2)),
+        ("oracle", Oracle(network, spec, precision, UNet.float32_islands, max_batch=2)),
+        ("native", TorchDenoiser(reduce(network, precision, UNet.float32_islands), spec, max_batch=2)),
     ):
         steps = teacher_forced(trajectory, denoiser)
         errors[name] = np.array([step.relative_rms for step in steps])
@@ -73,7 +77,7 @@ def test_without_reduction_the_oracle_is_the_network(model: tuple[UNet, ModelSpe
 def test_a_network_that_fits_keeps_only_the_standing_islands(model: tuple[UNet, ModelSpec]) -> None:
     network, spec = model
     found = calibrate(network, recorded(network, spec), "fp16")
-    assert found.islands == STANDING_ISLANDS
+    assert found.islands == UNet.float32_islands
     assert 0 < max(seen.largest for seen in found.ranges.values()) < 1000
     assert len(found.steps) == 20
 
@@ -114,13 +118,13 @@ def test_what_overflows_stays_in_float32(
     assert unsafe(found.ranges, network, torch.float16) == {}  # nothing that is left in half overflows
     assert len(found.islands) < found.convolutions / 2
     # bfloat16 has the range of float32.
-    assert calibrate(network, trajectory, "bf16").islands == STANDING_ISLANDS
+    assert calibrate(network, trajectory, "bf16").islands == UNet.float32_islands
 
 
 def test_the_oracle_gives_only_what_the_type_can_hold(model: tuple[UNet, ModelSpec]) -> None:
     """Weights, biases, and what each module hands on."""
     network, spec = model
-    oracle = Oracle(network, spec, "fp16", STANDING_ISLANDS, max_batch=2)
+    oracle = Oracle(network, spec, "fp16", UNet.float32_islands, max_batch=2)
     assert oracle._network is not None
     half = {name for name, p in oracle._network.named_parameters() if p.dtype == torch.float16}
     assert {name.split(".")[-1] for name in half} == {"weight", "bias"}
@@ -200,3 +204,82 @@ def test_the_file_agrees_with_pytorch_in_onnx_runtime(
     result = judge(reference, candidate)
     assert result.within
     assert result.worst.relative_rms > 1e-5  # it is not float32
+
+
+# --- networks of other people ------------------------------------------------------------------------
+
+
+class Foreign(torch.nn.Module):  # type: ignore[misc]
+    """A network of plain modules that says nothing of precision, with an attention of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(1, 16, 3, padding=1, padding_mode="circular")
+        self.temb = torch.nn.Linear(8, 16)
+        self.norm = torch.nn.GroupNorm(4, 16)
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.SiLU(inplace=True), torch.nn.Conv2d(16, 48, 1)
+        )
+        self.last = torch.nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, x: Any, temb: Any) -> Any:
+        h = self.first(x) + self.temb(temb)[:, :, None, None]
+        q, k, v = self.body(self.norm(h)).flatten(2).chunk(3, dim=1)
+        weights = torch.softmax(q.transpose(1, 2) @ k / 4, dim=2)
+        return self.last(h + (v @ weights.transpose(1, 2)).reshape(h.shape))
+
+
+class Outspoken(Foreign):
+    """The same, with islands: a convolution by its name, and those of a part by its name."""
+
+    float32_islands: ClassVar = {"first": "reads x", "body": "may overflow"}
+
+
+def foreign(kind: type[Foreign] = Foreign) -> tuple[Foreign, ModelSpec]:
+    torch.manual_seed(0)
+    return kind().eval(), tiny_spec(network=None, timesteps=60)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_any_network_is_exported(precision: GraphPrecision, tmp_path: Path) -> None:
+    """Its convolutions work in half, and what is around them in float32."""
+    network, spec = foreign()
+    assert export_onnx(network, spec, tmp_path / "m.onnx", precision=precision).comparison.within
+    model = onnx.load(tmp_path / "m.onnx")
+    kinds, wide = types(model), {FLOAT}
+    narrow = {"fp32": FLOAT, "fp16": FLOAT16, "bf16": BFLOAT16}[precision]
+    assert {kinds[name] for node in nodes(model.graph, "Conv") for name in node.input} == {narrow}
+    assert {node.name for node in nodes(model.graph, "Conv")} == {"first", "body.0", "body.2", "last"}
+    for kind in ("GroupNormalization", "Softmax", "Gemm", "MatMul"):
+        assert {kinds[name] for node in nodes(model.graph, kind) for name in node.input} == wide
+    meant = read_meant_float32(tmp_path / "m.onnx")
+    assert meant is None if precision == "fp32" else len(meant or ()) == 3
+
+
+def test_a_network_says_its_own_islands() -> None:
+    network, spec = foreign(Outspoken)
+    islands = {"first": "reads x", "body.0": "may overflow", "body.2": "may overflow"}
+    assert standing_islands(network) == islands
+    assert standing_islands(foreign()[0]) == {}
+    reduced = reduce(network, "fp16", islands)
+    half = {name for name, p in reduced.named_parameters() if p.dtype == torch.float16}
+    assert half == {"last.weight", "last.bias"}
+    assert calibrate(network, recorded(network, spec), "fp16").islands == islands
+
+
+def test_what_overflows_in_any_network_stays_in_float32() -> None:
+    """The convolution that makes it, and the one that reads it."""
+    network, spec = foreign()
+    with torch.no_grad():
+        network.body[0].bias[3] = 3e4
+    found = calibrate(network, recorded(network, spec), "fp16")
+    assert found.islands.keys() == {"body.0", "body.2"}
+
+
+def test_a_network_of_which_nothing_fits_is_refused() -> None:
+    network, spec = foreign()
+    with torch.no_grad():
+        for convolution in (network.first, network.body[0], network.body[2], network.last):
+            convolution.bias.fill_(6e4)
+    with pytest.raises(ParityError, match=r"nothing of this network fits fp16: .*, so export it in fp32$"):
+        calibrate(network, recorded(network, spec), "fp16")

@@ -8,7 +8,7 @@ import pytest
 
 from ddpm_deploy.errors import SpecError
 from ddpm_deploy.schedule import CosineBetas
-from ddpm_deploy.spec import MAX_SPEC_BYTES, ModelSpec, UNetConfig
+from ddpm_deploy.spec import MAX_SPEC_BYTES, ModelSpec, Tensor, UNetConfig
 from tests.models import tiny_spec
 
 
@@ -19,9 +19,29 @@ def test_round_trip() -> None:
     assert ModelSpec.from_json(spec.to_json(), "x.onnx") == spec
 
 
+def test_kinds_are_told() -> None:
+    content = json.loads(tiny_spec().to_json())
+    kinds = {name: content[name]["kind"] for name in ("schedule", "embedding", "network")}
+    assert kinds == {"schedule": "linear", "embedding": "sinusoidal", "network": "unet"}
+
+
+def test_what_goes_in_and_out() -> None:
+    spec = tiny_spec((3, 8, 16))
+    x, temb = Tensor("x", "float32", (3, 8, 16)), Tensor("temb", "float32", (8,))
+    assert spec.inputs == (x, temb)
+    assert spec.output == Tensor("prediction", "float32", (3, 8, 16))
+    more = msgspec.structs.replace(spec, num_classes=2, variance="learned_range")
+    assert more.inputs == (x, temb, Tensor("y", "int64", ()))
+    assert more.output.shape == more.prediction_shape == (6, 8, 16)
+
+
 def test_largest_spec_fits_in_an_engines_name() -> None:
     network = UNetConfig(
-        channels=16_384, channel_mults=(16_384,) * 13, attention_levels=tuple(range(16)), head_channels=16_384
+        channels=16_384,
+        widths=(16_384,) * 13,
+        time_width=16_384,
+        attention_levels=tuple(range(16)),
+        head_channels=16_384,
     )
     spec = tiny_spec((3, 4096, 4096), network=network)
     provenance = msgspec.structs.replace(
@@ -49,9 +69,11 @@ def test_a_spec_that_would_not_fit_is_refused() -> None:
         {"variance": "learned"},
         {"schedule": {"kind": "quadratic"}},
         {"schedule": {"kind": "linear", "beta_end": 2.0}},
+        {"schedule": {"kind": "given", "betas": [0.1, 0.2]}},
         {"schedule": {"kind": "linear", "beta_end": "1e-2"}},
         {"embedding": {"dim": 8, "spacing": "third"}},
         {"embedding": None},
+        {"embedding": {"kind": "fourier", "dim": 8}},
         {"surprise": 1},
         {"precision": "int4"},
         {"provenance": {"digest": "g" * 64}},
@@ -60,8 +82,12 @@ def test_a_spec_that_would_not_fit_is_refused() -> None:
         {"image_shape": [16384, 16384, 16384]},
         {"image_shape": [1, 7, 8]},
         {"timesteps": 100_000, "embedding": {"dim": 65_536}},
-        {"network": {"channels": 8, "groups": 3}},
-        {"network": {"channels": 32, "head_channels": 48}},
+        {"network": {"kind": "transformer"}},
+        {"network": {"channel_mults": [1, 2]}},
+        {"network": {"widths": []}},
+        {"network": {"channels": 8, "widths": [6], "groups": 3}},
+        {"network": {"channels": 6, "widths": [8], "groups": 4}},
+        {"network": {"widths": [32], "head_channels": 48}},
     ],
 )
 def test_malformed_specs_are_refused(change: dict[str, Any]) -> None:

@@ -23,10 +23,11 @@ from tests.models import TINY_UNET, tiny_spec
 
 torch = pytest.importorskip("torch")
 
+from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
+
 from ddpm_deploy.train import ema  # noqa: E402
 from ddpm_deploy.train.checkpoint import Checkpoint, digest, load_network, new_network  # noqa: E402
 from ddpm_deploy.train.data import find_images, fit, read_images  # noqa: E402
-from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
 from ddpm_deploy.train.diffusion import Diffusion  # noqa: E402
 from ddpm_deploy.train.noise import AddressedRandn  # noqa: E402
 from ddpm_deploy.train.settings import PRESETS, Settings  # noqa: E402
@@ -52,7 +53,8 @@ def test_networks_have_the_papers_sizes(preset: str, size: int, millions: float)
         {"padding": "symmetric", "scale_shift": True, "norm_eps": 1e-5},
         {"head_channels": 4},
         {"attention_levels": (), "blocks": 2},
-        {"channel_mults": (1,)},
+        {"widths": (8,)},
+        {"channels": 4, "widths": (12, 8), "time_width": 20},
     ],
 )
 def test_network_variants(change: dict[str, object]) -> None:
@@ -75,7 +77,7 @@ def randomised(network: UNet) -> UNet:
 
 
 TWIN_CONFIG = UNetConfig(
-    channels=32, channel_mults=(1, 2), blocks=1, attention_levels=(1,), groups=8, dropout=0.0
+    channels=32, widths=(32, 64), time_width=128, blocks=1, attention_levels=(1,), groups=8, dropout=0.0
 )
 
 

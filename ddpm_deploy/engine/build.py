@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_LEVEL: Final = 3  # TensorRT's own
 # Where a graph is said to be, so that the parser finds no other file that it may name.
 NOWHERE: Final = "/dev/null/model.onnx"
+_TYPES: Final = {"float32": "FLOAT", "int64": "INT64"}  # as TensorRT names them
 SPARE: Final = 200  # characters that a refittable engine's name has left for the ModelSpec of other weights
 
 
@@ -200,9 +201,6 @@ def _require_interface(network: Any, onnx: ModelFile) -> None:
             f"{onnx.name} does not fit its ModelSpec: it has {show(f'{inputs} → {outputs}')}, and "
             f"{wanted} → {result} is needed: export it again with ddpm-export"
         )
-
-
-_TYPES: Final = {"float32": "FLOAT", "int64": "INT64"}
 
 
 def _tensors(tensors: Iterable[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:

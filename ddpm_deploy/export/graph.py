@@ -5,7 +5,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import torch
+from torch import nn
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ArtefactError, BackendError, ParityError
@@ -27,7 +28,6 @@ from ddpm_deploy.runtime.proof import as_proof, proof_path, write_proof
 from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, ModelSpec
 from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.train.network import TorchNetwork
-from ddpm_deploy.train.unet import UNet
 from ddpm_deploy.words import GraphPrecision, Precision
 
 # bfloat16 convolutions are ONNX from opset 22 on; engines are best built from 21.
@@ -55,7 +55,7 @@ class Export:
 
 
 def export_onnx(
-    network: UNet,
+    network: nn.Module,
     spec: ModelSpec,
     path: Path,
     *,
@@ -86,7 +86,7 @@ def export_onnx(
         spec = msgspec.structs.replace(spec, precision=precision)
     proof = as_proof(trajectory)
     model = trace(reduced, spec)
-    describe(model, spec, meant_float32(network, calibration.islands) if calibration else None)
+    describe(model, spec)
     if model.ByteSize() > _LARGEST_FILE:
         raise ArtefactError("the network is over 2 GiB, more than one ONNX file holds: try --fp16")
     with atomic_together(path, proof_path(path)) as (temporary, proof_file):
@@ -101,7 +101,7 @@ def export_onnx(
     return Export(comparison, calibration)
 
 
-def _record(network: UNet, spec: ModelSpec, calibrates: bool, every: bool, stages: Stages) -> Trajectory:
+def _record(network: nn.Module, spec: ModelSpec, calibrates: bool, every: bool, stages: Stages) -> Trajectory:
     """Whole chains of the float32 network: what the file is checked by, and a reduced precision calibrated on."""
     image_steps = int(
         _WORK / (sum(p.numel() for p in network.parameters()) * math.prod(spec.image_shape[1:]))
@@ -126,34 +126,38 @@ def _record(network: UNet, spec: ModelSpec, calibrates: bool, every: bool, stage
     return trajectory
 
 
-def meant_float32(network: UNet, islands: Iterable[str]) -> list[str]:
-    """What a reduced graph leaves in float32: the timestep's part, always (`train.unet`), and the islands."""
-    linears = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
-    return [*linears, *islands]
-
-
-def describe(model: Any, spec: ModelSpec, meant: list[str] | None) -> None:
-    """Add to an onnx.ModelProto what it says of itself; meant: of a reduced precision, `meant_float32`."""
+def describe(model: Any, spec: ModelSpec) -> None:
+    """Add to an onnx.ModelProto what it says of itself: its spec and, of a reduced precision, what is in float32."""
     model.metadata_props.add(key=SPEC_KEY, value=spec.to_json())
-    if meant is not None:
-        model.metadata_props.add(key=ISLANDS_KEY, value=json.dumps(meant))
+    if spec.precision != "fp32":
+        model.metadata_props.add(key=ISLANDS_KEY, value=json.dumps(_float32_products(model)))
 
 
-def trace(network: UNet, spec: ModelSpec) -> Any:
+def _float32_products(model: Any) -> list[str]:
+    """The convolutions and matrix products of an onnx.ModelProto that read float32, by the names of their nodes."""
+    graph, wide = model.graph, require("onnx", "export").TensorProto.FLOAT
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    types |= {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    products = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    return [node.name for node in products if types[node.input[0]] == wide]
+
+
+def trace(network: nn.Module, spec: ModelSpec) -> Any:
     """The network as an onnx.ModelProto, without what the exporter tells of the machine it ran on.
 
     What has a weight is named as in the network, so that an engine's layers are.
     """
     batch = torch.export.Dim("batch", min=1)
-    example = {"x": torch.zeros(2, *spec.image_shape), "temb": torch.zeros(2, spec.embedding.dim)}
-    if spec.num_classes:
-        example["y"] = torch.zeros(2, dtype=torch.int64)
+    example = {
+        tensor.name: torch.zeros(2, *tensor.shape, dtype=getattr(torch, tensor.dtype))
+        for tensor in spec.inputs
+    }
     with _quiet_exporter():
         program = torch.onnx.export(
             network,
             tuple(example.values()),
             input_names=list(example),
-            output_names=["prediction"],
+            output_names=[spec.output.name],
             opset_version=OPSETS[spec.precision],
             dynamo=True,
             dynamic_shapes=tuple({0: batch} for _ in example),
@@ -188,7 +192,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _require_parity(
-    network: UNet, proof: Trajectory, spec: ModelSpec, temporary: Path, path: Path, stages: Stages
+    network: nn.Module, proof: Trajectory, spec: ModelSpec, temporary: Path, path: Path, stages: Stages
 ) -> Comparison:
     """Judge the file by its own proof, and by the network at other batch sizes."""
     largest = max(*_CHECKED_BATCHES, proof.count)

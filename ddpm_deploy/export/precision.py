@@ -1,13 +1,18 @@
 """Reduced precision in the graph: which convolutions may work in half, measured before it is decided.
 
-The network itself keeps its normalisations, softmaxes and timestep in float32 (see `train.unet`), and
-its first and last convolutions stay so too. The rest is cast, unless real trajectories show that it must not be:
-`calibrate` runs them on an oracle of half-precision hardware, and what comes too near the range of the
-type, or loses too much by rounding, stays in float32 as well.
+Any torch.nn.Module will do. Its convolutions are cast, and the rest (normalisations, softmaxes, the timestep) stays in
+float32. A network may say more of itself:
+
+- `float32_islands`, a mapping from the names of modules to reasons: these convolutions stay in float32 as well;
+- `takes_any_type = True` on a convolution: it casts its own input and gives the type of its weight, and what follows
+  knows how to go on with that (see `train.unet`). Others get a cast before them and one back to float32 behind.
+
+Then real trajectories decide: `calibrate` runs them on an oracle of half-precision hardware, and what comes too near
+the range of the type, or loses too much by rounding, stays in float32 too.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,7 +30,6 @@ from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.tolerances import PARITY
 from ddpm_deploy.train.network import TorchNetwork
-from ddpm_deploy.train.unet import Conv2d, UNet
 from ddpm_deploy.words import GraphPrecision
 
 TYPES: Final[dict[GraphPrecision, torch.dtype]] = {
@@ -33,10 +37,8 @@ TYPES: Final[dict[GraphPrecision, torch.dtype]] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-# They cost next to nothing, and halve the error at small t, where the noise to be predicted is itself
-# hardly larger than the rounding of x.
-STANDING_ISLANDS: Final = {"conv_in": "reads x", "conv_out": "makes the prediction"}
 
+_CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HEADROOM: Final = 4.0  # how many times a value may yet grow on other images before it overflows
 _ROUNDING: Final = 4.0  # times the type's own epsilon: more means values too small for it
 _ATTEMPTS: Final = 8
@@ -45,6 +47,7 @@ _MOVES: Final = (
     torch.ops.aten.cat.default,
     torch.ops.aten.clone.default,
     torch.ops.aten.constant_pad_nd.default,
+    torch.ops.aten.copy_.default,
     torch.ops.aten.upsample_nearest2d.vec,
     torch.ops.aten.upsample_nearest2d.default,
 )
@@ -77,28 +80,56 @@ class Calibration:
     steps: list[StepErrors]
 
 
-def reduce(network: UNet, precision: GraphPrecision, islands: Iterable[str]) -> UNet:
+def standing_islands(network: nn.Module) -> dict[str, str]:
+    """The convolutions that the network itself says stay in float32, each with the reason."""
+    said: Mapping[str, str] = getattr(network, "float32_islands", {})
+    return {inside: reason for name, reason in said.items() for inside in _inside(name, network)}
+
+
+def reduce(network: nn.Module, precision: GraphPrecision, islands: Iterable[str]) -> nn.Module:
     """A copy of the network whose convolutions, but for `islands`, work in the given precision."""
     reduced = copy.deepcopy(network)
-    for name, module in reduced.named_modules():
-        if isinstance(module, Conv2d) and name not in islands:
-            module.to(TYPES[precision])
+    for name in set(_inside("", reduced)).difference(islands):
+        module = reduced.get_submodule(name).to(TYPES[precision])
+        if not getattr(module, "takes_any_type", False):
+            # Its class changes, and not the module: the names of the weights and of what was seen stay.
+            kind = type(module)
+            module.__class__ = type(f"Reduced{kind.__name__}", (_Reduced, kind), {})
     return reduced
 
 
+class _Reduced(nn.Module):
+    """A convolution that works in the type of its weight and gives back that of its input.
+
+    To be put before a kind of convolution, among the bases of a class.
+    """
+
+    weight: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the convolution."""
+        result: Tensor = super().forward(input.to(self.weight.dtype)).to(input.dtype)
+        return result
+
+
 def calibrate(
-    network: UNet, trajectory: Trajectory, precision: GraphPrecision, *, stages: Stages = silent
+    network: nn.Module, trajectory: Trajectory, precision: GraphPrecision, *, stages: Stages = silent
 ) -> Calibration:
     """Decide which convolutions stay in float32, by the oracle on what the float32 network was asked.
 
     stages: shows how far it is; there are more than one where something has to stay in float32.
 
-    Raises ParityError where no choice of them brings the oracle within tolerance.
+    Raises ParityError where no choice of them brings the oracle within tolerance, or all would have to stay.
     """
-    islands = dict(STANDING_ISLANDS)
+    islands, convolutions = standing_islands(network), _inside("", network)
     largest = default_max_batch(trajectory.spec)
     together = max(1, min(largest // trajectory.count, len(trajectory.timesteps)))
     for _ in range(_ATTEMPTS):
+        if islands.keys() >= set(convolutions):
+            raise ParityError(
+                f"nothing of this network fits {precision}: all its convolutions must stay in float32, so export it "
+                "in fp32"
+            )
         oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=together * trajectory.count)
         with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
             steps = teacher_forced(trajectory, oracle, progress)
@@ -106,7 +137,7 @@ def calibrate(
         found = unsafe(ranges, network, TYPES[precision])
         if not found:
             _require_tolerance(steps, trajectory.spec.timesteps, precision)
-            return Calibration(precision, islands, len(_convolutions("", network)), ranges, steps)
+            return Calibration(precision, islands, len(convolutions), ranges, steps)
         if found.keys() <= islands.keys():
             break
         islands = found | islands
@@ -115,7 +146,7 @@ def calibrate(
     )
 
 
-def unsafe(ranges: dict[str, Range], network: UNet, dtype: torch.dtype) -> dict[str, str]:
+def unsafe(ranges: dict[str, Range], network: nn.Module, dtype: torch.dtype) -> dict[str, str]:
     """The convolutions that make tensors which do not fit the type, each with the reason."""
     limit = torch.finfo(dtype).max / _HEADROOM
     found: dict[str, str] = {}
@@ -143,14 +174,20 @@ def _require_tolerance(steps: Iterable[StepErrors], timesteps: int, precision: G
         )
 
 
-def _convolutions(name: str, network: UNet) -> list[str]:
+def _convolutions(name: str, network: nn.Module) -> list[str]:
     """The convolutions that decide the type of what a module makes: its own, or those it stands among."""
-    inside = [
+    while not (inside := _inside(name, network)) and name:
+        name = name.rpartition(".")[0]
+    return inside
+
+
+def _inside(name: str, network: nn.Module) -> list[str]:
+    """The convolutions in a module, or the module itself where it is one; "" is the network."""
+    return [
         f"{name}.{child}".strip(".")
         for child, module in network.get_submodule(name).named_modules()
-        if isinstance(module, Conv2d)
+        if isinstance(module, _CONVOLUTIONS)
     ]
-    return inside or _convolutions(name.rpartition(".")[0], network)
 
 
 class Oracle(TorchNetwork):
@@ -162,7 +199,7 @@ class Oracle(TorchNetwork):
 
     def __init__(
         self,
-        network: UNet,
+        network: nn.Module,
         spec: ModelSpec,
         precision: GraphPrecision,
         islands: Iterable[str],
@@ -201,7 +238,7 @@ class _Rounding(TorchDispatchMode):
         for (name, before), after in zip(network.named_modules(), reduced.modules(), strict=True):
             after.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name))
             after.register_forward_hook(lambda *_: self._leave())
-            if isinstance(after, Conv2d) and after.weight.dtype == self._dtype:
+            if isinstance(after, _CONVOLUTIONS) and after.weight.dtype == self._dtype:
                 for whole, rounded in zip(before.parameters(), after.parameters(), strict=True):
                     rounded.data.copy_(self._round(name, whole.data))
 

@@ -116,7 +116,13 @@ PRESETS: Final = {
         image_size=8,
         channels=1,
         network=UNetConfig(
-            channels=32, channel_mults=(1, 2), blocks=1, attention_levels=(), groups=8, dropout=0.0
+            channels=32,
+            widths=(32, 64),
+            time_width=128,
+            blocks=1,
+            attention_levels=(),
+            groups=8,
+            dropout=0.0,
         ),
         steps=1400,
         batch_size=32,
@@ -130,7 +136,13 @@ PRESETS: Final = {
         image_size=32,
         channels=None,
         network=UNetConfig(
-            channels=32, channel_mults=(1, 2, 2, 2), blocks=1, attention_levels=(2,), groups=8, dropout=0.0
+            channels=32,
+            widths=(32, 64, 64, 64),
+            time_width=128,
+            blocks=1,
+            attention_levels=(2,),
+            groups=8,
+            dropout=0.0,
         ),
         steps=5000,
         batch_size=16,
@@ -155,7 +167,7 @@ PRESETS: Final = {
     "256": Preset(
         image_size=256,
         channels=3,
-        network=UNetConfig(channel_mults=(1, 1, 2, 2, 4, 4), attention_levels=(4,), dropout=0.0),
+        network=UNetConfig(widths=(128, 128, 256, 256, 512, 512), attention_levels=(4,), dropout=0.0),
         steps=500_000,
         batch_size=64,
         learning_rate=2e-5,
