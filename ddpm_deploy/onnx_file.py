@@ -84,7 +84,7 @@ class OnnxFile:
         try:
             for tensor in _within(self._mapped(), 7, 5):
                 parts = {field: payload for field, _, payload in _fields(tensor)}
-                if not _is_finite(parts.get(2, memoryview(b"")), parts.get(9, memoryview(b""))):
+                if 2 in parts and 9 in parts and not _is_finite(parts[2], parts[9]):
                     return bytes(parts.get(8, b"")).decode(errors="replace")
         except ValueError as error:
             raise ArtefactError(f"{show(self._path)} is not a whole .onnx file ({error})") from error
@@ -98,16 +98,14 @@ def seal(path: Path) -> bytes:
 
 
 def _seal_entry(digest: bytes) -> bytes:
-    return _field(14, _field(1, SEAL_KEY.encode()) + _field(2, digest))
+    return protobuf_field(14, protobuf_field(1, SEAL_KEY.encode()) + protobuf_field(2, digest))
 
 
 def _is_finite(data_type: memoryview, raw: memoryview) -> bool:
     """Whether the numbers of a tensor are; those of a type that has no infinity are."""
-    dtype = _FLOATS.get(_varint(data_type, 0)[0] if data_type else 0)
-    if dtype is None:
-        return True
-    values = np.frombuffer(raw[: len(raw) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize], dtype)
-    return bool(np.isfinite(values).all())
+    number, _ = _varint(data_type, 0)
+    dtype = _FLOATS.get(number)
+    return dtype is None or bool(np.isfinite(np.frombuffer(raw, dtype)).all())
 
 
 def _within(message: memoryview, *path: int) -> Iterator[memoryview]:
@@ -130,7 +128,7 @@ def _metadata(model: memoryview) -> Iterator[tuple[int, str, bytes]]:
             yield start, entry.get(1, b"").decode(errors="replace"), entry.get(2, b"")
 
 
-def _field(number: int, payload: bytes) -> bytes:
+def protobuf_field(number: int, payload: bytes) -> bytes:
     """A protobuf field of bytes, of fewer than 2¹⁴."""
     size = len(payload) & 0x3FFF
     length = bytes([size]) if size < 0x80 else bytes([size & 0x7F | 0x80, size >> 7])

@@ -65,7 +65,7 @@ def spec_in_plan(path: Path) -> str | None:
 
 
 def spec_place(plan: bytes | mmap.mmap) -> slice | None:
-    """Where the ModelSpec stands in an engine's bytes, with the spaces behind it; None where it has none.
+    """Where the ModelSpec stands in an engine's bytes; None where it has none.
 
     Raises ValueError where what stands there is no JSON.
     """
@@ -76,7 +76,6 @@ def spec_place(plan: bytes | mmap.mmap) -> slice | None:
         "latin-1"
     )  # a character a byte, whatever follows the name
     _, end = json.JSONDecoder().raw_decode(text)  # the name has no end of its own in the bytes
-    end += len(text[end:]) - len(text[end:].lstrip(" "))
     return slice(start, start + end)
 
 

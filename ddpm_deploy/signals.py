@@ -3,18 +3,22 @@
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, Final
 
 logger = logging.getLogger(__name__)
+
+Handler = Callable[[int, FrameType | None], None]
+_BOTH: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def stop_on_signals(stop: Callable[[], None], says: str) -> Iterator[None]:
     """Call `stop` on Ctrl-C or SIGTERM, so that the step at hand ends; `says` tells the user what is kept.
 
-    A second signal is obeyed at once. Signals reach the main thread alone: in another this does nothing.
+    A second signal is obeyed at once.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -22,7 +26,7 @@ def stop_on_signals(stop: Callable[[], None], says: str) -> Iterator[None]:
         logger.info("stopping after this step, %s (again: stop at once)", says)
         stop()
 
-    with _handled(handle) as restore:
+    with handled(_BOTH, handle) as restore:
         yield
 
 
@@ -39,7 +43,7 @@ def signals_held(stop: Callable[[], None], says: str = "") -> Iterator[None]:
         stop()
 
     try:
-        with _handled(handle):
+        with handled(_BOTH, handle):
             yield
     finally:
         if received:
@@ -47,18 +51,25 @@ def signals_held(stop: Callable[[], None], says: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
-    """Handle both signals, in the main thread; gives what restores the handlers before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+def handled(numbers: Iterable[int], handle: Handler) -> Iterator[Callable[[], None]]:
+    """Have `handle` called on these signals; gives what puts the handlers before it back.
+
+    A signal that is ignored stays so, as whoever started this process meant it (nohup, a job in the background).
+    One that something other than Python handles is left to that, as Python could not put its handler back. Signals
+    reach the main thread alone: in another this does nothing.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        present = {number: signal.getsignal(number) for number in numbers}
+        before = {n: there for n, there in present.items() if there not in (None, signal.SIG_IGN)}
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     try:
+        for number in before:
+            signal.signal(number, handle)
         yield restore
     finally:
         restore()

@@ -145,7 +145,6 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     gpu: Text = ""
     driver: Text = ""
     batches: tuple[tuple[Batch, Batch, Batch], ...]
-    refittable: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What the tests share: a small trained-looking checkpoint, and its export."""
 
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,14 @@ def _same_log() -> Iterator[None]:
     level = log.level
     yield
     log.setLevel(level)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT is obeyed, here and in processes that are started, also where the tests run with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

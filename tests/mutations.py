@@ -3,16 +3,18 @@
     python -m tests.mutations            2,000 of them, and the table of docs/reliability.md
     python -m tests.mutations --count 50 --seed 7
 
-A case is a kind of file, and a number that says how it is spoilt. It passes where the product answers with
+A case is a use of a file, and a number that says how the file is spoilt. It passes where the product answers with
 one typed error or with a whole result, within its time and memory, and leaves nothing else behind.
 """
 
 import argparse
 import collections
 import contextlib
+import importlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import struct
@@ -23,6 +25,7 @@ import traceback
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,13 +35,55 @@ from PIL import Image
 
 from ddpm_deploy.engine.build import EngineSettings, build_engine
 from ddpm_deploy.plan import spec_place
+from ddpm_deploy.runtime.sampler import Sampler
 
 SECONDS: Final = 60
 MEMORY: Final = 3 << 30  # bytes beyond what the process has at its start
-# The last two are an engine, and an .onnx that one is to be built of.
-KINDS: Final = (".pt", ".onnx", ".proof.npz", ".npz", ".png", ".json", ".plan", ".rtx.onnx")
-OUTPUTS: Final = ("out.npz", "out.plan", "out.plan.sha256")
 
+
+@dataclass(frozen=True)
+class Use:
+    """What people do with a file.
+
+    kind: of file, by its suffix. words: of the command; CASE, FOLDER and OUT stand for the file, the folder it is in,
+    and what is written beside it, and the kind of another file for a whole one of that. outputs: of a whole result.
+    records: of a training, which stay whatever becomes of it. needs_gpu: and ends with an error where there is none.
+    """
+
+    kind: str
+    words: str
+    outputs: tuple[str, ...] = ()
+    records: tuple[str, ...] = ()
+    needs_gpu: bool = False
+
+
+_QUICK: Final = "--threads 1 -o OUT.npz"
+_TRAINING: Final = "-o OUT.pt --sample-every 0 --batch-size 4 --workers 1 --device cpu"
+_NEW: Final = f"--preset digits --image-size 8 --steps 2 {_TRAINING}"
+_TRAINED: Final = {"outputs": ("out.pt",), "records": ("out.train",)}
+# Every command that reads a file, with each kind of file that it reads.
+USES: Final = (
+    Use(".npz", f"train CASE {_NEW}", **_TRAINED),
+    Use(".npz", f"train CASE --labels {_NEW}", **_TRAINED),
+    Use(".png", f"train FOLDER {_NEW}", **_TRAINED),
+    Use(".pt", "train digits --resume CASE --steps 41 -o OUT.pt --sample-every 0 --device cpu", **_TRAINED),
+    Use(".pt", "export CASE -o OUT.onnx", ("out.onnx", "out.proof.npz")),
+    Use(".onnx", "export CASE --rtx -o OUT.plan", ("out.plan", "out.plan.sha256")),
+    Use(".pt", "verify CASE .onnx --count 1 --steps 2 --threads 1"),
+    Use(".onnx", "verify .onnx CASE --count 1 --steps 2 --threads 1"),
+    Use(".onnx", "verify CASE --proof .proof.npz --threads 1"),
+    Use(".proof.npz", "verify .onnx --proof CASE --threads 1"),
+    Use(".plan", "verify CASE --proof .proof.npz", needs_gpu=True),
+    Use(".pt", f"run CASE --steps 2 --count 2 {_QUICK}", ("out.npz",)),
+    Use(".onnx", f"run CASE --steps 2 --count 2 {_QUICK}", ("out.npz",)),
+    Use(".plan", f"run CASE --steps 2 {_QUICK.replace('--threads 1', '')}", ("out.npz",), needs_gpu=True),
+    Use(".png", "replay .onnx CASE --threads 1"),
+    Use(".snapshot.npz", f"resume .onnx CASE {_QUICK}", ("out.npz",)),
+    Use(".pt", "inspect CASE"),
+    Use(".onnx", "inspect CASE"),
+    Use(".plan", "inspect CASE"),
+    Use(".json", "(its ModelSpec)"),
+)
 Rng = np.random.Generator
 
 
@@ -115,9 +160,9 @@ def mutated(whole: bytes, rng: Rng) -> bytes:
 def mutated_inside(kind: str, whole: bytes, rng: Rng) -> bytes:
     """Mutate what a file holds and make its checksums right again, as somebody with intent would."""
     match kind:
-        case ".pt" | ".npz" | ".proof.npz":
+        case ".pt" | ".npz" | ".proof.npz" | ".snapshot.npz":
             return _mutated_member(whole, rng)
-        case ".onnx" | ".rtx.onnx":
+        case ".onnx":
             return mutated(whole[: whole.rindex(b"\x12ddpm_deploy.sha256") - 3], rng)
         case ".png":
             return _mutated_chunk(whole, rng)
@@ -182,65 +227,50 @@ def _mutated_value(whole: bytes, rng: Rng) -> bytes:
 def whole_files(checkpoint: Path, onnx: Path, folder: Path) -> dict[str, Path]:
     """A whole file of each kind."""
     from ddpm_deploy.artefact import read_spec
+
     from ddpm_deploy.cli import main
 
     files = {".pt": checkpoint, ".onnx": onnx, ".proof.npz": onnx.with_suffix(".proof.npz")}
-    files |= {kind: folder / f"whole{kind}" for kind in (".npz", ".png", ".json")}
-    np.savez(files[".npz"], images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8))
+    files |= {kind: folder / f"whole{kind}" for kind in (".npz", ".png", ".json", ".plan", ".snapshot.npz")}
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
+    np.savez(files[".npz"], images=images, labels=np.arange(20) % 3)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         main(
             ["run", "-q", str(onnx), "--steps", "5", "--count", "4", "--seed", "1", "-o", str(files[".png"])]
         )
     files[".json"].write_text(read_spec(onnx).to_json())
-    files[".plan"], files[".rtx.onnx"] = folder / "whole.plan", onnx
     build_engine(onnx, files[".plan"], EngineSettings(flavour="tensorrt-rtx"))
+    with Sampler.load(onnx, threads=1) as sampler:
+        for step, *_ in sampler.stream(2, steps=5, seed=1):
+            if step == 2:
+                sampler.snapshot().save(files[".snapshot.npz"])
     return files
 
 
-def use(kind: str, path: Path, onnx: Path) -> None:
+def use(what: Use, path: Path, files: dict[str, Path]) -> None:
     """Do with a file what people do with such files; raises SystemExit as the command lines do."""
     from ddpm_deploy.cli import main
-    from ddpm_deploy.errors import DataError
     from ddpm_deploy.spec import ChainSettings, ModelSpec
-    from ddpm_deploy.train.checkpoint import Checkpoint
-    from ddpm_deploy.train.data import find_images, read_images
-    from ddpm_deploy.train.trainer import Trainer
 
-    out = str(path.parent / "out.npz")
-    match kind:
-        case ".pt":
-            checkpoint = Checkpoint.load(path)
-            data = read_images(find_images("digits", labels=checkpoint.settings.labels), 8, 1, workers=1)
-            Trainer.resume(checkpoint, data, torch.device("cpu")).advance()
-            main(["run", str(path), "--steps", "2", "--count", "2", "--threads", "1", "-o", out])
-        case ".onnx":
-            main(["run", str(path), "--steps", "2", "--count", "2", "--threads", "1", "-o", out])
-        case ".plan":
-            main(["inspect", str(path)])
-        case ".rtx.onnx":
-            main(["export", str(path), "--rtx", "-o", str(path.parent / "out.plan")])
-        case ".proof.npz":
-            main(["verify", str(onnx), "--proof", str(path), "--threads", "1"])
-        case ".npz":
-            read_images(find_images(str(path)), 8, 1, workers=1)
-        case ".png":
-            with contextlib.suppress(DataError):
-                read_images(find_images(str(path.parent)), 8, 1, workers=1)
-            main(["replay", str(onnx), str(path), "--threads", "1"])
-        case ".json":
-            spec = ModelSpec.from_json(path.read_bytes(), str(path))
-            spec.step_table(ChainSettings(steps=min(10, spec.timesteps)))
-            spec.embedding.table(spec.timesteps)
+    if what.kind == ".json":
+        spec = ModelSpec.from_json(path.read_bytes(), str(path))
+        spec.step_table(ChainSettings(steps=min(10, spec.timesteps)))
+        spec.embedding.table(spec.timesteps)
+        return
+    names = {kind: str(whole) for kind, whole in files.items()}
+    names |= {"CASE": str(path), "FOLDER": str(path.parent)}
+    names |= {f"OUT{Path(name).suffix}": str(path.parent / name) for name in what.outputs}
+    main([names.get(word, word) for word in what.words.split()])
 
 
-def judge(kind: str, path: Path, onnx: Path) -> str:
+def judge(what: Use, path: Path, files: dict[str, Path]) -> str:
     """Use the file in a process of its own; how that ended, in a word, and in more where it should not have."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
         try:
             os.close(read)
-            os.write(write, _child(kind, path, onnx).encode(errors="replace")[:4000])
+            os.write(write, _child(what, path, files).encode(errors="replace")[:4000])
         finally:
             os._exit(0)
     os.close(write)
@@ -254,16 +284,15 @@ def judge(kind: str, path: Path, onnx: Path) -> str:
         time.sleep(0.002)
     with os.fdopen(read) as pipe:
         verdict = pipe.read() or "crash"
-    there = {p.name for p in path.parent.iterdir()} - {path.name}
-    if others := sorted(there - set(OUTPUTS)):
+    there = {p.name for p in path.parent.iterdir()} - {path.name, *what.records}
+    if others := sorted(there - set(what.outputs)):
         return f"left behind: {others}"
-    written = {".pt": OUTPUTS[:1], ".onnx": OUTPUTS[:1], ".rtx.onnx": OUTPUTS[1:]}.get(kind, ())
-    if there != set(written if verdict == "result" else ()):
+    if there != set(what.outputs if verdict == "result" else ()):
         return f"{verdict}, and its output does not fit that"
     return verdict
 
 
-def _child(kind: str, path: Path, onnx: Path) -> str:
+def _child(what: Use, path: Path, files: dict[str, Path]) -> str:
     from ddpm_deploy.errors import DdpmDeployError
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -271,7 +300,7 @@ def _child(kind: str, path: Path, onnx: Path) -> str:
     err, out = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
-            use(kind, path, onnx)
+            use(what, path, files)
     except DdpmDeployError as error:
         return "error" if str(error).count("\n") == 0 else f"an error of several lines: {error}"
     except SystemExit as end:
@@ -286,36 +315,45 @@ def _child(kind: str, path: Path, onnx: Path) -> str:
     return "result"
 
 
+def judged(what: Use, data: bytes, files: dict[str, Path]) -> str:
+    """`judge` of a file with this content, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"case{what.kind}"
+        path.write_bytes(data)
+        return judge(what, path, files)
+
+
 def run(
     files: dict[str, Path], count: int, seed: int, report: Callable[[str, str], None]
-) -> dict[str, collections.Counter[str]]:
-    """Try `count` mutations, the kinds in turn; counts how they ended, by kind."""
-    onnx = files[".onnx"]
-    endings: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in KINDS}
+) -> dict[Use, collections.Counter[str]]:
+    """Try `count` mutations, the uses in turn; counts how they ended, by use."""
+    endings: dict[Use, collections.Counter[str]] = {what: collections.Counter() for what in USES}
     for number in range(count):
-        kind = KINDS[number % len(KINDS)]
-        rng, whole = np.random.default_rng([seed, number]), files[kind].read_bytes()
-        inside = number // len(KINDS) % 2
-        data = mutated_inside(kind, whole, rng) if inside else mutated(whole, rng)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"case{kind}"
-            path.write_bytes(data)
-            verdict = judge(kind, path, onnx)
+        what = USES[number % len(USES)]
+        rng, whole = np.random.default_rng([seed, number]), files[what.kind].read_bytes()
+        inside = number // len(USES) % 2
+        data = mutated_inside(what.kind, whole, rng) if inside else mutated(whole, rng)
+        verdict = judged(what, data, files)
         if verdict not in ("error", "result"):
-            report(f"{kind} {seed}/{number}", verdict)
-        endings[kind][verdict if verdict in ("error", "result", "crash", "hang") else "other"] += 1
+            report(f"{what.words} {seed}/{number}", verdict)
+        endings[what][verdict if verdict in ("error", "result", "crash", "hang") else "other"] += 1
     return endings
 
 
-def table(endings: dict[str, collections.Counter[str]]) -> str:
+def shortly(what: Use) -> str:
+    """Its words, without what is only there to make it quick."""
+    return re.split(r" (?!--resume|--proof|--rtx|--labels)-", what.words)[0]
+
+
+def table(endings: dict[Use, collections.Counter[str]]) -> str:
     """The endings as a table of markdown."""
     columns = ("error", "result", "crash", "hang", "other")
-    head = "| file | " + " | ".join(("typed error", "whole result", *columns[2:])) + " |\n"
+    head = "| use of a file | file | " + " | ".join(("typed error", "whole result", *columns[2:])) + " |\n"
     rows = "".join(
-        f"| {kind} | " + " | ".join(str(counts[c]) for c in columns) + " |\n"
-        for kind, counts in endings.items()
+        f"| `{shortly(what)}` | {what.kind} | " + " | ".join(str(endings[what][c]) for c in columns) + " |\n"
+        for what in USES
     )
-    return head + "| --- " * (len(columns) + 1) + "|\n" + rows
+    return head + "| --- " * (len(columns) + 2) + "|\n" + rows
 
 
 def main() -> None:
@@ -333,10 +371,16 @@ def main() -> None:
     from tests.models import tiny_checkpoint, tiny_export
 
     Image.init()
+    for module in ("onnxscript", "torch.onnx", "torch.utils.tensorboard", "ddpm_deploy.export.graph"):
+        importlib.import_module(module)  # once, and not in each process
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.model or tiny_checkpoint(Path(folder) / "m.pt")
         onnx = checkpoint.with_suffix(".onnx") if arguments.model else tiny_export(checkpoint)
         files = whole_files(checkpoint, onnx, Path(folder))
+        for what in USES:  # a use that does not get through with a whole file tells nothing of spoilt ones
+            verdict = judged(what, files[what.kind].read_bytes(), files)
+            if verdict != "result" and not (what.needs_gpu and verdict == "error"):
+                sys.exit(f"{what.words}, with a whole file: {verdict}")
         start = time.perf_counter()
         endings = run(
             files, arguments.count, arguments.seed, lambda case, what: print(f"{case}: {what}", flush=True)

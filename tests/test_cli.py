@@ -411,6 +411,7 @@ def test_quiet_and_verbose(tmp_path: Path, onnx_path: Path) -> None:
     assert quiet.stdout.startswith(f"{tmp_path / 'x.png'}: 1 image, 2 steps")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_training_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     model = tmp_path / "m.pt"
@@ -585,6 +586,7 @@ def test_progress_shows_the_images_appear(tmp_path: Path, onnx_path: Path, suffi
     )
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_interrupted_run_leaves_nothing(tmp_path: Path, onnx_path: Path) -> None:
     command = [BIN / "ddpm-run", onnx_path, "--count", "5000", "-o", tmp_path / "x.npz"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -822,6 +824,82 @@ def test_reports_do_not_replace_models(tmp_path: Path, onnx_path: Path) -> None:
     refused(call("run", onnx_path, "--steps", 2, "-o", proof), 1, "another file of this command")
     refused(call("verify", onnx_path, onnx_path, "--report", tmp_path / "r", "--plot", tmp_path / "r"), 1)
     assert onnx_path.read_bytes() == before
+
+
+LOOPS = {
+    "train": (
+        ("{loop}", "-o", "x.pt"),
+        ("digits", "-o", "{loop}.pt"),
+        ("digits", "-o", "{loop}/x.pt"),
+        ("--resume", "{loop}.pt"),
+        ("--resume", "{loop}/x.pt"),
+        ("{loop}.npz", "-o", "x.pt"),
+        ("{loop}/x", "-o", "x.pt"),
+    ),
+    "export": (
+        ("{loop}.pt",),
+        ("{pt}", "-o", "{loop}.onnx"),
+        ("{pt}", "-o", "{loop}/x.onnx"),
+        ("{pt}", "-o", "{loop}.plan"),
+        ("{pt}", "-o", "x.onnx", "--report", "{loop}.json"),
+        ("{onnx}", "--rtx", "-o", "{loop}.plan"),
+        ("{onnx}", "--timing-cache", "{loop}.cache"),
+    ),
+    "verify": (
+        ("{loop}.onnx",),
+        ("{onnx}", "{loop}.onnx"),
+        ("{onnx}", "--proof", "{loop}.npz"),
+        ("{onnx}", "--report", "{loop}.json"),
+        ("{onnx}", "--plot", "{loop}.png"),
+        ("{onnx}", "--plot", "{loop}/x.png"),
+    ),
+    "run": (
+        ("{loop}.onnx",),
+        ("{loop}/x.plan",),
+        ("{onnx}", "-o", "{loop}.png"),
+        ("{onnx}", "-o", "{loop}.npz"),
+        ("{onnx}", "-o", "{loop}"),
+        ("{onnx}", "-o", "{loop}/x.png"),
+        ("{onnx}", "-o", "{loop}/x/"),
+        ("{onnx}", "--progress", "{loop}.gif"),
+        ("{onnx}", "--progress", "{loop}/x.gif"),
+        ("{onnx}", "-o", "{loop}", "--progress", "{loop}/x.gif"),
+        ("{onnx}", "--snapshot", "{loop}.npz"),
+        ("{onnx}", "--snapshot", "{loop}/x.npz"),
+    ),
+    "resume": (
+        ("{loop}.onnx", "x.npz"),
+        ("{onnx}", "{loop}.npz"),
+        ("{onnx}", "{loop}/x.npz"),
+    ),
+    "replay": (
+        ("{loop}.onnx", "x.png"),
+        ("{onnx}", "{loop}.png"),
+    ),
+    "inspect": (("{loop}.pt",), ("{loop}.plan",), ("{loop}/x.onnx",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"), [(name, each) for name, several in LOOPS.items() for each in several], ids=str
+)
+def test_links_that_go_round_in_circles(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_path: Path,
+    onnx_path: Path,
+    command: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Given as any path that a command takes: one line, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("", ".pt", ".onnx", ".plan", ".npz", ".json", ".png", ".gif", ".cache"):
+        Path(f"loop{suffix}").symlink_to(f"other{suffix}")
+        Path(f"other{suffix}").symlink_to(f"loop{suffix}")
+    before = sorted(tmp_path.rglob("*"))
+    names = {"loop": "loop", "pt": checkpoint_path, "onnx": onnx_path}
+    refused(call(command, *(each.format_map(names) for each in arguments)), 1, "loop")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_empty_name_is_a_mistake(onnx_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from ddpm_deploy.artefact import read_meant_float32, read_spec, seal
+
 from ddpm_deploy.cli.bodies.engine import EngineOptions, engine_settings
 from ddpm_deploy.cli.export import main
 from ddpm_deploy.engine import build
@@ -31,6 +31,8 @@ from ddpm_deploy.engine.layers import Layers, inspected, require_precision
 from ddpm_deploy.engine.load import _options_of, require_runs_here, runs_on, source_of
 from ddpm_deploy.errors import ArtefactError, OutputError, ParityError, SettingError, SpecError
 from ddpm_deploy.gpu import Gpu
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.onnx_file import OnnxFile, seal
 from ddpm_deploy.plan import PlanHead, digest_path, read_plan_head, trusted
 from ddpm_deploy.runtime.proof import proof_path
 from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, EngineSpec, ModelSpec
@@ -63,7 +65,7 @@ def fp16(exported: dict[Precision, Path], tmp_path: Path) -> Path:
 def engine(exported: dict[Precision, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good engine, not to be changed."""
     path = tmp_path_factory.mktemp("engine") / "m.rtx.plan"
-    build_engine(exported["fp16"], path, RTX)
+    build_engine(open_model(exported["fp16"]), path, RTX)
     return path
 
 
@@ -79,7 +81,7 @@ def test_an_engine_is_what_it_says(
 ) -> None:
     path = tmp_path / "e.plan"
     settings = EngineSettings(flavour="tensorrt-rtx", capabilities=capabilities, batches=((1, 8, 64),))
-    layers = build_engine(exported[precision], path, settings)
+    layers = build_engine(open_model(exported[precision]), path, settings)
 
     wide = MEANT if precision != "fp32" else list(layers.products)
     assert layers.in_float32 == wide
@@ -88,7 +90,7 @@ def test_an_engine_is_what_it_says(
     assert len(layers.products) == 3 + 33 + 8  # of the timestep, convolutions, two in each of four attentions
     assert Counter(layers.norms.values()) == {"FLOAT": 21 + 4}  # group norms, softmaxes
 
-    spec, source = read_spec(path), read_spec(exported[precision])
+    spec, source = open_model(path).spec, open_model(exported[precision]).spec
     assert msgspec.structs.replace(spec, engine=None) == source
     assert spec.engine == EngineSpec(
         flavour="tensorrt-rtx", version=trt.__version__, capabilities=capabilities, batches=((1, 8, 64),)
@@ -135,12 +137,14 @@ def test_the_papers_networks_build(
     spec = known.spec(preset, known.channels or 3, known.image_size)
     modules = Counter(type(module) for module in new_network(spec).modules())
     source, path = traced(tmp_path, spec, precision), tmp_path / "e.plan"
-    layers = build_engine(source, path, EngineSettings(flavour="tensorrt-rtx", capabilities=capabilities))
+    layers = build_engine(
+        open_model(source), path, EngineSettings(flavour="tensorrt-rtx", capabilities=capabilities)
+    )
     full = 3 + 2 if precision == "fp16" else 3 + modules[Conv2d] + 2 * modules[Attention]
     assert list(layers.products.values()).count("FLOAT") == full
     assert len(layers.products) == 3 + modules[Conv2d] + 2 * modules[Attention]
     assert Counter(layers.norms.values()) == {"FLOAT": modules[GroupNorm] + modules[Attention]}
-    engine = read_spec(path).engine
+    engine = open_model(path).spec.engine
     assert engine
     most = 4 if preset == "256" else 64
     assert (engine.batches, engine.capabilities) == (((1, most, most),), capabilities)
@@ -149,8 +153,8 @@ def test_the_papers_networks_build(
 def test_labels_and_learned_variances_build(tmp_path: Path) -> None:
     """An int64 input more, and twice the channels."""
     spec = msgspec.structs.replace(tiny_spec(), num_classes=3, null_class=True, variance="learned_range")
-    build_engine(traced(tmp_path, spec, "fp16"), tmp_path / "e.plan", RTX)
-    assert read_spec(tmp_path / "e.plan").prediction_shape == (2, 8, 8)
+    build_engine(open_model(traced(tmp_path, spec, "fp16")), tmp_path / "e.plan", RTX)
+    assert open_model(tmp_path / "e.plan").spec.prediction_shape == (2, 8, 8)
 
 
 def test_any_network_builds(tmp_path: Path) -> None:
@@ -158,7 +162,7 @@ def test_any_network_builds(tmp_path: Path) -> None:
     from tests.test_precision import foreign
 
     network, spec = foreign()
-    layers = build_engine(traced(tmp_path, spec, "fp16", network), tmp_path / "e.plan", RTX)
+    layers = build_engine(open_model(traced(tmp_path, spec, "fp16", network)), tmp_path / "e.plan", RTX)
     assert {name for name, kind in layers.products.items() if kind == "HALF"} == {
         "first",
         "body.0",
@@ -174,17 +178,21 @@ def test_the_head_holds_the_capabilities(
 ) -> None:
     """The engine's own record, which we do not write: a bit for each capability at byte 32."""
     path = tmp_path / "e.plan"
-    build_engine(exported["fp16"], path, EngineSettings(flavour="tensorrt-rtx", capabilities=("8.6", "12.0")))
+    build_engine(
+        open_model(exported["fp16"]),
+        path,
+        EngineSettings(flavour="tensorrt-rtx", capabilities=("8.6", "12.0")),
+    )
     masks = [int.from_bytes(plan.read_bytes()[32:40], "little") for plan in (path, engine)]
     assert masks == [1 << 2 | 1 << 4, 0x7E]
 
 
 def test_tf32_is_asked_for_or_off(exported: dict[Precision, Path], tmp_path: Path) -> None:
     path = tmp_path / "e.plan"
-    build_engine(exported["fp32"], path, EngineSettings(flavour="tensorrt-rtx", tf32=True))
-    assert read_spec(path).precision == "tf32"
+    build_engine(open_model(exported["fp32"]), path, EngineSettings(flavour="tensorrt-rtx", tf32=True))
+    assert open_model(path).spec.precision == "tf32"
     with pytest.raises(SettingError, match="tf32 rounds what float32 layers multiply, and .* is in fp16"):
-        build_engine(exported["fp16"], path, EngineSettings(flavour="tensorrt-rtx", tf32=True))
+        build_engine(open_model(exported["fp16"]), path, EngineSettings(flavour="tensorrt-rtx", tf32=True))
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -197,7 +205,6 @@ def test_the_settings_reach_tensorrt(asked: bool) -> None:
         flavour="tensorrt-rtx",
         batches=((1, 1, 1), (2, 4, 8)),
         tf32=asked,
-        refittable=asked,
         workspace=1 << 20,
         level=4,
         capabilities=("8.6",) if asked else (),
@@ -205,7 +212,6 @@ def test_the_settings_reach_tensorrt(asked: bool) -> None:
     spec = engine_spec(tiny_spec(), settings, "1")
     config = _configure(trt, builder, settings, spec, log)
     assert config.get_flag(trt.BuilderFlag.TF32) is asked
-    assert config.get_flag(trt.BuilderFlag.REFIT) is asked
     assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 20
     assert (config.builder_optimization_level, config.num_optimization_profiles) == (4, 2)
@@ -243,13 +249,13 @@ def test_the_longest_name_is_kept_and_a_longer_one_refused() -> None:
         network.name = "short"
         network.name = "n" * length
         assert (network.name == "n" * length) is kept
-    engine = EngineSpec(flavour="tensorrt-rtx", version="1", batches=((1, 1, 1),), refittable=True)
+    engine = EngineSpec(flavour="tensorrt-rtx", version="1", batches=((1, 1, 1),))
     spec = msgspec.structs.replace(tiny_spec(), engine=engine)
     _set_name(network, spec)
-    assert network.name == spec.to_json() + " " * 200
+    assert network.name == spec.to_json()
     crowded = msgspec.structs.replace(spec, num_classes=30, class_names=tuple(f"{i:0100}" for i in range(30)))
     with pytest.raises(
-        SpecError, match="only 3799 fit in an engine: shorten the names of the classes, or build for fewer"
+        SpecError, match="only 3999 fit in an engine: shorten the names of the classes, or build for fewer"
     ):
         _set_name(network, crowded)
 
@@ -260,23 +266,31 @@ def interrupting(label: str, length: int) -> Iterator[Callable[[int], None]]:
     yield lambda steps: signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_while_the_graph_is_read_is_not_lost(
     exported: dict[Precision, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it meet native code: it is held until that is done."""
-    monkeypatch.setattr(build, "read_meant_float32", lambda path: signal.raise_signal(signal.SIGINT) or MEANT)
+    look = build.layers_of
+
+    def interrupted(*arguments: Any) -> Layers:
+        signal.raise_signal(signal.SIGINT)
+        return look(*arguments)
+
+    monkeypatch.setattr(build, "layers_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build_engine(exported["fp16"], tmp_path / "e.plan", RTX)
+        build_engine(open_model(exported["fp16"]), tmp_path / "e.plan", RTX)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_build_and_leaves_nothing(
     exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        build_engine(exported["fp16"], tmp_path / "e.plan", RTX, stages=interrupting)
+        build_engine(open_model(exported["fp16"]), tmp_path / "e.plan", RTX, stages=interrupting)
     assert "stopping at the next chance, with nothing written" in caplog.text
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is handler
@@ -398,7 +412,7 @@ def test_graphs_that_are_refused(
     if change is no_text:
         bad.write_bytes(bad.read_bytes().replace(b"Bernoulli", b"Bern\xff\xfe\x1b[m"))
     with pytest.raises(error, match=problem) as refusal:
-        build_engine(bad, tmp_path / "e.plan", RTX)
+        build_engine(open_model(bad), tmp_path / "e.plan", RTX)
     assert "\x1b" not in str(refusal.value)
     assert not list(tmp_path.glob("*plan*"))
 
@@ -416,7 +430,7 @@ def test_files_that_are_refused(exported: dict[Precision, Path], tmp_path: Path)
         (tmp_path / "none.onnx", "does not exist"),
     ):
         with pytest.raises(ArtefactError, match=problem):
-            build_engine(bad, tmp_path / "e.plan", RTX)
+            build_engine(open_model(bad), tmp_path / "e.plan", RTX)
     assert not list(tmp_path.glob("*.plan*"))
 
 
@@ -429,7 +443,7 @@ def test_a_sealed_file_that_the_parser_refuses(exported: dict[Precision, Path], 
     onnx.save(model, bad)
     bad.write_bytes(bad.read_bytes() + seal(bad))
     with pytest.raises(ArtefactError, match="TensorRT cannot read it: "):
-        build_engine(bad, tmp_path / "e.plan", RTX)
+        build_engine(open_model(bad), tmp_path / "e.plan", RTX)
 
 
 def test_norms_in_half_precision_are_refused() -> None:
@@ -483,12 +497,12 @@ def test_damaged_plans(engine: Path, tmp_path: Path) -> None:
         (b"", "is empty"),
     ):
         with pytest.raises(ArtefactError, match=problem):
-            read_spec(plan(content))
+            assert open_model(plan(content)).spec
     nameless = plan(whole.replace(b'{"spec_version":', b'{"spec_versiom":'))
     with pytest.raises(SpecError, match="carries no ModelSpec"):
-        read_spec(nameless)
+        assert open_model(nameless).spec
     with pytest.raises(ArtefactError, match="not a whole .plan file"):
-        read_spec(plan(whole[:spec] + b'{"spec_version":' + b"[" * 3000 + whole[spec + 3016 :]))
+        open_model(plan(whole[:spec] + b'{"spec_version":' + b"[" * 3000 + whole[spec + 3016 :]))
     with pytest.raises(ArtefactError, match="is missing: an engine is native code"):
         trusted(plan(whole))
     trusted(plan(whole, right))
@@ -510,23 +524,25 @@ BUILT = EngineSpec(
 
 def test_a_plan_of_another_machine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What it was built for, what is here, and the command."""
-    path, head = tmp_path / "my engine.plan", PlanHead("tensorrt", "11.4.0.106")
+    path, other = tmp_path / "my engine.plan", tmp_path / "other.plan"
     path.write_bytes(b"ftrt" + bytes(20) + bytes([11, 4, 0, 106]) + bytes(100))
-    require_runs_here(path, head, BUILT, "11.4.0.99", Gpu("A10", "8.6", 1))
-    require_runs_here(path, head, None, "11.4.0.106", HOPPER)
-    require_runs_here(path, PlanHead("tensorrt", ""), None, "10.16.1.11", HOPPER)  # TensorRT itself will say
+    other.write_bytes(b"ftrt" + b"new!" + bytes(16) + bytes([11, 4, 0, 106]) + bytes(100))
+    plan = open_model(path, msgspec.structs.replace(tiny_spec(), engine=BUILT))
+    require_runs_here(plan, "11.4.0.99", Gpu("A10", "8.6", 1))
+    require_runs_here(open_model(path), "11.4.0.106", HOPPER)
+    require_runs_here(open_model(other), "10.16.1.11", HOPPER)  # TensorRT itself will say
     assert caplog.text == ""
-    require_runs_here(path, head, BUILT, "11.4.0.99", AMPERE)
+    require_runs_here(plan, "11.4.0.99", AMPERE)
     assert "was built on A10, and this is RTX 3060: it may be slow or fail; build it again" in caplog.text
-    again = f"build it again here, with ddpm-export '{tmp_path}/my engine.onnx' -o '{path}' --force"
+    again = f"build it again here, with ddpm-export '{tmp_path}/my engine.onnx' --max-batch 64 -o '{path}' --force"
     with pytest.raises(
         ArtefactError, match=f"built for compute capability 8.6 .A10., and this is H100 .9.0.: {again}"
     ):
-        require_runs_here(path, head, BUILT, "11.4.0.106", HOPPER)
+        require_runs_here(plan, "11.4.0.106", HOPPER)
     with pytest.raises(
         ArtefactError, match=f"built by tensorrt 11.4.0.106, and 10.16.1.11 is installed here: {again}"
     ):
-        require_runs_here(path, head, BUILT, "10.16.1.11", AMPERE)
+        require_runs_here(plan, "10.16.1.11", AMPERE)
 
 
 @pytest.mark.parametrize(
@@ -693,13 +709,13 @@ def test_a_full_disk_costs_a_line(fp16: Path, tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
         with pytest.raises(OutputError, match=r"e\.plan cannot be written"):
-            build_engine(fp16, tmp_path / "e.plan", RTX)
+            build_engine(open_model(fp16), tmp_path / "e.plan", RTX)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.glob("*plan*"))
 
 
 def test_what_was_meant_is_in_the_file(exported: dict[Precision, Path]) -> None:
-    assert read_meant_float32(exported["fp16"]) == MEANT
-    assert read_meant_float32(exported["fp32"]) is None
+    assert OnnxFile(exported["fp16"]).meant_float32 == MEANT
+    assert OnnxFile(exported["fp32"]).meant_float32 is None
     assert np.isin(MEANT, [node.name for node in onnx.load(exported["fp16"]).graph.node]).all()

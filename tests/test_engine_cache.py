@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.engine import cache
 from ddpm_deploy.engine.build import EngineSettings
 from ddpm_deploy.engine.cache import built_on_arrival, cache_folder, with_timing_cache
 from ddpm_deploy.errors import ArtefactError, BackendError, OutputError
 from ddpm_deploy.gpu import Driver, Gpu
+from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.plan import digest_path, trusted
 from ddpm_deploy.words import Precision
 
@@ -23,30 +23,30 @@ pytest.importorskip("tensorrt_rtx")
 RTX = EngineSettings(flavour="tensorrt-rtx", batches=((1, 2, 2),))
 ARRIVE = """
 import logging, sys
-from pathlib import Path
 from ddpm_deploy.engine.build import EngineSettings
 from ddpm_deploy.engine.cache import built_on_arrival
+from ddpm_deploy.model_file import open_model
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-print(built_on_arrival(Path(sys.argv[1]), EngineSettings(flavour="tensorrt-rtx"), str))
+print(built_on_arrival(open_model(sys.argv[1]), EngineSettings(flavour="tensorrt-rtx"), lambda plan: plan.path))
 """
 
 
-def same(path: Path) -> Path:
+def same(plan: ModelFile) -> Path:
     """A loader that does the first thing that one does."""
-    trusted(path)
-    return path
+    trusted(plan.path)
+    return plan.path
 
 
 def test_an_engine_is_built_once_and_said_so(
     exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    first = built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    first = built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path)
     assert "is kept for this machine: one is built, once, as" in caplog.text
-    assert read_spec(first).engine
+    assert open_model(first).spec.engine
     written = first.stat().st_mtime_ns
     caplog.clear()
-    assert built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path) == first
+    assert built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path) == first
     assert (first.stat().st_mtime_ns, caplog.text) == (written, "")
 
 
@@ -62,11 +62,13 @@ def test_what_an_engine_depends_on_is_in_its_name(exported: dict[Precision, Path
         (exported["fp16"], EngineSettings(flavour="tensorrt-rtx", batches=((1, 2, 2),), level=2)),
         (exported["fp32"], EngineSettings(flavour="tensorrt-rtx", batches=((1, 2, 2),), tf32=True)),
     ]
-    assert len({built_on_arrival(*each, same, folder=tmp_path) for each in others}) == len(others)
+    assert len(
+        {built_on_arrival(open_model(each[0]), each[1], same, folder=tmp_path) for each in others}
+    ) == len(others)
 
 
 def test_the_machine_is_in_its_name(exported: dict[Precision, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPU, driver, CUDA and TensorRT's version: names of machines, of which none is here."""
+    """GPU, driver, CUDA, and the versions of TensorRT and of ours: names of machines, of which none is here."""
     machines = [
         Driver(),
         Driver("580", "13.0", (Gpu("A10", "8.6", 1),)),
@@ -77,24 +79,25 @@ def test_the_machine_is_in_its_name(exported: dict[Precision, Path], monkeypatch
     keys = []
     for machine in machines:
         monkeypatch.setattr(cache, "driver", lambda machine=machine: machine)
-        keys.append(cache._key(exported["fp16"], read_spec(exported["fp16"]), RTX))
-    monkeypatch.setattr("tensorrt_rtx.__version__", "1.8.0")
-    keys.append(cache._key(exported["fp16"], read_spec(exported["fp16"]), RTX))
-    assert len(set(keys)) == len(machines) + 1
+        keys.append(cache._key(open_model(exported["fp16"]), RTX))
+    for version in ("tensorrt_rtx.__version__", "ddpm_deploy.engine.cache.__version__"):
+        monkeypatch.setattr(version, "1.8.0")
+        keys.append(cache._key(open_model(exported["fp16"]), RTX))
+    assert len(set(keys)) == len(machines) + 2
 
 
 def test_an_engine_that_cannot_be_used_is_built_again_loudly(
     exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    plan = built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path)
     whole = plan.read_bytes()
     plan.write_bytes(whole[:-1])
-    built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path)
     assert "the cached engine cannot be used, and is built again: " in caplog.text
     assert len(plan.read_bytes()) == len(whole)
     digest_path(plan).unlink()
     caplog.clear()
-    built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path)
     assert "is missing: an engine is native code" in caplog.text
 
 
@@ -102,33 +105,33 @@ def test_what_building_again_cannot_mend_is_not_built_again(
     exported: dict[Precision, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No memory left, say; and an engine that was just built is not built again and again."""
-    written = built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path).stat().st_mtime_ns
+    written = built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path).stat().st_mtime_ns
 
-    def full(path: Path) -> Path:
+    def full(plan: ModelFile) -> Path:
         raise BackendError("the GPU has no memory left")
 
-    def refused(path: Path) -> Path:
+    def refused(plan: ModelFile) -> Path:
         raise ArtefactError("never")
 
     with pytest.raises(BackendError, match="no memory left"):
-        built_on_arrival(exported["fp16"], RTX, full, folder=tmp_path)
+        built_on_arrival(open_model(exported["fp16"]), RTX, full, folder=tmp_path)
     (plan,) = tmp_path.glob("*.plan")
     assert plan.stat().st_mtime_ns == written
     caplog.set_level(logging.INFO)
     caplog.clear()
     with pytest.raises(ArtefactError, match="never"):
-        built_on_arrival(exported["fp16"], RTX, refused, folder=tmp_path)
+        built_on_arrival(open_model(exported["fp16"]), RTX, refused, folder=tmp_path)
     assert caplog.text.count("one is built, once") == 1
 
 
 def test_loading_does_not_wait_for_others(exported: dict[Precision, Path], tmp_path: Path) -> None:
     """Nor write anything: a cache that is filled may be read-only, and its lock be held."""
-    plan = built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+    plan = built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path)
     with plan.with_suffix(".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path) == plan
+        assert built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path) == plan
     plan.with_suffix(".lock").unlink()
-    assert built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path) == plan
+    assert built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path) == plan
     assert not plan.with_suffix(".lock").exists()
 
 
@@ -137,9 +140,46 @@ def test_a_cache_that_others_may_write_to(exported: dict[Precision, Path], tmp_p
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     with pytest.raises(OutputError, match="others may write to .* chmod go-w"):
-        built_on_arrival(exported["fp16"], RTX, same, folder=open_to_all)
-    built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path / "own")
+        built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=open_to_all)
+    built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path / "own")
     assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "planted", ["open folder", "open file", "link", "another's folder", "another's file"]
+)
+def test_what_others_may_have_planted_is_not_loaded(
+    exported: dict[Precision, Path], tmp_path: Path, planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine with its digest right, in the place where it is looked for: loading it would run it."""
+    folder = tmp_path / "cache"
+    plan = built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=folder)
+    if planted == "open folder":
+        folder.chmod(0o770)
+    elif planted == "open file":
+        plan.chmod(0o664)
+    elif planted == "link":
+        plan.rename(tmp_path / "elsewhere.plan")
+        plan.symlink_to(tmp_path / "elsewhere.plan")
+    elif os.getuid():
+        pytest.skip("files are given to others by root alone")
+    else:
+        os.chown(folder if planted == "another's folder" else plan, 1234, -1)
+    loaded: list[Path] = []
+    with pytest.raises(OutputError, match="what is in it is run|may be somebody else's: remove it"):
+        built_on_arrival(open_model(exported["fp16"]), RTX, loaded.append, folder=folder)
+    assert loaded == []
+
+
+def test_ones_own_engine_is_loaded_again_whatever_the_umask(
+    exported: dict[Precision, Path], tmp_path: Path
+) -> None:
+    before = os.umask(0o002)
+    try:
+        plan = built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path / "cache")
+        assert built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path / "cache") == plan
+    finally:
+        os.umask(before)
 
 
 def test_two_processes_build_it_once(exported: dict[Precision, Path], tmp_path: Path) -> None:
@@ -165,7 +205,7 @@ def test_two_processes_build_it_once(exported: dict[Precision, Path], tmp_path: 
 def test_a_cache_that_cannot_be_written(exported: dict[Precision, Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="the cache of engines .* cannot be used: .*XDG_CACHE_HOME"):
-        built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path / "file" / "engines")
+        built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path / "file" / "engines")
 
 
 def test_no_space_for_the_cache(exported: dict[Precision, Path], tmp_path: Path) -> None:
@@ -177,7 +217,7 @@ def test_no_space_for_the_cache(exported: dict[Precision, Path], tmp_path: Path)
         with pytest.raises(
             OutputError, match=r"\.plan cannot be written: .*XDG_CACHE_HOME names another place"
         ):
-            built_on_arrival(exported["fp16"], RTX, same, folder=tmp_path)
+            built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.glob("*.plan*"))
@@ -187,7 +227,7 @@ def test_what_cannot_be_built_is_not_kept(exported: dict[Precision, Path], tmp_p
     cut = tmp_path / "cut.onnx"
     cut.write_bytes(exported["fp16"].read_bytes()[:5000])
     with pytest.raises(ArtefactError, match="not a whole .onnx"):
-        built_on_arrival(cut, RTX, same, folder=tmp_path / "cache")
+        built_on_arrival(open_model(cut), RTX, same, folder=tmp_path / "cache")
     assert not list(tmp_path.rglob("*.plan"))
 
 

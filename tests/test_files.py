@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_deploy.artefact import read_spec
 from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError, SpecError
 from ddpm_deploy.files import atomic, atomic_together, require_file, require_output
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.onnx_file import OnnxFile, protobuf_field
 from ddpm_deploy.spec import SPEC_KEY
 from tests.models import tiny_spec
 
@@ -115,8 +116,8 @@ def test_names_are_shown_on_one_line(tmp_path: Path) -> None:
 
 
 def test_spec_of_a_checkpoint_and_of_its_export(checkpoint_path: Path, onnx_path: Path) -> None:
-    spec = read_spec(checkpoint_path)
-    assert spec == read_spec(onnx_path)
+    spec = open_model(checkpoint_path).spec
+    assert spec == open_model(onnx_path).spec
     assert spec.provenance.step == 40
     assert spec.provenance.data == ""
     assert spec.image_shape == (1, 8, 8)
@@ -131,7 +132,7 @@ def test_truncated_files(
     path = tmp_path / f"x{suffix}"
     path.write_bytes(whole[:cut])
     with pytest.raises(ArtefactError):
-        read_spec(path)
+        assert open_model(path).spec
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".onnx"])
@@ -140,7 +141,7 @@ def test_foreign_files(tmp_path: Path, suffix: str) -> None:
     for content in (b"hello", bytes(1000), os.urandom(5000), b"PK\x03\x04" + bytes(100), b"\x80" * 1000):
         path.write_bytes(content)
         with pytest.raises(ArtefactError):
-            read_spec(path)
+            assert open_model(path).spec
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".onnx"])
@@ -156,7 +157,7 @@ def test_flipped_bits_never_surprise(
             content[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
         with suppress(DdpmDeployError):
-            read_spec(path)
+            assert open_model(path).spec
 
 
 def test_a_pickle_is_never_run(tmp_path: Path) -> None:
@@ -172,16 +173,16 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
         archive.writestr(
             "archive/data.pkl", pickle.dumps({"a": Bomb(), SPEC_KEY: tiny_spec().to_json()}, protocol=2)
         )
-    read_spec(path)
+    assert open_model(path).spec
     assert not mark.exists()
     torch = pytest.importorskip("torch")
     from ddpm_deploy.train.checkpoint import Checkpoint
 
     with pytest.raises(ArtefactError):
-        Checkpoint.load(path)
+        Checkpoint.load(open_model(path))
     torch.save({SPEC_KEY: tiny_spec().to_json(), "format": 1, "ema": Bomb()}, path)
     with pytest.raises(ArtefactError, match="safe"):
-        Checkpoint.load(path)
+        Checkpoint.load(open_model(path))
     assert not mark.exists()
 
 
@@ -190,7 +191,7 @@ def test_a_pickle_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(1 << 27))
     with pytest.raises(ArtefactError, match="not stored as PyTorch stores one"):
-        read_spec(path)
+        assert open_model(path).spec
 
 
 def test_an_onnx_file_of_another_maker(tmp_path: Path) -> None:
@@ -202,16 +203,53 @@ def test_an_onnx_file_of_another_maker(tmp_path: Path) -> None:
         onnx.helper.make_model(onnx.helper.make_graph([node], "g", [value], [out])), tmp_path / "x.onnx"
     )
     with pytest.raises(SpecError, match="carries no ModelSpec"):
-        read_spec(tmp_path / "x.onnx")
+        assert open_model(tmp_path / "x.onnx").spec
+
+
+NAN = protobuf_field(9, np.array([1, np.nan], np.float32).tobytes()) + protobuf_field(8, b"weight")
+DATA_TYPE = bytes([2 << 3])  # the tag of a number in field 2
+
+
+@pytest.mark.parametrize(
+    ("data_type", "found"),
+    [
+        (DATA_TYPE + b"\x01", "weight"),
+        (DATA_TYPE + b"\x81\x00", "weight"),  # 1 again, in more bytes than it needs
+        (DATA_TYPE + b"\x07", None),  # int64
+        (b"", None),  # no type, which ONNX Runtime refuses
+    ],
+)
+def test_numbers_that_are_not_finite_are_found_by_the_type_of_their_tensor(
+    tmp_path: Path, data_type: bytes, found: str | None
+) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(protobuf_field(7, protobuf_field(5, data_type + NAN)))
+    assert OnnxFile(path).non_finite == found
+
+
+@pytest.mark.parametrize(
+    "data_type",
+    [protobuf_field(2, b""), DATA_TYPE, DATA_TYPE + b"\x81" * 11],
+    ids=["a text without letters", "no number", "a number without end"],
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_a_tensor_whose_type_is_no_number_is_no_whole_file(
+    tmp_path: Path, data_type: bytes, last: bool
+) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(protobuf_field(7, protobuf_field(5, NAN + data_type if last else data_type + NAN)))
+    with pytest.raises(ArtefactError, match=r"not a whole \.onnx file"):
+        assert OnnxFile(path).non_finite
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.plan"])
 def test_names_that_are_no_model(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(io.BytesIO(b"x").read())
     with pytest.raises(ArtefactError):
-        read_spec(tmp_path / name)
+        assert open_model(tmp_path / name).spec
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_files_that_belong_together_get_their_names_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

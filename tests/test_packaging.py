@@ -96,6 +96,7 @@ MODULES = [
     "train/diffusion",
     "train/ema",
     "train/noise",
+    "train/pictures",
     "train/session",
     "train/settings",
     "train/trainer",

@@ -8,9 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 from ddpm_deploy.artefact import read_meant_float32
-from ddpm_deploy.runtime.ort import OrtDenoiser
 
 from ddpm_deploy.errors import ParityError
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.parity import Trajectory, judge, record, teacher_forced
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.words import GraphPrecision, Precision
@@ -18,8 +19,6 @@ from tests.models import tiny_spec
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
-
-from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
 
 from ddpm_deploy.export.graph import export_onnx  # noqa: E402
 from ddpm_deploy.export.precision import (  # noqa: E402
@@ -31,6 +30,7 @@ from ddpm_deploy.export.precision import (  # noqa: E402
     unsafe,
 )
 from ddpm_deploy.train.checkpoint import load_network  # noqa: E402
+from ddpm_deploy.train.network import TorchNetwork  # noqa: E402
 from ddpm_deploy.train.unet import Conv2d, UNet  # noqa: E402
 
 FLOAT, FLOAT16, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
@@ -39,12 +39,12 @@ FLOAT, FLOAT16, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onn
 @pytest.fixture
 def model(checkpoint_path: Path) -> tuple[UNet, ModelSpec]:
     """The network of the shared checkpoint, to spoil; with fewer timesteps, as calibration visits all of them."""
-    network, spec = load_network(checkpoint_path)
+    network, spec = load_network(open_model(checkpoint_path))
     return network, msgspec.structs.replace(spec, timesteps=60)
 
 
 def recorded(network: UNet, spec: ModelSpec, steps: int = 20) -> Trajectory:
-    return record(TorchDenoiser(network, spec, max_batch=2), count=2, steps=steps)
+    return record(TorchNetwork(network, spec, max_batch=2), count=2, steps=steps)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -55,11 +55,11 @@ def test_the_oracle_rounds_as_torchs_own_half_does(
     network, spec = model
     trajectory = recorded(network, spec)
     errors = {}
-    for name, denoiser in (
+    for name, one in (
         ("oracle", Oracle(network, spec, precision, UNet.float32_islands, max_batch=2)),
-        ("native", TorchDenoiser(reduce(network, precision, UNet.float32_islands), spec, max_batch=2)),
+        ("native", TorchNetwork(reduce(network, precision, UNet.float32_islands), spec, max_batch=2)),
     ):
-        steps = teacher_forced(trajectory, denoiser)
+        steps = teacher_forced(trajectory, one)
         errors[name] = np.array([step.relative_rms for step in steps])
     assert (errors["native"] > torch.finfo(TYPES[precision]).eps / 20).all()
     np.testing.assert_allclose(errors["oracle"], errors["native"], rtol=0.5)
@@ -197,8 +197,8 @@ def test_the_file_agrees_with_pytorch_in_onnx_runtime(
     model: tuple[UNet, ModelSpec], exported: dict[Precision, Path]
 ) -> None:
     network, spec = model
-    reference = record(TorchDenoiser(network, spec, max_batch=2), count=2)
-    candidate = OrtDenoiser(exported["fp16"])
+    reference = record(TorchNetwork(network, spec, max_batch=2), count=2)
+    candidate = OrtNetwork(open_model(exported["fp16"]))
     assert candidate.spec.precision == "fp16"
     assert candidate.spec.provenance == spec.provenance
     result = judge(reference, candidate)

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,13 +15,18 @@ import pytest
 
 from ddpm_deploy import reference
 from ddpm_deploy.embedding import SinusoidalEmbedding
-from ddpm_deploy.errors import BackendError
+from ddpm_deploy.engine.build import EngineSettings
+from ddpm_deploy.errors import BackendError, DependencyError
+from ddpm_deploy.gpu import Gpu
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.backends import LoadSettings, load_network, tensorrt
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.device import kernel
 from ddpm_deploy.runtime.device.kernel import OPTIONS, compiled, kernel_source
 from ddpm_deploy.runtime.protocols import PLACE
 from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.words import Flavour
 from tests.host_device import DeviceNetwork, HostDevice
 from tests.models import ArrayNetwork, tiny_spec
 from tests.test_chain import every_column_table, start
@@ -51,6 +57,28 @@ def test_what_nvrtc_does_not_compile_is_told() -> None:
         compiled("no CUDA C", "86")
     with pytest.raises(BackendError, match="for sm_35: NVRTC_ERROR_INVALID_OPTION"):
         compiled(kernel_source(), "35")
+
+
+def no_library() -> None:
+    """As cuda.bindings answers the first call where there is no libnvrtc."""
+    raise RuntimeError("Failed to dlopen libnvrtc.so.13")
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_a_missing_nvrtc_is_told_before_minutes_of_building(
+    onnx_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: Flavour
+) -> None:
+    built: list[object] = []
+    monkeypatch.setattr(kernel, "require", lambda module, extra: SimpleNamespace(nvrtcVersion=no_library))
+    monkeypatch.setattr(tensorrt, "require_gpu", lambda otherwise, index: Gpu("A10", "8.6", 1))
+    monkeypatch.setattr(tensorrt, "settings_here", lambda *_: EngineSettings(flavour=flavour))
+    monkeypatch.setattr(tensorrt, "built_on_arrival", lambda *_, **settings: built.append(settings))
+    extra = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}[flavour]
+    with pytest.raises(DependencyError, match=rf"NVRTC does not load .*libnvrtc.*ddpm-deploy\[{extra}\]"):
+        load_network(open_model(onnx_path), LoadSettings(device="cuda"), backend="tensorrt")
+    assert built == []
+    with pytest.raises(DependencyError, match="NVRTC does not load"):
+        compiled(kernel_source(), "86")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
@@ -171,8 +199,7 @@ def test_a_place_is_what_the_kernel_reads() -> None:
     """Field by field as `struct Slot` lists them, in words of four bytes."""
     source = Path(kernel.__file__).with_name("step.cu").read_text()
     struct = source[source.index("struct Slot {") : source.index("};")]
-    names = [word.strip("; ").split("[")[0] for word in ("row", "end", "key[2]", "sample[2]")]
-    names += ["partner", "scale", "given", "arrived", "broken"]
+    names = ["row,", "end;", "key[2];", "sample[2];", "partner;", "scale;", "given;", "arrived;", "broken;"]
     places = [struct.index(f" {name}") for name in names]
     assert places == sorted(places)
     offsets = [PLACE.fields[name][1] for name in PLACE.names or ()]  # type: ignore[index]

@@ -1,8 +1,11 @@
 """The network, the data, and training: sizes, exactness of resuming, and what is refused."""
 
 import io
+import logging
+import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import msgspec
@@ -12,6 +15,7 @@ from PIL import Image
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import ArtefactError, BackendError, DataError, OutputError, SettingError
+from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import SCHEDULES
 from ddpm_deploy.solvers import denoised_coefficients
@@ -23,12 +27,11 @@ from tests.models import TINY_UNET, tiny_spec
 
 torch = pytest.importorskip("torch")
 
-from ddpm_deploy.train.denoiser import TorchDenoiser  # noqa: E402
-
 from ddpm_deploy.train import ema  # noqa: E402
 from ddpm_deploy.train.checkpoint import Checkpoint, digest, load_network, new_network  # noqa: E402
 from ddpm_deploy.train.data import find_images, fit, read_images  # noqa: E402
 from ddpm_deploy.train.diffusion import Diffusion  # noqa: E402
+from ddpm_deploy.train.network import TorchNetwork  # noqa: E402
 from ddpm_deploy.train.noise import AddressedRandn  # noqa: E402
 from ddpm_deploy.train.settings import PRESETS, Settings  # noqa: E402
 from ddpm_deploy.train.trainer import Trainer, learning_rate  # noqa: E402
@@ -150,7 +153,7 @@ def test_a_peers_own_pipeline_runs_on_our_noise(twins: tuple[UNet, Any]) -> None
     spec = msgspec.structs.replace(
         tiny_spec((3, 16, 16), network=TWIN_CONFIG), embedding=SinusoidalEmbedding(dim=32)
     )
-    ours = Sampler(TorchDenoiser(mine, spec)).sample(2, steps=100, seed=11, first_index=5)
+    ours = Sampler(TorchNetwork(mine, spec)).sample(2, steps=100, seed=11, first_index=5)
     error = np.abs(ours.transpose(0, 2, 3, 1) / 2 + 0.5 - theirs).max()
     assert error <= TOLERANCES["diffusers_pipeline"].limit
 
@@ -367,7 +370,7 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(
         first.advance()
     first.checkpoint().save(tmp_path / "x.pt")
     data = read_images(find_images("digits", labels="labels" in settings), 8, 1)
-    second = Trainer.resume(Checkpoint.load(tmp_path / "x.pt"), data, first.device)
+    second = Trainer.resume(Checkpoint.load(open_model(tmp_path / "x.pt")), data, first.device)
     while second.steps_done < 12:
         second.advance()
     a, b = whole.checkpoint(), second.checkpoint()
@@ -490,7 +493,7 @@ def altered(path: Path, out: Path, **changes: object) -> Path:
 
 def test_newer_checkpoint_format(tmp_path: Path, checkpoint_path: Path) -> None:
     with pytest.raises(ArtefactError, match="newer ddpm-deploy .checkpoint format 2; this one knows 1"):
-        Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", format=2))
+        Checkpoint.load(open_model(altered(checkpoint_path, tmp_path / "x.pt", format=2)))
 
 
 @pytest.mark.parametrize(
@@ -511,7 +514,7 @@ def test_checkpoints_that_do_not_fit_themselves(
     tmp_path: Path, checkpoint_path: Path, changes: dict[str, object]
 ) -> None:
     with pytest.raises(ArtefactError):
-        Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", **changes))
+        Checkpoint.load(open_model(altered(checkpoint_path, tmp_path / "x.pt", **changes)))
 
 
 @pytest.mark.parametrize(
@@ -533,10 +536,10 @@ def test_an_optimizer_that_does_not_fit_is_refused(
     number = next(n for n, state in optimizer["state"].items() if state["exp_avg"].shape == (8, 1, 3, 3))
     optimizer["state"][number] |= moment
     with pytest.raises(ArtefactError, match="does not fit its own ModelSpec"):
-        Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", optimizer=optimizer))
+        Checkpoint.load(open_model(altered(checkpoint_path, tmp_path / "x.pt", optimizer=optimizer)))
     optimizer["state"] = {0: optimizer["state"][number]}
     with pytest.raises(ArtefactError, match="optimizer is not of this network"):
-        Checkpoint.load(altered(checkpoint_path, tmp_path / "y.pt", optimizer=optimizer))
+        Checkpoint.load(open_model(altered(checkpoint_path, tmp_path / "y.pt", optimizer=optimizer)))
 
 
 def test_the_settings_of_an_optimizer_are_not_the_files(tmp_path: Path, checkpoint_path: Path) -> None:
@@ -544,7 +547,7 @@ def test_the_settings_of_an_optimizer_are_not_the_files(tmp_path: Path, checkpoi
     optimizer["param_groups"][0] |= {"betas": (0.1, 0.2), "amsgrad": True, "eps": 1.0}
     path = altered(checkpoint_path, tmp_path / "x.pt", optimizer=optimizer)
     trainer = Trainer.resume(
-        Checkpoint.load(path), read_images(find_images("digits"), 8, 1), torch.device("cpu")
+        Checkpoint.load(open_model(path)), read_images(find_images("digits"), 8, 1), torch.device("cpu")
     )
     group = trainer.optimizer.param_groups[0]
     assert (group["betas"], group["amsgrad"], group["eps"]) == ((0.9, 0.999), False, 1e-8)
@@ -557,7 +560,7 @@ def test_damage_anywhere_in_a_checkpoint_is_told(tmp_path: Path, checkpoint_path
         damaged[place] ^= 1
         (tmp_path / "x.pt").write_bytes(damaged)
         try:
-            loaded = Checkpoint.load(tmp_path / "x.pt")
+            loaded = Checkpoint.load(open_model(tmp_path / "x.pt"))
         except ArtefactError:
             continue
         assert digest(loaded.ema) == loaded.spec.provenance.digest  # in the padding between two parts
@@ -567,7 +570,7 @@ def test_weights_of_another_type_are_refused(tmp_path: Path, checkpoint_path: Pa
     state = torch.load(checkpoint_path, weights_only=True)["ema"]
     state["conv_in.weight"] = state["conv_in.weight"].double()
     with pytest.raises(ArtefactError, match=r"conv_in\.weight is not a dense float32"):
-        Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", ema=state))
+        Checkpoint.load(open_model(altered(checkpoint_path, tmp_path / "x.pt", ema=state)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -575,7 +578,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, checkpoint_path
     state = torch.load(checkpoint_path, weights_only=True)["ema"]
     state["conv_in.bias"][3] = value
     with pytest.raises(ArtefactError, match=r"not finite in conv_in\.bias"):
-        load_network(altered(checkpoint_path, tmp_path / "x.pt", ema=state))
+        load_network(open_model(altered(checkpoint_path, tmp_path / "x.pt", ema=state)))
 
 
 def test_weights_that_repeat_a_number_are_refused(tmp_path: Path, checkpoint_path: Path) -> None:
@@ -583,7 +586,7 @@ def test_weights_that_repeat_a_number_are_refused(tmp_path: Path, checkpoint_pat
     state = torch.load(checkpoint_path, weights_only=True)["ema"]
     state["conv_in.weight"] = torch.zeros(1).expand(state["conv_in.weight"].shape)
     with pytest.raises(ArtefactError, match=r"conv_in\.weight is not a dense float32"):
-        Checkpoint.load(altered(checkpoint_path, tmp_path / "x.pt", ema=state))
+        Checkpoint.load(open_model(altered(checkpoint_path, tmp_path / "x.pt", ema=state)))
 
 
 def test_a_loss_that_is_not_finite_saves_nothing(tmp_path: Path) -> None:
@@ -649,15 +652,118 @@ def test_tensorboard_has_the_metrics(tmp_path: Path) -> None:
 def test_pictures_and_metrics_that_cannot_be_written_do_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ddpm_deploy.train import session
+    from ddpm_deploy.train import pictures
+    from ddpm_deploy.train.session import Session
 
     def full(*arguments: object) -> None:
         raise OutputError("the disk is full")
 
-    monkeypatch.setattr(session, "save_png", full)
+    monkeypatch.setattr(pictures, "save_png", full)
     trainer = digits_trainer(steps=3, save_every=3, sample_every=2)
-    assert session.Session(trainer, tmp_path / "m.pt", lambda steps, note: None).run()
-    assert Checkpoint.load(tmp_path / "m.pt").step == 3
+    assert Session(trainer, tmp_path / "m.pt", lambda steps, note: None).run()
+    assert Checkpoint.load(open_model(tmp_path / "m.pt")).step == 3
+
+
+# --- pictures ---------------------------------------------------------------------------------------------
+
+
+class SlowNetwork:
+    """Makes out that a call of the network takes `seconds` for each image, and counts the calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> None:
+        from ddpm_deploy.train import pictures
+
+        self.now, self.calls = 0.0, 0
+        run = TorchNetwork.run
+
+        def slow(denoiser: TorchNetwork, batch: int) -> None:
+            self.now += seconds * batch
+            self.calls += 1
+            run(denoiser, batch)
+
+        monkeypatch.setattr(TorchNetwork, "run", slow)
+        monkeypatch.setattr(pictures, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "images", "said"),
+    [
+        (0.001, 16, "each picture of samples has 16 images and takes about 1.6 s"),
+        (0.046, 13, "has 13 images and takes about 60 s: with 16 it would take 74 s"),
+        (0.5, 1, "has 1 image and takes about 50 s: with 16 it would take 800 s"),
+        (0.7, 0, "no pictures of samples are drawn: one of a single image would take about 70 s here"),
+    ],
+)
+def test_a_picture_takes_a_minute_at_most_and_says_so_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seconds: float,
+    images: int,
+    said: str,
+) -> None:
+    from ddpm_deploy.train.session import Session
+
+    caplog.set_level(logging.INFO, "ddpm_deploy")
+    slow = SlowNetwork(monkeypatch, seconds)
+    trainer = digits_trainer(steps=4, sample_every=2)
+    told: list[float] = []
+    assert Session(trainer, tmp_path / "m.pt", lambda steps, note: told.append(slow.now)).run()
+    assert told[0] < 30  # seconds, to find out
+    assert said in caplog.text
+    assert len([message for message in caplog.messages if "picture" in message]) == 1
+    names = [path.name for path in sorted((tmp_path / "m.train").glob("*.png"))]
+    assert names == (["samples-000002.png", "samples-000004.png"] if images else [])
+    if images:
+        side = int(np.ceil(np.sqrt(images)))
+        with Image.open(tmp_path / "m.train" / "samples-000004.png") as picture:
+            assert picture.size[0] == side * 66 + 2
+
+
+def test_no_pictures_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddpm_deploy.train.session import Session
+
+    slow = SlowNetwork(monkeypatch)
+    assert Session(digits_trainer(steps=2, sample_every=0), tmp_path / "m.pt", lambda *_: None).run()
+    assert slow.calls == 0
+
+
+def test_pictures_do_not_change_the_training(tmp_path: Path) -> None:
+    from ddpm_deploy.train.session import Session
+
+    for every in (0, 1):
+        output = tmp_path / f"{every}.pt"
+        Session(digits_trainer(steps=3, sample_every=every), output, lambda steps, note: None).run()
+    first, second = (Checkpoint.load(open_model(tmp_path / f"{every}.pt")) for every in (0, 1))
+    assert digest(first.raw) == digest(second.raw)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_stop_during_a_picture_is_heard_within_a_step_of_its_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, last: bool
+) -> None:
+    """What was trained is saved before a picture is begun where that is due, and in any case before the end."""
+    from ddpm_deploy.train.session import Session
+
+    trainer = digits_trainer(steps=3, save_every=50, sample_every=3 if last else 2)
+    output, calls, saved = tmp_path / "m.pt", 0, []
+    run = TorchNetwork.run
+
+    def interrupted(denoiser: TorchNetwork, batch: int) -> None:
+        nonlocal calls
+        run(denoiser, batch)
+        calls += trainer.steps_done > 0
+        if calls == 5:
+            saved.append(output.exists())
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(TorchNetwork, "run", interrupted)
+    finished = Session(trainer, output, lambda steps, note: None).run()
+    assert (finished, saved, calls) == (last, [last], 5)
+    assert Checkpoint.load(open_model(output)).step == (3 if last else 2)
+    assert not list((tmp_path / "m.train").glob("*.png"))
 
 
 # --- data -----------------------------------------------------------------------------------------------

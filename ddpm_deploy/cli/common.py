@@ -4,7 +4,6 @@ import errno
 import importlib
 import logging
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -13,6 +12,7 @@ import click
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DdpmDeployError
+from ddpm_deploy.signals import handled
 from ddpm_deploy.version import __version__
 
 logger = logging.getLogger("ddpm_deploy")
@@ -110,16 +110,8 @@ def _terminated() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = (
-        signal.signal(signal.SIGTERM, interrupt)
-        if threading.current_thread() is threading.main_thread()
-        else None
-    )
-    try:
+    with handled([signal.SIGTERM], interrupt):
         yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 class _Echo(logging.Handler):

@@ -36,16 +36,13 @@ def load_tensorrt(flavour: Flavour) -> Any:
     return trt
 
 
-def require_builder(flavour: Flavour, *, refittable: bool = False) -> Any:
-    """Load a flavour that can build engines here: TensorRT times kernels on a GPU, and TensorRT-RTX needs none, but
-    for `refittable` engines.
+def require_builder(flavour: Flavour) -> Any:
+    """Load a flavour that can build engines here: TensorRT times kernels on a GPU, and TensorRT-RTX needs none.
 
     Raises DependencyError or BackendError where it cannot.
     """
     if flavour == "tensorrt":
         require_gpu()
-    elif refittable and visible_gpu() is None:
-        raise BackendError("a refittable engine is built on a GPU, and no NVIDIA GPU is visible")
     return load_tensorrt(flavour)
 
 

@@ -33,7 +33,6 @@ DEFAULT_LEVEL: Final = 3  # TensorRT's own
 # Where a graph is said to be, so that the parser finds no other file that it may name.
 NOWHERE: Final = "/dev/null/model.onnx"
 _TYPES: Final = {"float32": "FLOAT", "int64": "INT64"}  # as TensorRT names them
-SPARE: Final = 200  # characters that a refittable engine's name has left for the ModelSpec of other weights
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class EngineSettings:
 
     batches: (smallest, best, largest) of each optimisation profile; none: up to `default_engine_batch` of the model.
     tf32: round to TensorFloat-32 what float32 layers multiply. workspace: bytes of scratch (None: all there are).
-    level: of TensorRT's optimisation, 0 to 5. refittable: take new weights later, at some cost in speed.
+    level: of TensorRT's optimisation, 0 to 5.
     hardware_compatible: of TensorRT: run on every GPU from Ampere on, at some cost in speed.
     capabilities: of TensorRT-RTX: compute capabilities to build for, out of CAPABILITIES (none: all, compiled on
         the target). timing_cache: a file of TensorRT's measurements, made where it does not exist.
@@ -53,7 +52,6 @@ class EngineSettings:
     tf32: bool = False
     workspace: int | None = None
     level: int = DEFAULT_LEVEL
-    refittable: bool = False
     hardware_compatible: bool = False
     capabilities: tuple[str, ...] = ()
     timing_cache: Path | None = None
@@ -123,7 +121,7 @@ def _build(
     onnx: ModelFile, settings: EngineSettings, stopped: threading.Event, stages: Stages
 ) -> tuple[Layers, memoryview]:
     """All that is TensorRT's."""
-    trt = require_builder(settings.flavour, refittable=settings.refittable)
+    trt = require_builder(settings.flavour)
     log = log_of(settings.flavour)
     log.errors.clear()
     builder = made("a builder", log, trt.Builder, log.handle)
@@ -167,7 +165,6 @@ def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> Mode
         gpu=where,
         driver=found.version if where else "",
         batches=settings.batches or ((1, largest, largest),),
-        refittable=settings.refittable,
     )
     return msgspec.structs.replace(spec, engine=engine, precision="tf32" if settings.tf32 else spec.precision)
 
@@ -208,18 +205,9 @@ def _tensors(tensors: Iterable[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name_of(tensor): (tensor.dtype.name, tuple(tensor.shape)) for tensor in tensors}
 
 
-def engine_text(spec: ModelSpec) -> str:
-    """The name of an engine: its spec, and behind that of a refittable one room for those of other weights.
-
-    Raises SpecError where it is too long.
-    """
-    spare = SPARE if spec.engine and spec.engine.refittable else 0
-    return spec.to_json(room=spare) + " " * spare
-
-
 def _set_name(network: Any, spec: ModelSpec) -> None:
     """The spec as the network's name, which a plan keeps verbatim; one that is too long is silently dropped."""
-    text = engine_text(spec)
+    text = spec.to_json()
     network.name = text
     if network.name != text:
         raise BackendError(
@@ -232,8 +220,6 @@ def _configure(trt: Any, builder: Any, settings: EngineSettings, spec: ModelSpec
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default
     if settings.tf32:
         config.set_flag(trt.BuilderFlag.TF32)
-    if settings.refittable:
-        config.set_flag(trt.BuilderFlag.REFIT)
     if settings.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
     config.builder_optimization_level = settings.level

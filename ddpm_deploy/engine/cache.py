@@ -4,11 +4,12 @@ import fcntl
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -26,10 +27,12 @@ from ddpm_deploy.gpu import Gpu, driver, visible_gpu
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.stages import Stages, silent
+from ddpm_deploy.version import __version__
 from ddpm_deploy.words import CAPABILITIES, Flavour
 
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
+_WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_folder() -> Path:
@@ -95,7 +98,8 @@ def built_on_arrival(
     several processes that ask at once one builds, and the others wait for it. A cached engine that cannot be used (an
     ArtefactError of `load`) is built again, with a warning. folder: of the cache (None: `cache_folder`).
 
-    Raises what `build_engine` and `load` raise, OutputError where the cache cannot be written.
+    Raises what `build_engine` and `load` raise, OutputError where the cache cannot be written, or where others may
+    write to it: nothing is loaded from such a one.
     """
     plan = (folder or cache_folder() / "engines") / f"{_key(onnx, settings)}.plan"
     loaded = _if_there(plan, load, logging.DEBUG)  # without the lock: others may be reading it too
@@ -110,6 +114,7 @@ def built_on_arrival(
         )
         try:
             build_engine(onnx, plan, settings, stages=stages)
+            plan.chmod(0o600)  # whatever the umask
         except OutputError as error:
             raise OutputError(f"{error} (XDG_CACHE_HOME names another place for the cache)") from error
         return load(open_model(plan))
@@ -117,8 +122,10 @@ def built_on_arrival(
 
 def _if_there(plan: Path, load: Callable[[ModelFile], Loaded], level: int) -> Loaded | None:
     """What is in the cache, if it can be used; where it cannot that is said at `level`."""
-    if not plan.exists():
+    if not os.path.lexists(plan):
         return None
+    _require_own(plan.parent)
+    _require_own_engine(plan)
     try:
         return load(open_model(plan))
     except ArtefactError as error:
@@ -127,12 +134,13 @@ def _if_there(plan: Path, load: Callable[[ModelFile], Loaded], level: int) -> Lo
 
 
 def _key(onnx: ModelFile, settings: EngineSettings) -> str:
-    """Of the file's bytes, not of the weights alone, as a graph may change with them the same."""
-    trt = require_builder(settings.flavour, refittable=settings.refittable)
+    """Of the file's bytes, not of the weights alone, as a graph may change with them the same; and of this product's
+    version, as another builds otherwise."""
+    trt = require_builder(settings.flavour)
     found = driver()
     machine = (found.version, found.cuda, [(gpu.name, gpu.capability) for gpu in found.gpus[:1]])
     how = msgspec.structs.astuple(engine_spec(onnx.spec, settings, str(trt.__version__)))
-    all_of_it = onnx.digest, machine, how, settings.workspace, settings.level
+    all_of_it = onnx.digest, __version__, machine, how, settings.workspace, settings.level
     return hashlib.sha256(msgspec.json.encode(all_of_it)).hexdigest()
 
 
@@ -142,7 +150,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _require_own(path.parent)
-        file = path.open("w")
+        file = path.open("a")  # which leaves alone what it may be a link to
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -158,10 +166,22 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _require_own(folder: Path) -> None:
-    """Engines are native code: nobody else may be able to put one into the cache."""
+    """Raise OutputError where anybody else may put a file into the cache: engines are native code."""
     status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+    if status.st_uid != os.getuid():
         raise OutputError(
-            f"others may write to the cache of engines {show(folder)}, and what is in it is run: "
-            f"chmod go-w {quoted(folder)}, or set XDG_CACHE_HOME to a folder of your own"
+            f"the cache of engines {show(folder)} is another user's, and what is in it is run: set XDG_CACHE_HOME to a "
+            "folder of your own"
         )
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        raise OutputError(
+            f"others may write to the cache of engines {show(folder)}, and what is in it is run: empty it, then "
+            f"chmod go-w {quoted(folder)}; or set XDG_CACHE_HOME to a folder of your own"
+        )
+
+
+def _require_own_engine(plan: Path) -> None:
+    """Raise OutputError for an engine that somebody else may have put there while the cache was open to them."""
+    status = plan.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:  # which every link is
+        raise OutputError(f"{show(plan)}, in the cache of engines, may be somebody else's: remove it")

@@ -1,5 +1,6 @@
 """What networks share: their memory, the base of those on the host, and one question asked of any of them."""
 
+import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -70,6 +71,18 @@ def require_open(is_open: bool) -> None:
     """Raise BackendError where a model was closed."""
     if not is_open:
         raise BackendError("this model is closed: load it again")
+
+
+def time_call(network: Network, batch: int) -> float:
+    """Seconds that the network takes for a batch: the second of two calls, as the first warms it up."""
+    bucket, device = bucket_of(network, batch), network.device
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        network.enqueue(bucket)
+        device.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds
 
 
 def ask(network: Network, x: Array, temb: Array, y: Labels | None = None) -> Array:

@@ -16,18 +16,14 @@ import torch
 
 from ddpm_deploy.errors import BackendError, OutputError
 from ddpm_deploy.files import atomic, show
-from ddpm_deploy.runtime.images import grid, save_png, to_uint8
-from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.signals import stop_on_signals
-from ddpm_deploy.train.network import TorchNetwork
+from ddpm_deploy.train.pictures import Pictures
 from ddpm_deploy.train.trainer import Trainer, learning_rate
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY: Final = 25  # steps between rows of the metrics
 _COLUMNS: Final = ("step", "loss", "learning_rate", "images_per_second")
-_PICTURE_IMAGES: Final = 16
-_PICTURE_STEPS: Final = 100
 
 Report = Callable[[int, str | None], None]  # steps more that are done; the latest figures
 
@@ -44,6 +40,7 @@ class Session:
         self.folder = output.with_suffix(".train")
         self._report = report
         self._stopped = False
+        self._saved: int | None = None  # the step that the checkpoint is of
 
     def run(self) -> bool:
         """Train and save. Returns whether the last step was reached: not so after SIGINT or SIGTERM."""
@@ -51,6 +48,7 @@ class Session:
         self._make_folder()
         metrics = _Metrics(self.folder, trainer.steps_done)
         with stop_on_signals(self._stop, "with the checkpoint saved"):
+            pictures = Pictures(trainer, lambda: self._stopped) if settings.sample_every else None
             losses: list[torch.Tensor] = []  # since `started`
             started = time.perf_counter()
             while trainer.steps_done < settings.steps and not self._stopped:
@@ -63,14 +61,15 @@ class Session:
                     metrics.add(step, loss, learning_rate(settings, step - 1), speed)
                     note = f"step {step} · loss {loss:.4f} · {speed:.0f} images/s"
                 self._report(1, note)
-                if saves and step < settings.steps:
+                if saves:
                     self._save()
-                if draws:
-                    self._draw(self.folder / f"samples-{step:06d}.png")
+                if pictures and draws and not self._stopped:
+                    pictures.draw(self.folder / f"samples-{step:06d}.png")
                 if note:
                     losses, started = [], time.perf_counter()
-            self._require_finite(losses)
-            self._save()
+            if self._saved != trainer.steps_done:
+                self._require_finite(losses)
+                self._save()
         metrics.close()
         return trainer.steps_done >= settings.steps
 
@@ -79,6 +78,7 @@ class Session:
         if not all(parameter.isfinite().all() for parameter in self.trainer.network.parameters()):
             raise self._broken("weights are")
         self.trainer.checkpoint().save(self.output)
+        self._saved = self.trainer.steps_done
 
     def _broken(self, what: str) -> BackendError:
         return BackendError(
@@ -93,17 +93,6 @@ class Session:
         """Whether what is done every so many steps (0: never) is to be done now; always at the last."""
         step = self.trainer.steps_done
         return bool(every) and (step % every == 0 or step == self.trainer.settings.steps)
-
-    def _draw(self, path: Path) -> None:
-        trainer = self.trainer
-        network = TorchNetwork(trainer.average, trainer.spec, device=str(trainer.device))
-        steps = min(_PICTURE_STEPS, trainer.spec.timesteps)
-        images = Sampler(network).sample(_PICTURE_IMAGES, steps=steps, seed=0)
-        text = {"step": trainer.steps_done, "seed": 0, "solver": "ddpm", "steps": steps}
-        try:
-            save_png(grid(to_uint8(images, trainer.spec.value_range)), path, text)
-        except OutputError as error:  # a picture is not worth the training
-            logger.warning("%s; training goes on", error)
 
     def _make_folder(self) -> None:
         try:

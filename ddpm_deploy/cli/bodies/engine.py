@@ -17,7 +17,6 @@ from ddpm_deploy.engine.build import (
     build_engine,
     default_engine_batch,
     engine_spec,
-    engine_text,
 )
 from ddpm_deploy.engine.cache import with_timing_cache
 from ddpm_deploy.engine.layers import Layers
@@ -123,7 +122,7 @@ def why_no_engine(options: EngineOptions) -> str | None:
 
 def require_fits(spec: ModelSpec, settings: EngineSettings) -> None:
     """Raise SpecError where the ModelSpec is too long for an engine, before minutes of work for it."""
-    engine_text(engine_spec(spec, settings, str(load_tensorrt(settings.flavour).__version__)))
+    engine_spec(spec, settings, str(load_tensorrt(settings.flavour).__version__)).to_json()
 
 
 def require_same_engine(plan: Path, digest: str, precision: Precision) -> None:

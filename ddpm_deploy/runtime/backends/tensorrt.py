@@ -16,6 +16,7 @@ from ddpm_deploy.files import show
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
 from ddpm_deploy.runtime.device.cuda import Cuda
+from ddpm_deploy.runtime.device.kernel import require_nvrtc
 from ddpm_deploy.runtime.network import allocate, require_open
 from ddpm_deploy.spec import ModelSpec
 
@@ -62,7 +63,8 @@ class TrtNetwork:
         gpu = require_gpu("leave backend and device out to run on the CPU", index)
         how = settings_here(model.spec, settings.max_batch, gpu)
         _, extra = MODULES[how.flavour]
-        Cuda(index, extra)  # what is missing to run it is told before minutes of building
+        require_nvrtc(extra)  # what is missing to run it is told before minutes of building
+        Cuda(index, extra)
         return built_on_arrival(
             model, how, lambda plan: cls._loaded(plan, settings, index), stages=settings.stages
         )

@@ -204,8 +204,8 @@ class CudaStepper:
         self._embedding = spec.embedding.table(spec.timesteps)
         self._timesteps = np.zeros(rows, np.int64)  # of each row
         self._inputs = [memory[tensor.name] for tensor in spec.inputs]
-        self._x0 = device.zeros((slots, *spec.image_shape), np.float32)
-        self._given = device.zeros((slots, *spec.image_shape), np.float32)
+        self._x0 = device.empty((slots, *spec.image_shape), np.float32)
+        self._given = device.empty((slots, *spec.image_shape), np.float32)
         self._slots = device.zeros((slots, _WORDS), np.uint32)
         self._rows = device.zeros((rows, len(COLUMNS)), np.float32)
         self._embeddings = device.zeros(self._embedding.shape, np.float32)

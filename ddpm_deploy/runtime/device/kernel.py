@@ -41,25 +41,32 @@ def compiled(source: str, architecture: str, extra: str = "gpu") -> bytes:
     CuPy's own compilation would add an option that flushes the smallest numbers to zero. Raises DependencyError where
     NVRTC is missing, BackendError where it does not compile.
     """
-    nvrtc: Any = require("cuda.bindings.nvrtc", extra)
+    nvrtc = require_nvrtc(extra)
 
     def must(result: tuple[Any, ...]) -> Any:
         if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise BackendError(f"NVRTC does not compile the kernel for sm_{architecture}: {result[0].name}")
         return result[1] if len(result) > 1 else None
 
+    program = must(nvrtc.nvrtcCreateProgram(source.encode(), b"step.cu", 0, [], []))
+    options = [f"--gpu-architecture=sm_{architecture}", *OPTIONS]
+    must(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
+    cubin = bytearray(must(nvrtc.nvrtcGetCUBINSize(program)))
+    must(nvrtc.nvrtcGetCUBIN(program, cubin))
+    must(nvrtc.nvrtcDestroyProgram(program))
+    return bytes(cubin)
+
+
+def require_nvrtc(extra: str = "gpu") -> Any:
+    """The bindings of NVRTC, whose library loads. Raises DependencyError where either is missing."""
+    nvrtc: Any = require("cuda.bindings.nvrtc", extra)
     try:
-        program = must(nvrtc.nvrtcCreateProgram(source.encode(), b"step.cu", 0, [], []))
-        options = [f"--gpu-architecture=sm_{architecture}", *OPTIONS]
-        must(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
-        cubin = bytearray(must(nvrtc.nvrtcGetCUBINSize(program)))
-        must(nvrtc.nvrtcGetCUBIN(program, cubin))
-        must(nvrtc.nvrtcDestroyProgram(program))
-    except RuntimeError as error:  # its library is not to be found
+        nvrtc.nvrtcVersion()
+    except RuntimeError as error:  # the library is looked for at the first call
         raise DependencyError(
             f"NVRTC does not load ({one_line(error)}): pip install 'ddpm-deploy[{extra}]'"
         ) from error
-    return bytes(cubin)
+    return nvrtc
 
 
 def blocks(size: int) -> int:
