@@ -69,9 +69,9 @@ def test_guidance_halves_the_images_in_flight() -> None:
         (Labelled(max_batch=1), 2.0, "loaded with max_batch 1: choose 2 or more"),
         (Labelled(), float("nan"), "guidance must be from -1000 to 1000, not nan"),
         (Labelled(), float("inf"), "guidance must be from -1000 to 1000, not inf"),
-        (Labelled(), [1.0, 2.0], "one for each of the 3 images"),
+        (Labelled(), [1.0, 2.0], "for 3 images: give one for all of them, or one for each"),
         (Labelled(), 1e300, "guidance must be from -1000 to 1000"),
-        (Labelled(), [2.0], "one for each of the 3 images"),
+        (Labelled(), [2.0], "for 3 images: give one for all of them, or one for each"),
         (Labelled(), "much", "guidance must be a number, not 'much'"),
     ],
 )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.errors import SettingError
-from ddpm_deploy.runtime.network import bucket_of
+from ddpm_deploy.runtime.network import bucket_of, require_open
 from ddpm_deploy.runtime.protocols import IDLE, PLACE, Array, Labels, Look, Network, Slots, upload_rows
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.solvers import START, E, StepTable, T, learns_variance
@@ -61,6 +61,7 @@ class Chain:
         self._partner = np.full(slots, -1)  # of each guided slot
         self._guide = np.full(slots, -1)  # of each slot that is a partner
         self._given: list[_Given] = []
+        self._closed = False
         self._count()
 
     def _count(self) -> None:
@@ -107,6 +108,7 @@ class Chain:
 
         Gives the slots of the samples, ascending, and which sample each has.
         """
+        require_open(not self._closed)
         assert len(slots) == request.rows
         assert np.isin(slots, self.free).all()
         samples, partners = slots[: request.count], slots[request.count :]
@@ -264,7 +266,8 @@ class Chain:
         return chosen
 
     def close(self) -> None:
-        """Free what the chain holds; the network is another's."""
+        """Free what the chain holds; the network is another's. Closing again does nothing."""
+        self._closed = True
         self._left[:] = 0
         self._stepper.close()
 

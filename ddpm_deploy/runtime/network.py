@@ -87,6 +87,7 @@ def time_call(network: Network, batch: int) -> float:
 
 def ask(network: Network, x: Array, temb: Array, y: Labels | None = None) -> Array:
     """What a network predicts for x (B, C, H, W), temb (B, D) and, of a conditional one, labels y (B,)."""
+    require_open(bool(network.memory))
     batch, device = len(x), network.device
     given = {"x": x, "temb": temb} | ({"y": y} if "y" in network.memory else {})
     for name, array in given.items():

@@ -71,10 +71,11 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise SettingError(
                 "guidance needs a model that knows the null class: train with --labels and --label-dropout"
             )
-        if not all(abs(scale) <= _MOST_GUIDANCE for scale in self.guidance):  # nor NaN
-            raise SettingError(
-                f"guidance must be from {-_MOST_GUIDANCE:.0f} to {_MOST_GUIDANCE:.0f}, not {self.guidance}"
-            )
+        for scale in self.guidance:
+            if not abs(scale) <= _MOST_GUIDANCE:  # nor NaN
+                raise SettingError(
+                    f"guidance must be from {-_MOST_GUIDANCE:.0f} to {_MOST_GUIDANCE:.0f}, not {scale}"
+                )
         labels = tuple(spec.label(label) for label in self.labels)
         request = msgspec.structs.replace(self, seed=seed, labels=labels)
         table = request.table_for(spec)
@@ -179,7 +180,7 @@ def make_request(
         first_index=first_index,
         labels=_each("labels", labels, count, first_index),
         guidance=tuple(
-            _number("guidance", scale) for scale in _each("guidance", guidance, count, first_index)
+            _number("guidance", scale) for scale in _each("scales of guidance", guidance, count, first_index)
         ),
         table=table,
     )
@@ -200,10 +201,12 @@ def _each(name: str, given: Any, count: int, first_index: int) -> tuple[Any, ...
     try:
         values = tuple(given.tolist() if isinstance(given, np.ndarray) else given)
     except TypeError as error:
-        raise SettingError(f"{name} must be one, or a sequence of them, not {given!r}") from error
+        raise SettingError(
+            f"{name} must be one for all images, or a sequence with one for each, not {given!r}"
+        ) from error
     if len(values) != count:
         raise SettingError(
-            f"{len(values)} {name} for {count} images: give one by itself, or a sequence with one for each"
+            f"{len(values)} {name} for {count} images: give one for all of them, or one for each"
         )
     turn = first_index % count
     return values[count - turn :] + values[: count - turn]

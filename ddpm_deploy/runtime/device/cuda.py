@@ -17,7 +17,6 @@ from numpy.typing import DTypeLike, NDArray
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import BackendError, one_line
 from ddpm_deploy.runtime.device.kernel import THREADS, blocks, compiled, kernel_source
-from ddpm_deploy.runtime.network import require_open
 from ddpm_deploy.runtime.protocols import PLACE, Array, Look, Network, Slots, runs_of, upload_rows
 from ddpm_deploy.solvers import COLUMNS, IDENTITY, T
 
@@ -226,7 +225,6 @@ class CudaStepper:
 
     def place(self, slots: Slots, places: NDArray[np.void]) -> None:
         """Say what slots run from now on."""
-        require_open(bool(self._steps))
         upload_rows(self._device, slots, places.view(np.uint32).reshape(len(places), -1), self._slots)
 
     def begin(self, slots: Slots, noise: Array | None) -> None:
@@ -265,7 +263,6 @@ class CudaStepper:
 
     def step(self, bucket: int) -> None:
         """It returns as soon as the step is started."""
-        require_open(bool(self._steps))
         self._steps[bucket]()
         self._bound_queue()
 
@@ -306,12 +303,10 @@ class CudaStepper:
 
     def x(self, part: slice) -> Array:
         """As it is now: this waits for the device."""
-        require_open(bool(self._steps))
         return self._device.fetch(self._network.memory["x"][part])
 
     def x0(self, part: slice) -> Array:
         """Likewise."""
-        require_open(bool(self._steps))
         return self._device.fetch(self._x0[part])
 
     def watch(self, part: slice) -> Look:
