@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from benches.models import export_preset
-from ddpm_deploy.cli.progress import time_step
+from ddpm_deploy.cli.bodies.progress import time_network
 from ddpm_deploy.export.graph import export_onnx
 from ddpm_deploy.export.precision import Oracle, calibrate
 from ddpm_deploy.model_file import open_model
@@ -73,7 +73,7 @@ def _files(
     for precision, path in zip(precisions, paths, strict=True):
         export_onnx(network, spec, path, precision=precision)
     models: list[Network] = [OrtNetwork(open_model(path), max_batch=trajectory.count) for path in paths]
-    rounds = [[time_step(model, trajectory.count) for model in models] for _ in range(_ROUNDS)]
+    rounds = [[time_network(model, trajectory.count) for model in models] for _ in range(_ROUNDS)]
     for precision, path, model, times in zip(
         precisions, paths, models, zip(*rounds, strict=True), strict=True
     ):

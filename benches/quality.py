@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from ddpm_deploy.cli.progress import duration
+from ddpm_deploy.cli.bodies.progress import duration
 from ddpm_deploy.runtime.images import grid, save_png, to_uint8
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.spec import ChainSettings

@@ -77,8 +77,8 @@ USES: Final = (
     Use(".pt", f"run CASE --steps 2 --count 2 {_QUICK}", ("out.npz",)),
     Use(".onnx", f"run CASE --steps 2 --count 2 {_QUICK}", ("out.npz",)),
     Use(".plan", f"run CASE --steps 2 {_QUICK.replace('--threads 1', '')}", ("out.npz",), needs_gpu=True),
-    Use(".png", "run .onnx --replay CASE --threads 1"),
-    Use(".snapshot.npz", f"run .onnx --resume CASE {_QUICK}", ("out.npz",)),
+    Use(".png", "replay .onnx CASE --threads 1"),
+    Use(".snapshot.npz", f"resume .onnx CASE {_QUICK}", ("out.npz",)),
     Use(".pt", "inspect CASE"),
     Use(".onnx", "inspect CASE"),
     Use(".plan", "inspect CASE"),
@@ -342,7 +342,7 @@ def run(
 
 def shortly(what: Use) -> str:
     """Its words, without what is only there to make it quick."""
-    return re.split(r" (?!--resume|--replay|--proof|--rtx|--labels)-", what.words)[0]
+    return re.split(r" (?!--resume|--proof|--rtx|--labels)-", what.words)[0]
 
 
 def table(endings: dict[Use, collections.Counter[str]]) -> str:

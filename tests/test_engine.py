@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from ddpm_deploy.cli.engine import _CAPABILITIES, engine_settings
+from ddpm_deploy.cli.bodies.engine import EngineOptions, engine_settings
 from ddpm_deploy.cli.export import main
 from ddpm_deploy.engine import build
 from ddpm_deploy.engine.bindings import log_of
@@ -36,7 +36,7 @@ from ddpm_deploy.onnx_file import OnnxFile, seal
 from ddpm_deploy.plan import PlanHead, digest_path, read_plan_head, trusted
 from ddpm_deploy.runtime.proof import proof_path
 from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, EngineSpec, ModelSpec
-from ddpm_deploy.words import CAPABILITIES, GraphPrecision, Precision
+from ddpm_deploy.words import GraphPrecision, Precision
 from tests.models import tiny_spec
 from tests.test_cli import call, refused
 
@@ -233,11 +233,6 @@ def test_settings_out_of_range() -> None:
     ):
         with pytest.raises(SettingError, match=problem):
             EngineSettings(**settings)  # type: ignore[arg-type]
-
-
-def test_the_command_line_knows_the_capabilities() -> None:
-    """It names them itself, so that --help is quick."""
-    assert _CAPABILITIES == CAPABILITIES
 
 
 def test_the_default_batch_shrinks_with_the_image() -> None:
@@ -593,7 +588,8 @@ def test_the_command_that_rebuilds_an_engine(
     )
     assert " ".join(_options_of(spec, gpu)) == options
     parsed = main.make_context("ddpm-export", ["m.onnx", *options.split(), "-o", "e.plan"])
-    assert engine_settings(parsed.params, spec).batches == spec.engine.batches  # type: ignore[union-attr]
+    typed: Any = {name: parsed.params[name] for name in EngineOptions.__annotations__}
+    assert engine_settings(typed, spec).batches == spec.engine.batches  # type: ignore[union-attr]
 
 
 def test_the_source_of_a_plan(tmp_path: Path) -> None:
@@ -665,9 +661,9 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
         (["m.onnx", "--rtx", "-o", "e.onnx"], 1, "must end in .plan"),
         (["m.onnx", "--rtx", "--weights", "raw"], 2, "--weights cannot be given with an .onnx"),
         (["m.onnx", "--rtx", "--all", "--report", "r.json"], 2, "--all, --report cannot be given"),
-        (["m.onnx", "--rtx", "--precision", "bf16"], 1, "is in fp16, which its engine will be"),
-        (["m.onnx", "--rtx", "--precision", "tf32"], 1, "is in fp16, which its engine will be"),
-        (["m.onnx", "--rtx", "--max-batch", "8", "--batch-buckets", "1"], 2, "instead of --max-batch"),
+        (["m.onnx", "--rtx", "--precision", "bf16"], 1, "is in fp16, and its engine will be too"),
+        (["m.onnx", "--rtx", "--precision", "tf32"], 1, "is in fp16, and its engine will be too"),
+        (["m.onnx", "--rtx", "--max-batch", "8", "--batch-buckets", "1"], 2, "in place of --max-batch"),
         (["m.onnx", "--rtx", "--max-batch", "8", "--opt-batch", "9"], 2, "is more than --max-batch 8"),
         (["m.onnx", "--rtx", "--batch-buckets", "8,1"], 2, "each larger than the one before"),
         (["m.onnx", "--rtx", "--batch-buckets", "a"], 2, "not of the form 1,8,64"),

@@ -1,4 +1,8 @@
-"""The command lines: one thin click command a file, and `ddpm-deploy`, the group that holds them all."""
+"""The command lines: each declared in a file of its own, and `ddpm-deploy`, the group that holds them all.
+
+A declaration imports click and the vocabularies alone, so that --help is quick; what a command does is the function of
+its name in `cli.bodies`, imported when the command is run.
+"""
 
 import importlib
 
@@ -7,25 +11,25 @@ import click
 from ddpm_deploy.cli.common import Group
 from ddpm_deploy.version import __version__
 
-_COMMANDS = ("train", "export", "verify", "run", "inspect", "doctor")
+_COMMANDS = ("train", "export", "verify", "run", "resume", "replay", "inspect", "doctor")
 
 
 class _LazyGroup(Group):
-    """Imports a command when it is asked for, so that none pays for another's imports."""
+    """Imports the declaration of a command when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order in which they are used."""
+        """List the names in the order in which the commands are used."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name."""
+        """Return the command of that name, or None."""
         if cmd_name not in _COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"ddpm_deploy.cli.{cmd_name}").main
         return command
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("ddpm-deploy", cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ddpm-deploy")
 def main() -> None:
-    """Take a trained DDPM to production: train, export, verify, run."""
+    """Take a trained DDPM to production: train, export, verify and run it."""

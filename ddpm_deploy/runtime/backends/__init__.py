@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ddpm_deploy.dependencies import onnxruntime_has_cuda
+from ddpm_deploy.dependencies import onnxruntime_has_cuda, require
 from ddpm_deploy.engine.bindings import require_gpu
 from ddpm_deploy.engine.cache import flavour_here
 from ddpm_deploy.errors import SettingError
@@ -76,6 +76,8 @@ def load_network(
         raise SettingError(f"backend {name!r} is not known: choose from {', '.join(BACKENDS)}")
     module, network, kinds = _BACKENDS[name]
     model.require_kind(*kinds)
+    if name == "torch":
+        require("torch", "train")
     found: Any = getattr(importlib.import_module(module), network)
     opened: Network = found.open(model, settings)
     return opened

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ddpm_deploy.cli.progress import plural
+from ddpm_deploy.cli.bodies.progress import plural
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import OutputError
 from ddpm_deploy.files import atomic, show
@@ -21,9 +21,9 @@ _AS_FAST: Final = 1.05  # timings differ by more than this from run to run
 
 @dataclass(frozen=True)
 class Rung:
-    """A candidate on the ladder: what it is and what it came to.
+    """A candidate: what it is, and what was measured of it.
 
-    milliseconds: of a step of the network, on this machine. megabytes: of its file.
+    milliseconds: a call of the network takes on this machine. megabytes: the size of its file.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Rung:
 
 
 def as_table(rungs: Sequence[Rung], trajectory: Trajectory, reference: str) -> str:
-    """What `ddpm-verify` prints: a column for each candidate."""
+    """Write the table that `ddpm-verify` prints, with a column for each candidate."""
     comparisons = [rung.comparison for rung in rungs]
     rows: list[tuple[str, list[str]]] = [("t", [rung.name for rung in rungs])]
     for ranges in zip(*map(summarise, comparisons), strict=True):
@@ -50,7 +50,7 @@ def as_table(rungs: Sequence[Rung], trajectory: Trajectory, reference: str) -> s
         ("final images, worst PSNR", [_decibels(float(c.psnr.min())) for c in comparisons]),
         ("  mean PSNR", [_decibels(float(c.psnr.mean())) for c in comparisons]),
         ("  tolerance", [f"{c.tolerance.psnr:.0f} dB" for c in comparisons]),
-        (f"ms a step, batch {trajectory.count}, here", [f"{rung.milliseconds:.1f}" for rung in rungs]),
+        (f"ms per step, batch {trajectory.count}, here", [f"{rung.milliseconds:.1f}" for rung in rungs]),
         ("MB", [f"{rung.megabytes:.1f}" for rung in rungs]),
         ("", ["within tolerance" if c.within else "PAST TOLERANCE" for c in comparisons]),
     ]
@@ -93,7 +93,7 @@ def _decibels(value: float) -> str:
 
 
 def write_json(rungs: Sequence[Rung], trajectory: Trajectory, path: Path) -> None:
-    """Every figure; those that are not finite as null, which JSON has in their place."""
+    """Write every figure; one that is not finite is written as null, as JSON has no other word for it."""
     content: dict[str, Any] = {
         "ddpm_deploy": __version__,
         "within_tolerance": all(rung.comparison.within for rung in rungs),
@@ -122,7 +122,7 @@ def _rung_json(rung: Rung) -> dict[str, Any]:
 
 
 def predictions_json(steps: Sequence[StepErrors]) -> list[dict[str, float | None]]:
-    """The errors of predictions, one of them a timestep."""
+    """Return the errors of predictions, one for each timestep."""
     return [
         {name: _finite(value) for name, value in (asdict(step) | {"relative_rms": step.relative_rms}).items()}
         for step in steps
@@ -134,14 +134,14 @@ def _finite(value: float) -> float | None:
 
 
 def require_plotting(path: Path) -> None:
-    """Raise an error where `write_plot` could not draw there: ask this before long work."""
+    """Raise an error where `write_plot` could not write its plot: call this before long work."""
     if path.suffix.lower() not in _PLOT_SUFFIXES:
         raise OutputError(f"{show(path)}: a plot is written as {', '.join(_PLOT_SUFFIXES)}")
     require("matplotlib", "plot")
 
 
 def write_plot(rungs: Sequence[Rung], path: Path) -> None:
-    """The relative RMS error of each candidate's prediction against t, with its tolerance."""
+    """Plot the relative RMS error of each candidate's prediction against t, with its tolerance."""
     figure_module = require("matplotlib.figure", "plot")
     figure = figure_module.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""How long work will take, and how far it has come."""
+"""How long work will take, and how much of it is done."""
 
 import logging
 import sys
@@ -6,27 +6,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
+import numpy as np
 
-if TYPE_CHECKING:
-    from ddpm_deploy.runtime.denoiser import Denoiser
-
-logger = logging.getLogger("ddpm_deploy")
+from ddpm_deploy.cli.common import logger
+from ddpm_deploy.runtime.network import ask
+from ddpm_deploy.runtime.protocols import Network
 
 _LOG_SECONDS: Final = 15.0
 
 
 class _Log:
-    """Progress where there is no terminal: a line in the log now and then."""
+    """Progress where there is no terminal: a line in the log every 15 seconds."""
 
     def __init__(self, label: str, length: int) -> None:
         self._label, self._length, self._done = label, length, 0
         self._next = time.monotonic() + _LOG_SECONDS
 
     def update(self, steps: int, note: str | None) -> None:
-        """Move on, and log it if it is time to."""
+        """Count the steps, and log them if it is time to."""
         self._done += steps
         if time.monotonic() > self._next:
             self._next = time.monotonic() + _LOG_SECONDS
@@ -35,9 +35,9 @@ class _Log:
 
 @contextmanager
 def progress(label: str, length: int) -> Iterator[Callable[[int, str | None], None]]:
-    """Give the function that tells how long work goes on: `advance(steps, note)`.
+    """Show the progress of long work; gives the function to call when steps are done, `advance(steps, note)`.
 
-    A bar on a terminal, with the time left; elsewhere lines in the log; nothing under --quiet.
+    It is a bar on a terminal, with the time left, lines in the log elsewhere, and nothing under --quiet.
     """
     if sys.stderr is None or not sys.stderr.isatty() or logger.level > logging.INFO:
         yield _Log(label, length).update
@@ -49,9 +49,7 @@ def progress(label: str, length: int) -> Iterator[Callable[[int, str | None], No
 
         def advance(steps: int, note: str | None) -> None:
             nonlocal latest
-            latest = (
-                note or latest
-            )  # click shows what came with the last step, and not every step brings a note
+            latest = note or latest  # click forgets a note when a step comes without one
             bar.update(steps, latest)
 
         yield advance
@@ -59,13 +57,13 @@ def progress(label: str, length: int) -> Iterator[Callable[[int, str | None], No
 
 @contextmanager
 def stage(label: str, length: int) -> Iterator[Callable[[int], None]]:
-    """`progress` without notes."""
+    """Show the progress of long work as `progress` does, without notes."""
     with progress(label, length) as advance:
         yield lambda steps: advance(steps, None)
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 0.8 s, 71 s, 12 min, 3.4 h."""
+    """Write seconds for people: 0.8 s, 71 s, 12 min, 3.4 h."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 180:
@@ -75,16 +73,20 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def time_step(denoiser: "Denoiser", batch: int) -> float:
-    """Seconds that the network takes for a batch: the second of two runs, as the first warms it up."""
-    denoiser.run(batch)
+def time_network(network: Network, batch: int) -> float:
+    """Measure the seconds that a network takes for a batch: the second of two calls, as the first warms it up."""
+    spec = network.spec
+    x = np.zeros((batch, *spec.image_shape), np.float32)
+    temb = np.zeros((batch, spec.embedding.dim), np.float32)
+    labels = np.zeros(batch, np.int64)
+    ask(network, x, temb, labels)
     start = time.perf_counter()
-    denoiser.run(batch)
+    ask(network, x, temb, labels)
     return time.perf_counter() - start
 
 
 def peak_memory() -> str:
-    """The most memory that this process has held, for people; nothing where the system does not say."""
+    """Write the most memory that this process has held, for people; "" where the system does not say."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
@@ -92,5 +94,5 @@ def peak_memory() -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """A number of things: 1 step, 2 steps."""
+    """Write a number of things: 1 step, 2 steps."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

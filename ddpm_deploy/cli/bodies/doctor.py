@@ -1,0 +1,74 @@
+"""ddpm-deploy doctor: look at this machine, and say what works on it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+import click
+
+from ddpm_deploy.doctor.backends import Finding, about, installed, problems, run_backends
+from ddpm_deploy.files import show
+from ddpm_deploy.gpu import Driver
+from ddpm_deploy.gpu import driver as ask_driver
+
+_MARKS: Final = {"works": "works", "builds": "builds", "absent": "-", "broken": "BROKEN"}
+
+
+def doctor(as_json: bool) -> None:
+    """Print what is installed and visible, what each backend made of a known chain, and a verdict."""
+    packages, driver = installed(), ask_driver()
+    if not as_json:
+        _show_machine(about(), packages, driver)
+    wrong = problems(packages, driver)
+    backends = run_backends(packages, driver, (lambda finding: None) if as_json else _show)
+    runs = [finding.name for finding in backends if finding.state == "works"]
+    broken = [finding.name for finding in (*wrong, *backends) if finding.state == "broken"]
+    if as_json:
+        _print_json(about(), packages, driver, wrong, backends)
+    else:
+        for finding in wrong:
+            _show(finding)
+        click.echo()
+        click.echo(f"models run here on: {', '.join(runs) or 'nothing yet'}")
+        if broken:
+            click.echo(f"broken: {', '.join(dict.fromkeys(broken))}")
+    if broken or not runs:
+        raise click.exceptions.Exit(1)
+
+
+def _show_machine(about: str, packages: dict[str, str], driver: Driver) -> None:
+    click.echo(about)
+    click.echo(f"  packages   {', '.join(f'{name} {version}' for name, version in packages.items())}")
+    if driver.cuda:
+        click.echo(f"  driver     NVIDIA {driver.version or '?'}, for CUDA up to {driver.cuda}")
+    for gpu in driver.gpus:
+        click.echo(
+            f"  GPU        {show(gpu.name)}, compute capability {gpu.capability}, {gpu.memory / 2**30:.0f} GiB"
+        )
+    if driver.problem:
+        click.echo(f"  GPU        none: {show(driver.problem)}")
+    click.echo()
+
+
+def _show(finding: Finding) -> None:
+    click.echo(f"  {_MARKS[finding.state]:<7} {finding.name:<18} {show(finding.says)}")
+    if finding.mend:
+        click.echo(f"  {'':<7} {'':<18} → {show(finding.mend)}")
+
+
+def _print_json(
+    about: str,
+    packages: dict[str, str],
+    driver: Driver,
+    problems: Sequence[Finding],
+    backends: Sequence[Finding],
+) -> None:
+    content: dict[str, Any] = {
+        "about": about,
+        "packages": packages,
+        "driver": asdict(driver),
+        "problems": [asdict(finding) for finding in problems],
+        "backends": [asdict(finding) for finding in backends],
+    }
+    click.echo(json.dumps(content, indent=2))

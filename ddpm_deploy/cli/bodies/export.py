@@ -1,0 +1,185 @@
+"""ddpm-export: decide what is written where, then export a checkpoint, build an engine, or both."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+import click
+
+from ddpm_deploy.cli.bodies.engine import (
+    EngineOptions,
+    build,
+    engine_files,
+    engine_name,
+    engine_settings,
+    engine_words,
+    require_fits,
+    require_same_engine,
+    tell_skipped,
+    why_no_engine,
+)
+from ddpm_deploy.cli.bodies.outputs import check_outputs, require_report, require_same_model
+from ddpm_deploy.dependencies import require, require_onnxruntime
+from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
+from ddpm_deploy.files import show
+from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, ONNX_SUFFIX, ModelFile, open_model
+from ddpm_deploy.plan import PLAN_SUFFIX
+from ddpm_deploy.runtime.proof import proof_path
+from ddpm_deploy.words import Precision, Weights
+
+
+def export(
+    model: Path,
+    *,
+    output: Path | None,
+    weights: Weights | None,
+    precision: Precision | None,
+    fp16: bool,
+    every: bool,
+    report: Path | None,
+    engine: bool,
+    force: bool,
+    **options: Unpack[EngineOptions],
+) -> None:
+    """Export a checkpoint to ONNX, and build its engine; or build the engine of an .onnx file."""
+    if fp16 and precision not in (None, "fp16"):
+        raise click.UsageError(f"--fp16 and --precision {precision} exclude each other")
+    if model.suffix.lower() not in (*CHECKPOINT_SUFFIXES, ONNX_SUFFIX):
+        raise ArtefactError(
+            f"{show(model)} is neither a checkpoint nor an ONNX file by its name: a .pt of ddpm-train or an .onnx of "
+            "ddpm-export is needed"
+        )
+    opened = open_model(model)
+    wanted = _Wanted(opened, output, "fp16" if fp16 else precision, engine, force, options)
+    if opened.kind == "onnx":
+        given = {"--weights": weights, "--all": every, "--report": report}
+        if typed := [name for name, value in given.items() if value]:
+            raise click.UsageError(
+                f"{', '.join(typed)} cannot be given with an .onnx: only with a checkpoint"
+            )
+        _from_onnx(wanted)
+    else:
+        _from_checkpoint(wanted, weights or "ema", every, report)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the command line asks for. precision: None where it was not typed."""
+
+    model: ModelFile
+    output: Path | None
+    precision: Precision | None
+    engine: bool
+    force: bool
+    options: EngineOptions
+
+    @property
+    def tf32(self) -> bool:
+        return self.precision == "tf32"
+
+    @property
+    def names_plan(self) -> bool:
+        return self.output is not None and self.output.suffix.lower() == PLAN_SUFFIX
+
+    @property
+    def insists(self) -> bool:
+        """Whether it is an error that no engine can be built here."""
+        return self.names_plan or self.engine or self.options["rtx"] or self.tf32
+
+
+def _from_onnx(wanted: _Wanted) -> None:
+    """Build the engine of an .onnx file."""
+    onnx, options, spec = wanted.model, wanted.options, wanted.model.spec
+    if wanted.precision not in (None, spec.precision) and (wanted.precision, spec.precision) != (
+        "tf32",
+        "fp32",
+    ):
+        raise SettingError(
+            f"{onnx.name} is in {spec.precision}, and its engine will be too: for {wanted.precision}, export the "
+            f"checkpoint with --precision {wanted.precision}"
+        )
+    settings = engine_settings(options, spec, tf32=wanted.tf32)
+    plan = wanted.output or engine_name(onnx.path, options, tf32=wanted.tf32)
+    if plan.suffix.lower() != PLAN_SUFFIX:
+        raise SettingError(f"{show(plan)}: the name of an engine must end in .plan")
+    own = proof_path(onnx.path)
+    *files, proof = engine_files(plan)
+    if os.path.realpath(proof) != os.path.realpath(own):
+        files.append(proof)
+    check_outputs([*files, options["timing_cache"]], [onnx.path, own])
+    if missing := why_no_engine(options):
+        rtx = "" if options["rtx"] else ", or build one of TensorRT-RTX here, with --rtx"
+        raise BackendError(
+            f"{show(plan)} cannot be built here: {missing}. Run this on the machine it is for{rtx}"
+        )
+    if not wanted.force:
+        require_same_engine(plan, spec.provenance.digest, "tf32" if wanted.tf32 else spec.precision)
+    build(onnx, plan, settings)
+
+
+def _from_checkpoint(wanted: _Wanted, weights: Weights, every: bool, report: Path | None) -> None:
+    """Write the .onnx, and the engine where it was asked for or can be built."""
+    precision, options = wanted.precision or "fp32", wanted.options
+    if every and precision in ("fp32", "tf32"):
+        raise click.UsageError("--all is for exports in bf16 and fp16")
+    onnx, plan = _names(wanted, precision)
+    words = engine_words(options)
+    if words and not plan:
+        raise click.UsageError(
+            f"{' '.join(words)}: an option for engines, and -o names an .onnx; add --engine, or leave it out"
+        )
+    require_report(report)
+    written = [onnx, proof_path(onnx), *(engine_files(plan) if plan else []), options["timing_cache"], report]
+    check_outputs(dict.fromkeys(written), [wanted.model.path])
+    settings = engine_settings(options, wanted.model.spec, tf32=wanted.tf32) if plan else None
+    missing = why_no_engine(options) if plan else None
+    if settings and not missing:
+        require_fits(wanted.model.spec, settings)
+    if wanted.insists and missing:
+        raise BackendError(f"{show(plan or '')} cannot be built here: {missing}. {_instead(wanted, words)}")
+    require("torch", "export")
+    require("onnx", "export")
+    require_onnxruntime()
+    from ddpm_deploy.cli.bodies.to_onnx import (
+        to_onnx,  # it imports PyTorch, which building an engine does not need
+    )
+
+    def check(digest: str, graph: Precision) -> None:
+        """Refuse to replace the files of another model, once the digest of these weights is known."""
+        if not wanted.force:
+            require_same_model(onnx, digest, graph)
+            if plan and not missing:
+                require_same_engine(plan, digest, precision)
+
+    to_onnx(wanted.model, onnx, weights, precision, every, report, check)
+    if missing:
+        tell_skipped(onnx, words, missing)
+    elif plan and settings:
+        build(open_model(onnx), plan, settings)
+
+
+def _names(wanted: _Wanted, precision: Precision) -> tuple[Path, Path | None]:
+    """The .onnx and the .plan of a checkpoint; no .plan where -o names an .onnx, and nothing asks for an engine."""
+    output = wanted.output
+    if output and wanted.names_plan:
+        return output.with_suffix(ONNX_SUFFIX), output
+    tag = f".{precision}" if precision in ("bf16", "fp16") else ""
+    onnx = output or wanted.model.path.with_suffix(f"{tag}{ONNX_SUFFIX}")
+    if onnx.suffix.lower() != ONNX_SUFFIX:
+        raise SettingError(f"{show(onnx)}: the output's name must end in .onnx or .plan")
+    plan = engine_name(onnx, wanted.options, tf32=wanted.tf32)
+    return onnx, plan if wanted.insists or output is None else None
+
+
+def _instead(wanted: _Wanted, words: list[str]) -> str:
+    """What to do where an engine that was insisted on cannot be built. words: the options of engines."""
+    typed = (["--engine"] if wanted.engine else []) + words
+    typed += ["--precision tf32"] if wanted.tf32 else []
+    typed += ["-o with a .plan"] if wanted.names_plan else []
+    here = f"Leave out {' '.join(typed)} to make the .onnx here, and build its engine where that is possible"
+    options = wanted.options
+    only_tensorrt = options["hardware_compatible"] or options["timing_cache"]
+    return (
+        here if options["rtx"] or only_tensorrt else f"{here}; or build one of TensorRT-RTX here, with --rtx"
+    )

@@ -1,0 +1,57 @@
+"""ddpm-deploy inspect: print what a model's file says of itself."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddpm_deploy.cli.bodies.engine import built_for
+from ddpm_deploy.errors import ArtefactError, SpecError
+from ddpm_deploy.files import show
+from ddpm_deploy.model_file import ModelFile, open_model
+from ddpm_deploy.plan import digest_path, trusted
+
+
+def inspect(model: Path, as_json: bool) -> None:
+    """Print the ModelSpec of a file and, for an engine, what its bytes tell."""
+    opened = open_model(model)
+    content = _of_plan(opened) if opened.head else opened.spec.to_builtins()
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+        return
+    click.echo(f"{opened.name} ({model.stat().st_size / 1e6:.1f} MB)")
+    if opened.head and content.get("engine"):
+        content["engine"] = built_for(opened.spec.engine)
+    for name, value in content.items():
+        if isinstance(value, dict):
+            click.echo(f"  {name}")
+            for key, item in value.items():
+                click.echo(f"    {key:<18} {_text(item)}")
+        else:
+            click.echo(f"  {name:<20} {_text(value)}")
+
+
+def _of_plan(model: ModelFile) -> dict[str, Any]:
+    """What can be read of an engine; one that another tool built has no ModelSpec."""
+    assert model.head is not None
+    head = {**asdict(model.head), "digest": _digest_state(model.path)}
+    try:
+        return {**model.spec.to_builtins(), "plan": head}
+    except SpecError as error:
+        return {"spec": f"none: {error}", "plan": head}
+
+
+def _digest_state(plan: Path) -> str:
+    try:
+        trusted(plan)
+    except ArtefactError:
+        return "wrong" if digest_path(plan).exists() else "missing"
+    return "right"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return show(", ".join(map(str, value))) if value else "none"
+    return "none" if value in (None, "") else show(str(value))

@@ -1,0 +1,39 @@
+"""Loading a model to run it, as the options that many commands have say it."""
+
+from typing import TypedDict, Unpack
+
+from ddpm_deploy.cli.bodies.progress import stage
+from ddpm_deploy.model_file import ModelFile
+from ddpm_deploy.runtime.backends import LoadSettings, load_network
+from ddpm_deploy.runtime.protocols import Network
+from ddpm_deploy.runtime.request import Request
+from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.words import Backend, Weights
+
+
+class Place(TypedDict):
+    """The options --device, --backend, --weights and --threads."""
+
+    device: str | None
+    backend: Backend | None
+    weights: Weights
+    threads: int | None
+
+
+def open_network(model: ModelFile, max_batch: int | None = None, **place: Unpack[Place]) -> Network:
+    """Load a model's network, for at most `max_batch` rows (None: as many as are best)."""
+    settings = LoadSettings(
+        device=place["device"],
+        threads=place["threads"],
+        max_batch=max_batch,
+        weights=place["weights"],
+        stages=stage,
+    )
+    return load_network(model, settings, backend=place["backend"])
+
+
+def open_sampler(model: ModelFile, request: Request, batch: int | None, place: Place) -> Sampler:
+    """Load a model to sample a request, `batch` images at the same time (None: as many as are best)."""
+    model.require_intact()
+    rows = min(batch, request.count) * (2 if request.guidance else 1) if batch else None
+    return Sampler(open_network(model, rows, **place))

@@ -1,0 +1,49 @@
+"""Checks of what a command is to write, made before long work begins."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ddpm_deploy.errors import ArtefactError, OutputError, SettingError
+from ddpm_deploy.files import require_output, show
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.words import Precision
+
+
+def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path]) -> None:
+    """Refuse files that cannot be written, or that would replace one another or a file that is read."""
+    taken = list(inputs)
+    for path in filter(None, outputs):
+        require_output(path)
+        require_apart(path, taken)
+        taken.append(path)
+
+
+def require_apart(output: Path, others: Iterable[Path]) -> None:
+    """Refuse an output, a file or a folder, that is one of the other files of a command."""
+    if os.path.realpath(output) in {os.path.realpath(path) for path in others}:
+        raise SettingError(
+            f"{show(output)} is another file of this command: choose another name for the output"
+        )
+
+
+def require_report(path: Path | None) -> None:
+    """Refuse a report whose name does not end in .json: it would replace what is there."""
+    if path and path.suffix.lower() != ".json":
+        raise SettingError(f"{show(path)}: the name of a report must end in .json")
+
+
+def require_same_model(output: Path, digest: str, precision: Precision) -> None:
+    """Refuse to replace a file that holds another model or precision: there may be no other copy of it."""
+    if not output.exists():
+        return
+    try:
+        there = open_model(output).spec
+        same = there.provenance.digest == digest and there.precision == precision
+    except ArtefactError:
+        same = False
+    if not same:
+        raise OutputError(
+            f"{show(output)} exists and holds another model or precision, or is broken: choose another --output, or "
+            "pass --force"
+        )

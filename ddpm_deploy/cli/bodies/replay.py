@@ -1,0 +1,41 @@
+"""ddpm-deploy replay: make a picture again, and compare."""
+
+from pathlib import Path
+from typing import Unpack
+
+import click
+import numpy as np
+
+from ddpm_deploy.cli.bodies.models import Place, open_sampler
+from ddpm_deploy.cli.bodies.progress import plural
+from ddpm_deploy.errors import DataError
+from ddpm_deploy.files import show
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.images import grid, read_origin, to_uint8
+
+
+def replay(model: Path, picture: Path, *, batch: int | None, **place: Unpack[Place]) -> None:
+    """Make a picture again and compare; exit with 1 where a pixel differs by more than one level."""
+    opened = open_model(model)
+    origin, pixels = read_origin(picture)
+    with open_sampler(opened, origin.request, batch, place) as sampler:
+        spec = sampler.spec  # of the weights that were chosen
+        if origin.model != spec.provenance.digest:
+            raise DataError(
+                f"{show(picture)} was made by the model {show(origin.model[:12])}…, and {opened.name} is the model "
+                f"{spec.provenance.digest[:12]}…"
+            )
+        request = origin.request.checked(spec)
+        again = to_uint8(np.concatenate(list(sampler.draw(request))), spec.value_range)
+    made = grid(again) if origin.is_grid else again[0]
+    if made.shape != pixels.shape:
+        raise DataError(f"{show(picture)} was edited: its shape is {pixels.shape}, not {made.shape}")
+    difference = abs(made.astype(int) - pixels)
+    differing = int((difference > 0).any(axis=2).sum())
+    verdict = (
+        f"{differing} pixels differ, by up to {difference.max()} of 255" if differing else "the same again"
+    )
+    count, chain = plural(request.count, "image"), plural(len(request.table_for(spec)), "step")
+    click.echo(f"{show(picture)}: {count}, {chain}, seed {request.seed}: {verdict}")
+    if difference.max() > 1:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,58 @@
+"""ddpm-run: sample a request."""
+
+import secrets
+from pathlib import Path
+from typing import Unpack
+
+from ddpm_deploy.cli.bodies.chain import Watch, checked_outputs, write_images
+from ddpm_deploy.cli.bodies.models import Place, open_sampler
+from ddpm_deploy.errors import SettingError
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.request import Request
+from ddpm_deploy.words import Solver, Spacing
+
+
+def run(
+    model: Path,
+    *,
+    output: Path,
+    steps: int | None,
+    count: int,
+    seed: int | None,
+    first_index: int,
+    batch: int | None,
+    labels: tuple[str, ...],
+    solver: Solver,
+    eta: float | None,
+    spacing: Spacing,
+    guidance: float | None,
+    progress: Path | None,
+    snapshot: Path | None,
+    as_float: bool,
+    **place: Unpack[Place],
+) -> None:
+    """Sample images and write them."""
+    opened = open_model(model)
+    request = Request(
+        count=count,
+        steps=steps,
+        solver=solver,
+        eta=eta,
+        spacing=spacing,
+        seed=secrets.randbits(32) if seed is None else seed,  # short enough to type again
+        first_index=first_index,
+        labels=labels,
+        guidance=() if guidance is None else (guidance,),
+    ).checked(opened.spec)
+    outputs = checked_outputs(
+        opened, request, output=output, as_float=as_float, progress=progress, snapshot=snapshot
+    )
+    with open_sampler(opened, request, batch, place) as sampler:
+        most = sampler.max_batch(guided=guidance is not None)
+        if snapshot and count > most:
+            raise SettingError(
+                f"a snapshot holds one batch, and {count} images take several: choose --batch {count}, or a --count "
+                f"of at most {most}"
+            )
+        watch = Watch(sampler, opened, request, outputs)
+        write_images(sampler.draw(request, watch), watch)
