@@ -1,8 +1,9 @@
 """What the tests share: a small trained-looking checkpoint, and its export."""
 
+import fcntl
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -31,31 +32,55 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint after a few real training steps on digits, of a tiny network."""
-    pytest.importorskip("torch")
-    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "model.pt")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder of all processes that run the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(path: Path, make: Callable[[], object]) -> Path:
+    """A file that is made by whichever process first needs it, with what is made beside it."""
+    done = path.with_name(f"{path.name}.done")
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make()
+            done.touch()
+    return path
 
 
 @pytest.fixture(scope="session")
-def exported(
-    checkpoint_path: Path, onnx_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[Precision, Path]:
-    """The network exported in each precision; the reduced ones with 60 timesteps, as calibration visits all of them."""
-    from ddpm_deploy.export.graph import export_onnx
-    from ddpm_deploy.train.checkpoint import load_network
-
-    network, spec = load_network(open_model(checkpoint_path))
-    folder, spec = tmp_path_factory.mktemp("half"), msgspec.structs.replace(spec, timesteps=60)
-    files: dict[Precision, Path] = {"fp32": onnx_path}
-    reduced: tuple[GraphPrecision, ...] = ("fp16", "bf16")
-    for precision in reduced:
-        files[precision] = folder / f"m.{precision}.onnx"
-        assert export_onnx(network, spec, files[precision], precision=precision).comparison.within
-    return files
+def checkpoint_path(shared: Path) -> Path:
+    """A checkpoint after a few real training steps on digits, of a tiny network."""
+    pytest.importorskip("torch")
+    path = shared / "model.pt"
+    return once(path, lambda: tiny_checkpoint(path))
 
 
 @pytest.fixture(scope="session")
 def onnx_path(checkpoint_path: Path) -> Path:
     """That checkpoint, exported."""
-    return tiny_export(checkpoint_path)
+    return once(checkpoint_path.with_suffix(".onnx"), lambda: tiny_export(checkpoint_path))
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint_path: Path, onnx_path: Path) -> dict[Precision, Path]:
+    """The network exported in each precision; the reduced ones with 60 timesteps, as calibration visits all of them."""
+    reduced: tuple[GraphPrecision, ...] = ("fp16", "bf16")
+    files: dict[Precision, Path] = {"fp32": onnx_path}
+    for precision in reduced:
+        path = checkpoint_path.with_name(f"m.{precision}.onnx")
+        files[precision] = once(path, lambda path=path, precision=precision: export(path, precision))  # type: ignore[misc]
+    return files
+
+
+def export(path: Path, precision: GraphPrecision) -> None:
+    """The network of `checkpoint_path`, which is beside it, in a reduced precision."""
+    from ddpm_deploy.export.graph import export_onnx
+    from ddpm_deploy.train.checkpoint import load_network
+
+    network, spec = load_network(open_model(path.with_name("model.pt")))
+    spec = msgspec.structs.replace(spec, timesteps=60)
+    assert export_onnx(network, spec, path, precision=precision).comparison.within
