@@ -86,6 +86,7 @@ MODULES = [
     "train/trainer",
     "train/unet",
     "version",
+    "words",
 ]
 HEAVY = (
     "torch",

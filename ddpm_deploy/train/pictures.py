@@ -73,12 +73,14 @@ class Pictures:
         return images
 
     def _seconds(self, images: int) -> float:
-        """What a picture takes, by one call of the network; the one before it warms it up."""
-        batch = min(images, self._denoiser.max_batch)
-        self._denoiser.run(batch)
-        start = time.perf_counter()
-        self._denoiser.run(batch)
-        return (time.perf_counter() - start) * self._steps * -(-images // batch)
+        """What a picture takes, by the fastest of three calls of the network: the first warms it up, and a machine may
+        be busy for a moment."""
+        batch, times = min(images, self._denoiser.max_batch), []
+        for _ in range(3):
+            start = time.perf_counter()
+            self._denoiser.run(batch)
+            times.append(time.perf_counter() - start)
+        return min(times) * self._steps * -(-images // batch)
 
 
 class _StoppedError(Exception):
