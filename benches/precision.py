@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from benches.models import export_preset
-from ddpm_deploy.cli.bodies.progress import time_network
 from ddpm_deploy.export.graph import export_onnx
 from ddpm_deploy.export.precision import Oracle, calibrate
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
+from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, summarise
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.spec import ModelSpec
@@ -73,7 +73,7 @@ def _files(
     for precision, path in zip(precisions, paths, strict=True):
         export_onnx(network, spec, path, precision=precision)
     models: list[Network] = [OrtNetwork(open_model(path), max_batch=trajectory.count) for path in paths]
-    rounds = [[time_network(model, trajectory.count) for model in models] for _ in range(_ROUNDS)]
+    rounds = [[time_call(model, trajectory.count) for model in models] for _ in range(_ROUNDS)]
     for precision, path, model, times in zip(
         precisions, paths, models, zip(*rounds, strict=True), strict=True
     ):

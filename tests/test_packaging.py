@@ -102,6 +102,7 @@ MODULES = [
     "train/trainer",
     "train/unet",
     "version",
+    "words",
 ]
 HEAVY = (
     "torch",

@@ -709,7 +709,7 @@ def test_a_picture_takes_a_minute_at_most_and_says_so_once(
     trainer = digits_trainer(steps=4, sample_every=2)
     told: list[float] = []
     assert Session(trainer, tmp_path / "m.pt", lambda steps, note: told.append(slow.now)).run()
-    assert told[0] < 30  # seconds, to find out
+    assert told[0] < 50  # seconds, to find out
     assert said in caplog.text
     assert len([message for message in caplog.messages if "picture" in message]) == 1
     names = [path.name for path in sorted((tmp_path / "m.train").glob("*.png"))]

@@ -73,9 +73,10 @@ class Pictures:
         return images
 
     def _seconds(self, images: int) -> float:
-        """What a picture takes, by one call of the network."""
+        """What a picture takes, by the faster of two calls of the network, as a machine may be busy for a moment."""
         batch = min(images, self._network.max_batch)
-        return time_call(self._network, batch) * self._steps * -(-images // batch)
+        call = min(time_call(self._network, batch) for _ in range(2))
+        return call * self._steps * -(-images // batch)
 
 
 class _StoppedError(Exception):

@@ -11,12 +11,13 @@ from typing import Final
 import click
 
 from ddpm_deploy.cli.bodies.outputs import check_outputs, require_apart
-from ddpm_deploy.cli.bodies.progress import duration, peak_memory, plural, stage, time_network
+from ddpm_deploy.cli.bodies.progress import duration, peak_memory, plural, stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import ArtefactError, OutputError, SettingError
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.images import Destination
+from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.preview import Preview
 from ddpm_deploy.runtime.proof import proof_path
 from ddpm_deploy.runtime.protocols import Array
@@ -165,7 +166,7 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
             "guidance takes two rows of the batch for each image, and this model's batch has one row"
         )
     batches, steps = -(-request.count // together), watch.steps - watch.first
-    forecast = time_network(sampler.network, request[:together].rows) * steps * request.count / together
+    forecast = time_call(sampler.network, request[:together].rows) * steps * request.count / together
     count, chain = plural(request.count, "image"), plural(watch.steps, "step")
     from_step = f" from step {watch.first}" if watch.first else ""
     logger.info("%s · %s%s · about %s%s", count, chain, from_step, duration(forecast), peak_memory())

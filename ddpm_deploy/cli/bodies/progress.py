@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Final
 
 import click
-import numpy as np
 
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.runtime.network import ask
-from ddpm_deploy.runtime.protocols import Network
 
 _LOG_SECONDS: Final = 15.0
 
@@ -71,18 +68,6 @@ def duration(seconds: float) -> str:
     if seconds < 3 * 3600:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def time_network(network: Network, batch: int) -> float:
-    """Measure the seconds that a network takes for a batch: the second of two calls, as the first warms it up."""
-    spec = network.spec
-    x = np.zeros((batch, *spec.image_shape), np.float32)
-    temb = np.zeros((batch, spec.embedding.dim), np.float32)
-    labels = np.zeros(batch, np.int64)
-    ask(network, x, temb, labels)
-    start = time.perf_counter()
-    ask(network, x, temb, labels)
-    return time.perf_counter() - start
 
 
 def peak_memory() -> str:

@@ -10,12 +10,13 @@ import click
 from ddpm_deploy.cli.bodies import report as reporting
 from ddpm_deploy.cli.bodies.models import Place, open_network
 from ddpm_deploy.cli.bodies.outputs import check_outputs, require_report
-from ddpm_deploy.cli.bodies.progress import duration, plural, stage, time_network
+from ddpm_deploy.cli.bodies.progress import duration, plural, stage
 from ddpm_deploy.cli.bodies.report import Rung
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import ArtefactError, SettingError
 from ddpm_deploy.files import show
 from ddpm_deploy.model_file import ModelFile, open_model
+from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.parity import Trajectory, judge, record
 from ddpm_deploy.runtime.proof import load_proof, proof_path
 from ddpm_deploy.runtime.protocols import Network
@@ -117,7 +118,7 @@ def _recorded(
     timesteps = reference.spec.timesteps
     length = min(steps or timesteps, timesteps)
     keep = length if every else min(length, _KEPT)
-    forecast = (length + candidates * (length + keep)) * time_network(reference, count)
+    forecast = (length + candidates * (length + keep)) * time_call(reference, count)
     images, chains = plural(count, "image"), plural(length, "step")
     logger.info("%s · %d chains of %s · about %s", images, candidates + 1, chains, duration(forecast))
     with stage("reference", length) as advance:
@@ -153,5 +154,5 @@ def _climb(candidates: Sequence[ModelFile], trajectory: Trajectory, place: Place
 
 def _milliseconds(networks: Sequence[Network], batch: int) -> list[float]:
     """The median time of each for a batch, run in turn, so that a busy moment affects all of them."""
-    rounds = [[time_network(network, batch) for network in networks] for _ in range(_ROUNDS)]
+    rounds = [[time_call(network, batch) for network in networks] for _ in range(_ROUNDS)]
     return [statistics.median(times) * 1e3 for times in zip(*rounds, strict=True)]
