@@ -22,8 +22,10 @@ def code_tokens(source: str) -> int:
     """Tokens of a module, as Python writes it anew from its syntax tree without docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             node.body = node.body[1:] or [ast.Pass()]
     tokens = tokenize.generate_tokens(io.StringIO(ast.unparse(tree)).readline)
     return sum(token.type not in _LAYOUT for token in tokens)
