@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import onnxruntime
 import torch
@@ -16,6 +17,7 @@ from benches.timing import ROUNDS, Block, interleave, median, ratio
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.runtime.network import HostNetwork
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings
@@ -66,6 +68,50 @@ def _outside(model: Model, batch: int, limit: float, label: str) -> Row:
     share = statistics.median(shares)
     spread = f"{share:.2%} ({min(shares):.2%} … {max(shares):.2%})"
     return Row(f"{label}: time outside the network ÷ in it", spread, f"≤ {limit:.0%}", share <= limit)
+
+
+class _Still(HostNetwork):
+    """A network that takes no time: what is left is the chain's own."""
+
+    def predict(self, batch: int) -> None:
+        """Leave the prediction as it is."""
+
+
+def learned_variance(model: Model, *, batch: int, limit: float) -> Row:
+    """What a learned variance adds to a step, over the time of the network."""
+    learned = msgspec.structs.replace(model.spec, variance="learned_range")
+    blocks = {
+        "fixed": _chain_block(_Still(model.spec, batch), batch),
+        "learned": _chain_block(_Still(learned, batch), batch),
+        "network": _bare_block(model, batch),
+    }
+    times = interleave(blocks, BLOCK)
+    share = (median(times["learned"]) - median(times["fixed"])) / median(times["network"])
+    label = f"{model.name}, batch {batch}: what a learned variance adds ÷ the network"
+    return Row(label, f"{share:.2%}", f"≤ {limit:.0%}", share <= limit)
+
+
+def admission(model: Model, slots: int = 64) -> Iterator[Row]:
+    """Starting one image in a slot and the step after it, for the dearest slot over slot 0; alone, and among others."""
+    request = Request(seed=1).checked(model.spec)
+    for among in (False, True):
+        chain = Chain(_Still(model.spec, slots))
+        if among:
+            chain.start(np.arange(slots), Request(count=slots, seed=0).checked(model.spec))
+        seconds: dict[int, list[float]] = {slot: [] for slot in (0, 1, slots // 2, slots - 1)}
+        for _ in range(10 * ROUNDS):
+            for slot, times in seconds.items():
+                chain.stop(np.array([slot]))
+                start = time.perf_counter()
+                chain.start(np.array([slot]), request)
+                chain.step()
+                times.append(time.perf_counter() - start)
+        medians = {slot: statistics.median(times) for slot, times in seconds.items()}
+        ratio_to_first = max(medians.values()) / medians[0]
+        where = "among others" if among else "alone"
+        label = f"{model.name}: starting an image in the dearest of {slots} slots, and a step ÷ in slot 0, {where}"
+        cost = f"{ratio_to_first:.2f} ({medians[0] * 1e3:.2f} ms)"
+        yield Row(label, cost, "≤ 1.5", ratio_to_first <= 1.5)
 
 
 def _against_peers(model: Model, batch: int, label: str) -> Iterator[Row]:
