@@ -67,7 +67,7 @@ def test_theory_and_the_chain_agree(model: ModelFile) -> None:
     assert abs(exact.var() / variance - 1) < 4 * (2 / exact.size) ** 0.5
     assert mean == pytest.approx(gaussian.MEAN, abs=1e-3)
     assert variance != pytest.approx(gaussian.STD**2, rel=0.1)  # twelve steps are not the data's
-    with Sampler.load(model) as sampler:
+    with Sampler.load(model.path) as sampler:
         images = sampler.sample(64, seed=1)
     assert abs(images - exact[:64]).max() < DOCTOR.limit
 

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent
 MODULES = [
     "__init__",
     "arrays",
-    "artefact",
     "cli/__init__",
     "cli/bodies/__init__",
     "cli/bodies/chain",
@@ -46,8 +45,10 @@ MODULES = [
     "cli/train",
     "cli/verify",
     "dependencies",
+    "doctor/__init__",
+    "doctor/backends",
+    "doctor/gaussian",
     "embedding",
-    "exponential",
     "engine/__init__",
     "engine/bindings",
     "engine/build",
@@ -55,33 +56,35 @@ MODULES = [
     "engine/layers",
     "engine/load",
     "errors",
+    "exponential",
     "export/__init__",
     "export/graph",
     "export/precision",
     "files",
     "gpu",
+    "model_file",
     "noise",
+    "onnx_file",
     "plan",
     "reference",
     "runtime/__init__",
-    "runtime/backend",
+    "runtime/backends/__init__",
+    "runtime/backends/onnxruntime",
+    "runtime/backends/tensorrt",
     "runtime/chain",
-    "runtime/denoiser",
-    "runtime/device",
-    "runtime/device_chain",
-    "runtime/doctor",
-    "runtime/gaussian",
-    "runtime/guidance",
+    "runtime/device/__init__",
+    "runtime/device/cuda",
+    "runtime/device/host",
+    "runtime/device/kernel",
     "runtime/images",
-    "runtime/kernel",
     "runtime/network",
-    "runtime/ort",
     "runtime/parity",
     "runtime/preview",
     "runtime/proof",
+    "runtime/protocols",
+    "runtime/request",
     "runtime/sampler",
     "runtime/snapshot",
-    "runtime/trt",
     "schedule",
     "signals",
     "solvers",
@@ -92,9 +95,9 @@ MODULES = [
     "train/__init__",
     "train/checkpoint",
     "train/data",
-    "train/denoiser",
     "train/diffusion",
     "train/ema",
+    "train/network",
     "train/noise",
     "train/pictures",
     "train/session",
@@ -104,6 +107,7 @@ MODULES = [
     "version",
     "words",
 ]
+DATA = ["doctor/gaussian.onnx", "py.typed", "runtime/device/step.cu"]
 HEAVY = (
     "torch",
     "onnx",
@@ -129,12 +133,13 @@ def test_public_names() -> None:
         "BackendError",
         "DataError",
         "DdpmDeployError",
-        "Denoiser",
         "DependencyError",
         "ModelSpec",
+        "Network",
         "OutputError",
         "OwnershipError",
         "ParityError",
+        "Request",
         "Sampler",
         "Schedule",
         "SettingError",
@@ -177,8 +182,8 @@ def test_running_never_imports_torch(onnx_path: Path, tmp_path: Path) -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    """core ← engine ← runtime ← train ← export ← cli: a stage imports only what stands before it."""
-    order = ["core", "engine", "runtime", "train", "export", "cli"]
+    """core ← engine ← runtime ← train ← export, doctor ← cli: a stage imports only what stands before it."""
+    order = ["core", "engine", "runtime", "train", "export", "doctor", "cli"]
     for path in (ROOT / "ddpm_deploy").rglob("*.py"):
         parts = path.relative_to(ROOT / "ddpm_deploy").parts
         stage = parts[0] if len(parts) > 1 else "core"
@@ -204,7 +209,7 @@ def test_wheel_content(distributions: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     package = sorted(name for name in names if ".dist-info/" not in name)
     assert package == sorted(
-        ["ddpm_deploy/py.typed", "ddpm_deploy/runtime/step.cu", *(f"ddpm_deploy/{m}.py" for m in MODULES)]
+        [f"ddpm_deploy/{name}" for name in (*DATA, *(f"{module}.py" for module in MODULES))]
     )
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
