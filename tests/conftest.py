@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.words import GraphPrecision, Precision
 from tests.models import tiny_checkpoint, tiny_export
+
+# The tests run in a process for each core: their threads, and those of the commands that they start, would only wait
+# for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -226,9 +226,8 @@ def _mutated_value(whole: bytes, rng: Rng) -> bytes:
 
 def whole_files(checkpoint: Path, onnx: Path, folder: Path) -> dict[str, Path]:
     """A whole file of each kind."""
-    from ddpm_deploy.artefact import read_spec
-
     from ddpm_deploy.cli import main
+    from ddpm_deploy.model_file import open_model
 
     files = {".pt": checkpoint, ".onnx": onnx, ".proof.npz": onnx.with_suffix(".proof.npz")}
     files |= {kind: folder / f"whole{kind}" for kind in (".npz", ".png", ".json", ".plan", ".snapshot.npz")}
@@ -238,8 +237,8 @@ def whole_files(checkpoint: Path, onnx: Path, folder: Path) -> dict[str, Path]:
         main(
             ["run", "-q", str(onnx), "--steps", "5", "--count", "4", "--seed", "1", "-o", str(files[".png"])]
         )
-    files[".json"].write_text(read_spec(onnx).to_json())
-    build_engine(onnx, files[".plan"], EngineSettings(flavour="tensorrt-rtx"))
+    files[".json"].write_text(open_model(onnx).spec.to_json())
+    build_engine(open_model(onnx), files[".plan"], EngineSettings(flavour="tensorrt-rtx"))
     with Sampler.load(onnx, threads=1) as sampler:
         for step, *_ in sampler.stream(2, steps=5, seed=1):
             if step == 2:

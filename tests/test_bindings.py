@@ -82,7 +82,7 @@ def touched() -> list[str]:
     """The attributes, as Class.attribute or Enumeration.member."""
     names: set[str] = set()
     package = ROOT / "ddpm_deploy"
-    for path in (*(package / "engine").glob("*.py"), package / "runtime" / "trt.py"):
+    for path in (*(package / "engine").glob("*.py"), package / "runtime" / "backends" / "tensorrt.py"):
         names |= set(attributes(ast.parse(path.read_text()), VARIABLES))
     return sorted(names)
 

@@ -394,7 +394,7 @@ def rename_output(model: Any) -> None:
         ("fp32", external_weights, ArtefactError, "TensorRT cannot read it: .*weights.bin"),
         ("fp32", no_text, ArtefactError, "uses what TensorRT does not support: "),
         ("fp32", spoiled_weight, ArtefactError, "numbers that are not finite in conv_in.weight"),
-        ("fp16", islands("{"), ArtefactError, "not a whole .onnx"),
+        ("fp16", islands("{"), ArtefactError, "is no list of names"),
         ("fp16", islands('{"a": 1}'), ArtefactError, "no list of names"),
     ],
 )

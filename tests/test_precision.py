@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 import pytest
-from ddpm_deploy.artefact import read_meant_float32
 
 from ddpm_deploy.errors import ParityError
 from ddpm_deploy.model_file import open_model
+from ddpm_deploy.onnx_file import OnnxFile
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.parity import Trajectory, judge, record, teacher_forced
 from ddpm_deploy.spec import ModelSpec
@@ -252,7 +252,7 @@ def test_any_network_is_exported(precision: GraphPrecision, tmp_path: Path) -> N
     assert {node.name for node in nodes(model.graph, "Conv")} == {"first", "body.0", "body.2", "last"}
     for kind in ("GroupNormalization", "Softmax", "Gemm", "MatMul"):
         assert {kinds[name] for node in nodes(model.graph, kind) for name in node.input} == wide
-    meant = read_meant_float32(tmp_path / "m.onnx")
+    meant = OnnxFile(tmp_path / "m.onnx").meant_float32
     assert meant is None if precision == "fp32" else len(meant or ()) == 3
 
 

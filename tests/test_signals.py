@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from ddpm_deploy.cli.common import command
+from ddpm_deploy.cli.common import Command
 from ddpm_deploy.signals import handled, signals_held, stop_on_signals
 
 BIN = Path(sys.executable).parent
@@ -94,10 +94,7 @@ def test_a_handler_that_is_not_pythons_is_left_alone(
 
 
 def test_a_command_leaves_a_handler_that_is_not_pythons_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    @command("A command.", "")
-    def main() -> None:
-        """Do nothing."""
-
+    main = Command("nothing", callback=nothing)
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     assert CliRunner().invoke(main).exit_code == 0

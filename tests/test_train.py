@@ -671,18 +671,18 @@ class SlowNetwork:
     """Makes out that a call of the network takes `seconds` for each image, and counts the calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> None:
-        from ddpm_deploy.train import pictures
+        from ddpm_deploy.runtime import network as networks
 
         self.now, self.calls = 0.0, 0
-        run = TorchNetwork.run
+        predict = TorchNetwork.predict
 
-        def slow(denoiser: TorchNetwork, batch: int) -> None:
+        def slow(network: TorchNetwork, batch: int) -> None:
             self.now += seconds * batch
             self.calls += 1
-            run(denoiser, batch)
+            predict(network, batch)
 
-        monkeypatch.setattr(TorchNetwork, "run", slow)
-        monkeypatch.setattr(pictures, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(TorchNetwork, "predict", slow)
+        monkeypatch.setattr(networks, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
 
 @pytest.mark.parametrize(
@@ -749,17 +749,17 @@ def test_a_stop_during_a_picture_is_heard_within_a_step_of_its_chain(
 
     trainer = digits_trainer(steps=3, save_every=50, sample_every=3 if last else 2)
     output, calls, saved = tmp_path / "m.pt", 0, []
-    run = TorchNetwork.run
+    predict = TorchNetwork.predict
 
-    def interrupted(denoiser: TorchNetwork, batch: int) -> None:
+    def interrupted(network: TorchNetwork, batch: int) -> None:
         nonlocal calls
-        run(denoiser, batch)
+        predict(network, batch)
         calls += trainer.steps_done > 0
         if calls == 5:
             saved.append(output.exists())
             signal.raise_signal(number)
 
-    monkeypatch.setattr(TorchNetwork, "run", interrupted)
+    monkeypatch.setattr(TorchNetwork, "predict", interrupted)
     finished = Session(trainer, output, lambda steps, note: None).run()
     assert (finished, saved, calls) == (last, [last], 5)
     assert Checkpoint.load(open_model(output)).step == (3 if last else 2)
