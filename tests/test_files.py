@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from ddpm_deploy.cli import main
 from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError, SpecError
 from ddpm_deploy.files import atomic, atomic_together, require_file, require_output
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.onnx_file import OnnxFile, protobuf_field
-from ddpm_deploy.spec import SPEC_KEY
+from ddpm_deploy.spec import SPEC_KEY, ModelSpec
 from tests.models import tiny_spec
 
 
@@ -280,3 +282,38 @@ def test_links_that_go_round_in_circles_are_no_output(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OutputError, match="loop cannot be written: too many levels of symbolic links"):
         require_output(tmp_path / "loop")
+
+
+def test_a_model_is_opened_once(
+    onnx_path: Path, checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a command line down: its file is walked once, and its ModelSpec read once."""
+    walked: list[Path] = []
+    read: list[str] = []
+    walk, parse = OnnxFile.__init__, ModelSpec.from_json.__func__  # type: ignore[attr-defined]
+
+    def walks(self: OnnxFile, path: Path) -> None:
+        walked.append(path)
+        walk(self, path)
+
+    def reads(cls: type[ModelSpec], text: str | bytes, source: str) -> ModelSpec:
+        read.append(source)
+        spec: ModelSpec = parse(cls, text, source)
+        return spec
+
+    monkeypatch.setattr(OnnxFile, "__init__", walks)
+    monkeypatch.setattr(ModelSpec, "from_json", classmethod(reads))
+    run = ["run", "-q", "--steps", "2", "--count", "2", "--seed", "0", "-o", tmp_path / "x.png"]
+    for words, files in (
+        ([*run, onnx_path], [onnx_path]),
+        (["replay", "-q", onnx_path, tmp_path / "x.png"], [onnx_path]),
+        (["inspect", onnx_path], [onnx_path]),
+        (["run", "-q", checkpoint_path, *run[2:]], [checkpoint_path]),
+        (["verify", "-q", checkpoint_path, onnx_path, "--steps", "2"], [checkpoint_path, onnx_path]),
+    ):
+        walked.clear()
+        read.clear()
+        result = CliRunner().invoke(main, list(map(str, words)))
+        assert result.exit_code == 0, result.output
+        assert read == list(map(str, files))
+        assert walked == [path for path in files if path.suffix == ".onnx"]
