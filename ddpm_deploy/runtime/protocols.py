@@ -79,9 +79,6 @@ class Device(Protocol):
     def upload(self, host: NDArray[Any], memory: Any) -> None:
         """Start to copy an array into memory of its shape; the array may be changed at once."""
 
-    def copy(self, source: Any, target: Any) -> None:
-        """Start to copy memory into other memory of its shape."""
-
     def fetch(self, memory: Any) -> NDArray[Any]:
         """A new array with what memory holds, once everything that was started is done."""
 

@@ -120,13 +120,13 @@ class Sampler:
         Raises SettingError for an argument out of range, BackendError where the backend fails or the
         network gives numbers that are not finite, OwnershipError where the Sampler is already in use.
         """
-        request = make_request(self.spec, count, **keywords)
+        request = self._request(count, keywords)
         try:
             images = np.empty((request.count, *self.spec.image_shape), np.float32)
         except (MemoryError, ValueError) as error:
             raise SettingError(f"{count} images do not fit in memory: use iter_samples") from error
         done = 0
-        for part in self._images(request, noise, callback):
+        for part in self.draw(request, callback, noise=noise):
             images[done : done + len(part)] = part
             done += len(part)
         return images
@@ -141,7 +141,7 @@ class Sampler:
 
         Raises also SettingError where the model does not run on a GPU, or the count is more than `max_batch`.
         """
-        request = make_request(self.spec, count, **keywords)
+        request = self._request(count, keywords)
         if self.network.device.is_host:
             raise SettingError(f"this model runs on {self.network.device.name}, and not on a GPU: use sample")
         self._require_one_batch(request)
@@ -163,20 +163,23 @@ class Sampler:
 
         Arguments are checked at once; the work happens as the result is read.
         """
-        return self._images(make_request(self.spec, count, **keywords), noise, callback)
+        return self.draw(self._request(count, keywords), callback, noise=noise)
 
-    def draw(self, request: Request, callback: Callback | None = None) -> Generator[Array, None, None]:
-        """The images of a checked request, as `iter_samples` gives them."""
-        return self._images(request, None, callback)
-
-    def _images(
-        self, request: Request, noise: Noise | None, callback: Callback | None
+    def draw(
+        self, request: Request, callback: Callback | None = None, *, noise: Noise | None = None
     ) -> Generator[Array, None, None]:
-        self._require_room(request)
+        """The images of a checked request, in order as batches finish."""
+        most = self._most(request)
         with self._owned():
-            for first in range(0, request.count, self.max_batch(bool(request.guidance))):
-                part = request[first : first + self.max_batch(bool(request.guidance))]
+            for first in range(0, request.count, most):
+                part = request[first : first + most]
                 yield self._finished(self._started(part, request.count, noise, first), 0, callback)
+
+    def _request(self, count: int, keywords: Keywords) -> Request:
+        """The checked request of a call, for which there is room."""
+        request = make_request(self.spec, count, **keywords)
+        self._most(request)
+        return request
 
     def stream(
         self, count: int, *, noise: Noise | None = None, **keywords: Unpack[Keywords]
@@ -186,7 +189,7 @@ class Sampler:
         The x of the last step is what `sample` gives. count: at most `max_batch`. The Sampler is in use until
         the last step was read, or the iterator is closed.
         """
-        request = make_request(self.spec, count, **keywords)
+        request = self._request(count, keywords)
         self._require_one_batch(request)
         return self._copies(request, noise)
 
@@ -236,16 +239,18 @@ class Sampler:
             batch = _Batch(request, snapshot.table, slots[: request.count], False)
             return self._finished(batch, snapshot.step, callback)
 
-    def _require_room(self, request: Request) -> None:
-        if not self.max_batch(bool(request.guidance)):
+    def _most(self, request: Request) -> int:
+        """Its images in flight at once."""
+        most = self.max_batch(bool(request.guidance))
+        if not most:
             raise SettingError(
                 "guidance takes two rows of the batch for an image, and this model was loaded with max_batch 1: "
                 "choose 2 or more"
             )
+        return most
 
     def _require_one_batch(self, request: Request) -> None:
-        self._require_room(request)
-        most = self.max_batch(bool(request.guidance))
+        most = self._most(request)
         if request.count > most:
             raise SettingError(f"{request.count} images are more than one batch: choose 1 to {most}")
 

@@ -38,10 +38,6 @@ class Host:
         """Copy."""
         np.copyto(memory, host)
 
-    def copy(self, source: NDArray[Any], target: NDArray[Any]) -> None:
-        """Copy."""
-        np.copyto(target, source)
-
     def fetch(self, memory: NDArray[Any]) -> NDArray[Any]:
         """A copy."""
         return memory.copy()
@@ -186,23 +182,25 @@ class HostStepper:
         """x_T is written, not computed by the START row: 0·NaN would keep a slot broken that once was."""
         if noise is None:
             noise = self._ahead.take(slots, self._draws)
-        self._set(slots, noise, np.zeros((), np.float32))
+        self._x0[slots] = 0
+        self._set(slots, noise)
         self._row[slots] += 1
 
     def resume(self, slots: Slots, x: Array, x0: Array) -> None:
         """Set x and the last x̂0."""
-        self._set(slots, x, x0)
+        self._x0[slots] = _flat(x0)
+        self._set(slots, x)
 
-    def _set(self, slots: Slots, x: Array, x0: Array) -> None:
-        self._x[slots] = x.reshape(len(slots), -1)
-        self._x0[slots] = x0.reshape(len(slots), -1) if x0.ndim else x0
+    def _set(self, slots: Slots, x: Array) -> None:
+        """Set x, of the partners too."""
+        self._x[slots] = _flat(x)
         guided = slots[self._partner[slots] >= 0]
         self._x[self._partner[guided]] = self._x[guided]
         self._plan = None
 
     def give(self, slots: Slots, noise: Array) -> None:
         """The noise of a caller's for the next step."""
-        self._ahead.give(slots, noise.reshape(len(slots), -1))
+        self._ahead.give(slots, _flat(noise))
 
     def pair(self, guide: int, partner: int) -> None:
         """Say which slot has the unconditional row of a guided one."""
