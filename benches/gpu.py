@@ -23,7 +23,7 @@ from ddpm_deploy import Sampler
 from ddpm_deploy.gpu import driver, visible_gpu
 from ddpm_deploy.runtime.device.cuda import Cuda, CudaStepper
 from ddpm_deploy.runtime.network import bucket_of
-from ddpm_deploy.runtime.protocols import PLACE
+from ddpm_deploy.runtime.protocols import SLOT
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.solvers import COLUMNS
 
@@ -85,7 +85,7 @@ def _kernel(sampler: Sampler, batch: int, label: str) -> Row:
     assert isinstance(stepper, CudaStepper)
     size = int(np.prod(network.spec.image_shape))
     # x and x̂0 are read and written, the prediction read; a row, an embedding and a slot for each image.
-    moved = batch * 4 * (5 * size + len(COLUMNS) + 2 * network.spec.embedding.dim + PLACE.itemsize // 2)
+    moved = batch * 4 * (5 * size + len(COLUMNS) + 2 * network.spec.embedding.dim + SLOT.itemsize // 2)
     chain.start(np.arange(batch), Request(count=batch, seed=0))
     update = device.capture(lambda: stepper._launch(0, batch))
     source, target = (device.empty((1 << 28,), np.uint8) for _ in range(2))

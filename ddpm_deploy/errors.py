@@ -9,7 +9,7 @@
     ├── DependencyError   a package that is missing or in conflict (also an ImportError)
     ├── BackendError      the backend failed, or the network gave numbers that are not finite
     ├── ParityError       an exported network does not compute what its original computes
-    └── OwnershipError    a Sampler used while it is already in use
+    └── OwnershipError    a Sampler used while it is in use, or in a process forked after it was loaded
 
 A message says what was got, what is wrong with it, and what to do. The command lines print it on one
 line and exit 1.

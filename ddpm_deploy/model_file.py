@@ -76,16 +76,11 @@ class ModelFile:
                 return self.onnx.properties.get(SPEC_KEY)
             case "plan":
                 self.head = read_plan_head(self.path)
-                return spec_in_plan(self.path)
-
-    @property
-    def has_spec(self) -> bool:
-        """Whether it carries a ModelSpec, or was given one: an engine that another tool built has none."""
-        return self._given is not None or self._text is not None
+                return None if self._given else spec_in_plan(self.path)
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """What running the model takes to know. Raises SpecError where there is none, or it is not valid."""
+        """The ModelSpec: all that is needed to run it. Raises SpecError where there is none, or it is not valid."""
         if self._given is not None:
             return self._given
         if self._text is None:

@@ -74,18 +74,24 @@ def exponential(w: np.float32) -> np.float32:
     return np.float32(math.ldexp(_polynomial(EXP_SERIES, w64 - k * noise.LN_2), k))
 
 
+def _term(coefficient: np.float32, values: Array) -> Array:
+    """A term with no coefficient is not there: 0 times an infinity would be NaN."""
+    return coefficient * values if coefficient else np.zeros_like(values)
+
+
 def update(row: Array, x: Array, prediction: Array, z: Array, x0_previous: Array) -> tuple[Array, Array]:
     """One step by one float32 row of a table: (x', x̂0). prediction: out, and v behind it where it was learned."""
     r = dict(zip(COLUMNS, row, strict=True))
     out, v = prediction[: len(x)], prediction[len(x) :]
-    noise_term = r["e"] * z
+    noise_term = _term(r["e"], z)
     if r["ln_var_min"] or r["ln_var_max"]:
         quarter = (r["ln_var_max"] - r["ln_var_min"]) * np.float32(0.25)
         w = v * quarter + (quarter + r["ln_var_min"] * np.float32(0.5))
         noise_term = noise_term * np.vectorize(exponential, otypes=[np.float32])(w)
-    x0 = np.minimum(np.maximum(r["a"] * x + r["b"] * out, r["lo"]), r["hi"])
+    x0 = np.minimum(np.maximum(_term(r["a"], x) + _term(r["b"], out), r["lo"]), r["hi"])
     # The last + 0 makes -0 a +0, so that a term whose coefficient is zero may as well not be computed.
-    x = r["c"] * x0 + r["d"] * x + noise_term + r["f"] * x0_previous + r["g"] * out + np.float32(0)
+    x = _term(r["c"], x0) + _term(r["d"], x) + noise_term
+    x = x + _term(r["f"], x0_previous) + _term(r["g"], out) + np.float32(0)
     return x, x0
 
 

@@ -29,4 +29,4 @@ BACKENDS: Final = get_args(Backend)
 # What TensorRT-RTX builds for without a GPU of the kind: not 7.5, which lacks float32 matrix products, and it has no
 # target for 9.0 and 10.0, which TensorRT is for.
 CAPABILITIES: Final = ("8.0", "8.6", "8.9", "12.0", "12.1")
-MAX_BATCH: Final = 65_536  # rows of one batch
+MAX_BATCH: Final = 65_535  # rows of one batch: what a grid of CUDA's takes

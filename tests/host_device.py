@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class HostDevice:
     is_host = False
     lag = 1
     stream = 7
+    index = 0
 
     def __init__(self, seed: int = 0) -> None:
         self._seeds = np.random.default_rng(seed)
@@ -60,6 +62,9 @@ class HostDevice:
         self._recording: list[Callable[[], None]] | None = None
         self.calls: list[str] = []
         self.left = 1 << 40
+
+    def here(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def start(self, work: Callable[[], None]) -> None:
         """Work on the stream: done when it is waited for, or recorded."""
@@ -200,7 +205,7 @@ class DeviceNetwork:
         self.spec, self.device, self.max_batch = network.spec, device, network.max_batch
         self.buckets = network.buckets
         self.network = network
-        self.memory = allocate(device, self.spec, self.max_batch)
+        self.memory = allocate(device, self.spec, self.buckets[-1])
 
     def enqueue(self, bucket: int) -> None:
         self.device.start(lambda: self._run(bucket))

@@ -23,7 +23,7 @@ from ddpm_deploy.runtime.backends import LoadSettings, load_network, tensorrt
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.device import kernel
 from ddpm_deploy.runtime.device.kernel import OPTIONS, compiled, kernel_source
-from ddpm_deploy.runtime.protocols import PLACE
+from ddpm_deploy.runtime.protocols import SLOT
 from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.words import Flavour
@@ -203,5 +203,5 @@ def test_a_place_is_what_the_kernel_reads() -> None:
     names = ["row,", "end;", "key[2];", "sample[2];", "partner;", "scale;", "given;", "arrived;", "broken;"]
     places = [struct.index(name) for name in names]
     assert places == sorted(places)
-    offsets = [PLACE.fields[name][1] for name in PLACE.names or ()]  # type: ignore[index]
+    offsets = [SLOT.fields[name][1] for name in SLOT.names or ()]  # type: ignore[index]
     assert offsets == [0, 4, 8, 16, 24, 28, 32, 36, 40]

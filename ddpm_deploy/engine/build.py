@@ -89,7 +89,7 @@ class EngineSettings:
 def default_engine_batch(spec: ModelSpec) -> int:
     """The largest batch of an engine, where nothing else is said: 64, and less for images over 64×64."""
     _, height, width = spec.image_shape
-    return max(1, min(64, 64**3 // (height * width)))
+    return max(2 if spec.null_class else 1, min(64, 64**3 // (height * width)))
 
 
 def build_engine(onnx: ModelFile, path: Path, settings: EngineSettings, *, stages: Stages = silent) -> Layers:

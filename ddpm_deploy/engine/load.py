@@ -1,7 +1,8 @@
 """A plan → an engine, on the machine that it was built for; on any other, what to do instead."""
 
 import logging
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,8 +31,10 @@ class LoadedEngine:
     log: Log
 
 
-def load_engine(plan: ModelFile, index: int = 0) -> LoadedEngine:
-    """Load a plan on the GPU of that number.
+def load_engine(
+    plan: ModelFile, index: int = 0, here: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> LoadedEngine:
+    """Load a plan on the GPU of that number. here: makes that GPU the thread's, for as long as it is loaded.
 
     Raises ArtefactError where it is damaged, not trusted, of another GPU or version, or TensorRT cannot load it,
     DependencyError where its TensorRT is not installed, BackendError where no GPU is visible.
@@ -50,7 +53,8 @@ def load_engine(plan: ModelFile, index: int = 0) -> LoadedEngine:
         ) from error
     require_runs_here(plan, str(trt.__version__), gpu)
     log = log_of(flavour)
-    return LoadedEngine(plan, trt, deserialized(trt, log, content, plan), log)
+    with here():
+        return LoadedEngine(plan, trt, deserialized(trt, log, content, plan), log)
 
 
 def deserialized(trt: Any, log: Log, plan: bytes | memoryview, of: ModelFile | ModelSpec) -> Any:

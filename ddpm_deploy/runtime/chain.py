@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.network import bucket_of, require_open
-from ddpm_deploy.runtime.protocols import IDLE, PLACE, Array, Labels, Look, Network, Slots, upload_rows
+from ddpm_deploy.runtime.protocols import IDLE, SLOT, Array, Labels, Look, Network, Slots, upload_rows
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.solvers import START, E, StepTable, T, learns_variance
 from ddpm_deploy.spec import ModelSpec
@@ -65,7 +65,7 @@ class Chain:
         self._count()
 
     def _count(self) -> None:
-        """What follows from which slots are in use."""
+        """Find the batch size and the next end anew: after slots were started, ended or moved."""
         used = np.flatnonzero((self._left > 0) | (self._guide >= 0))
         self._bucket = bucket_of(self.network, int(used[-1]) + 1) if len(used) else 0
         self._next_end = int(self._left[self._left > 0].min()) if len(used) else 0
@@ -86,13 +86,16 @@ class Chain:
 
         slots: `request.rows` of them, in any order. noise: in place of the addressed noise.
 
-        Raises SettingError where the model has not what the request's table needs.
+        Raises SettingError where the model cannot run the request's table, or too many tables are in use.
         """
         table = request.table_for(self.spec)
+        start = (
+            None if noise is None else np.asarray(noise(0), np.float32)
+        )  # it may raise, and nothing is begun
         slots, order = self._occupy(slots, request, table, -1, given=noise is not None)
         if noise is not None:
             self._given.append(_Given(slots, order, noise, table))
-        self._stepper.begin(slots, None if noise is None else noise(0)[order])
+        self._stepper.begin(slots, None if start is None else start[order])
 
     def restore(
         self, slots: Slots, request: Request, table: StepTable, step: int, x: Array, x0: Array
@@ -104,7 +107,7 @@ class Chain:
     def _occupy(
         self, slots: Slots, request: Request, table: StepTable, step: int, given: bool = False
     ) -> tuple[Slots, Slots]:
-        """All that the chains are, but for their numbers, before a step (-1: the START row).
+        """Reserve slots for a request before a step of its table (-1: the START row): all but x and x̂0 is set.
 
         Gives the slots of the samples, ascending, and which sample each has.
         """
@@ -114,17 +117,17 @@ class Chain:
         samples, partners = slots[: request.count], slots[request.count :]
         region = self._enter(table, len(samples))
         first = self._first_row(region)
-        places = np.zeros(len(samples), PLACE)
-        places["row"] = first + step if step < len(table) else IDLE
-        places["end"] = first + len(table)
-        places["seed"], places["index"] = request.addresses()
-        places["partner"], places["scale"], places["given"] = -1, 1.0, given
+        records = np.zeros(len(samples), SLOT)
+        records["row"] = first + step if step < len(table) else IDLE
+        records["end"] = first + len(table)
+        records["seed"], records["index"] = request.addresses()
+        records["partner"], records["scale"], records["given"] = -1, 1.0, given
         scales = request.scales()
         if scales is not None:
-            places["partner"], places["scale"] = partners, scales
+            records["partner"], records["scale"] = partners, scales
             self._partner[samples], self._guide[partners] = partners, samples
         order = np.argsort(samples)
-        self._stepper.place(samples[order], places[order])
+        self._stepper.assign(samples[order], records[order])
         labels = request.label_numbers(self.spec)
         if labels is not None:
             null = np.full(len(partners), self.spec.num_classes)
@@ -178,7 +181,7 @@ class Chain:
             return
         self._left[slots] = 0
         self._leave()
-        self._stepper.place(slots, np.zeros(len(slots), PLACE))
+        self._stepper.assign(slots, np.zeros(len(slots), SLOT))
         self._count()
 
     def clear(self) -> None:
@@ -204,7 +207,10 @@ class Chain:
         self._count()
 
     def compact(self) -> dict[int, int]:
-        """Close the holes between slots in use, since a batch is as wide as its highest: which slot moved where."""
+        """Close the holes between slots in use, since a batch is as wide as its highest: which slot moved where.
+
+        The images of chains that have ended are overwritten: read them first.
+        """
         moves = {}
         used = np.flatnonzero((self._left > 0) | (self._guide >= 0))
         for source, target in zip(used[::-1].tolist(), self.free.tolist(), strict=False):
@@ -216,6 +222,7 @@ class Chain:
 
     def step(self) -> None:
         """Take every active slot one step on."""
+        require_open(not self._closed)
         assert self._bucket, "no slot has steps to go"
         for given in self._given:
             self._give(given)
@@ -231,11 +238,12 @@ class Chain:
         row = given.table.rows[len(given.table) - self._left[given.slots[0]]]
         if row[E]:
             order = np.argsort(given.slots)  # which may have moved
-            noise = given.noise(int(row[T]) + 1)
+            noise = np.asarray(given.noise(int(row[T]) + 1), np.float32)
             self._stepper.give(given.slots[order], noise[given.images[order]])
 
     def broken(self, slots: Slots) -> NDArray[np.bool_]:
-        """Which slots had numbers that are not finite, at any step of their chain."""
+        """Which slots had numbers that are not finite, at any step of their chain; ask before they are stopped."""
+        require_open(not self._closed)
         return self._stepper.broken(slots)
 
     def read(self, slots: Slots) -> tuple[Array, Array]:
@@ -245,6 +253,7 @@ class Chain:
 
     def images(self, slots: Slots) -> Array:
         """x of some slots as it is now, (k, C, H, W), as a copy."""
+        require_open(not self._closed)
         part = _around(slots)
         images: Array = self._stepper.x(part)[slots - part.start]
         return images
@@ -254,6 +263,7 @@ class Chain:
 
         They may be views that the next step (with a lag, the next but one call) overwrites.
         """
+        require_open(not self._closed)
         part = _around(slots)
         look = self._stepper.watch(part)
         if len(slots) == part.stop - part.start and (np.diff(slots) == 1).all():

@@ -106,7 +106,7 @@ def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
         request = Request.from_builtins(says.request, "what it says that it is of")
     except (msgspec.MsgspecError, RecursionError, DataError) as error:
         raise DataError(f"{show(path)} does not say where it came from: ddpm-run did not make it") from error
-    if request.count > (_LARGEST_GRID if says.is_grid else 1):
+    if request.seed is None or request.count > (_LARGEST_GRID if says.is_grid else 1):
         raise DataError(f"{show(path)} cannot hold the {request.count} images that it says it is of")
     return Origin(says.model, request, says.is_grid), pixels
 

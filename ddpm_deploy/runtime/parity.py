@@ -248,8 +248,9 @@ def _require_count(count: int, network: Network) -> None:
 
 
 def _labels(spec: ModelSpec, count: int) -> Labels:
-    """Each label in turn."""
-    return np.arange(count) % max(1, spec.num_labels)
+    """Each label in turn, the null class too."""
+    turns = Request(count=count, labels=tuple(range(spec.num_labels))).label_numbers(spec)
+    return np.zeros(count, np.int64) if turns is None else turns
 
 
 def _spread(length: int, keep: int) -> NDArray[np.int64]:

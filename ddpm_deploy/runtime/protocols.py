@@ -21,7 +21,7 @@ Look = Callable[[], tuple[Array, Array]]
 # What a slot runs, as `struct Slot` of step.cu has it, little-endian. row, end: of the stepper's rows; row 0 is a slot
 # with nothing to do. seed, index: the address of its noise. partner, scale: of guidance, the slot of the unconditional
 # row (-1: without). given: whether a caller gives its noise. arrived, broken: the kernel's own.
-PLACE: Final = np.dtype(
+SLOT: Final = np.dtype(
     [
         ("row", "<i4"),
         ("end", "<i4"),
@@ -83,7 +83,7 @@ class Device(Protocol):
         """A new array with what memory holds, once everything that was started is done."""
 
     def start(self, work: Callable[[], None]) -> None:
-        """Call what starts work here by itself."""
+        """Run `work`, a library's call that starts something here, with this device and its stream current."""
 
     def synchronize(self) -> None:
         """Wait for everything that was started."""
@@ -106,14 +106,14 @@ class Stepper(Protocol):
     def put_rows(self, first: int, rows: Array) -> None:
         """Write rows of a step table, (k, columns), from row `first` on."""
 
-    def place(self, slots: Slots, places: NDArray[np.void]) -> None:
-        """Say what slots run from now on: PLACE (k,)."""
+    def assign(self, slots: Slots, records: NDArray[np.void]) -> None:
+        """Say what slots run from now on: SLOT records (k,)."""
 
     def begin(self, slots: Slots, noise: Array | None) -> None:
-        """Take the START row in slots that were placed on it: x ← x_T, x̂0 ← 0. noise: x_T of a caller's."""
+        """Take the START row in slots that were assigned to it: x ← x_T, x̂0 ← 0. noise: x_T of a caller's."""
 
     def resume(self, slots: Slots, x: Array, x0: Array) -> None:
-        """Set x and the last x̂0, (k, C, H, W) each, of slots that were placed."""
+        """Set x and the last x̂0, (k, C, H, W) each, of slots that were assigned."""
 
     def give(self, slots: Slots, noise: Array) -> None:
         """The noise of a caller's for the next step, (k, C, H, W)."""
@@ -128,7 +128,7 @@ class Stepper(Protocol):
         """Predict for the leading rows, and take every slot that has something to do one step on."""
 
     def broken(self, slots: Slots) -> NDArray[np.bool_]:
-        """Which slots had numbers in x that were not finite, at any step since they were placed."""
+        """Which slots had numbers in x that were not finite, at any step since they were assigned."""
 
     def x(self, part: slice) -> Array:
         """A copy of x of some slots, (k, C, H, W)."""
@@ -137,8 +137,8 @@ class Stepper(Protocol):
         """A copy of the last x̂0 of some slots, (k, C, H, W)."""
 
     def watch(self, part: slice) -> Look:
-        """Note x and x̂0 of some slots as they are after this step: views that the next step (with a lag, the next
-        but one call of this) overwrites."""
+        """Note x and x̂0 of some slots as they are after this step: views. On the host the next step overwrites
+        them; with a lag, the second later call of `watch` does."""
 
     def close(self) -> None:
         """Free the memory, once what is under way has ended. Closing again does nothing."""

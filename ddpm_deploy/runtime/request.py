@@ -1,4 +1,4 @@
-"""A request: which samples to draw, and by which chain: what a call, a picture and a command line all ask."""
+"""A request: which samples to make, and by which chain: what a call, a picture and a command line all ask."""
 
 import secrets
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ Guidance = float | Sequence[float] | NDArray[Any]
 
 _MOST_GUIDANCE: Final = 1000.0  # of either sign; useful are some 1 to 10
 _END: Final = 2**64  # of seeds and sample indices
+_FRESH_BITS: Final = 53  # of a fresh seed: what every reader of JSON keeps exactly
 
 
 class Keywords(TypedDict, total=False):
@@ -56,9 +57,9 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def checked(self, spec: ModelSpec) -> "Request":
         """The same request, complete: with a seed and a number of steps, its labels in numbers.
 
-        Raises SettingError where something is out of range, or the model of this spec has it not.
+        Raises SettingError where something is out of range, or the model does not support it.
         """
-        seed = secrets.randbits(64) if self.seed is None else self.seed
+        seed = secrets.randbits(_FRESH_BITS) if self.seed is None else self.seed
         if self.count < 1:
             raise SettingError(f"count must be 1 or more, not {self.count}")
         if not 0 <= seed < _END:
@@ -122,7 +123,7 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return np.array(self.guidance, np.float32)[self._turns(len(self.guidance))]
 
     def _turns(self, length: int) -> NDArray[np.uint64]:
-        """Whose turn of so many it is at each sample."""
+        """Each sample's index modulo a length."""
         return self._indices() % np.uint64(length)
 
     def _indices(self) -> NDArray[np.uint64]:
@@ -208,7 +209,7 @@ def _each(name: str, given: Any, count: int, first_index: int) -> tuple[Any, ...
         raise SettingError(
             f"{len(values)} {name} for {count} images: give one for all of them, or one for each"
         )
-    turn = first_index % count
+    turn = first_index % max(count, 1)
     return values[count - turn :] + values[: count - turn]
 
 

@@ -88,8 +88,17 @@ class Sampler:
         return self.network.spec
 
     def max_batch(self, guided: bool = False) -> int:
-        """Images in flight at once: half as many with guidance, which takes two rows of the batch for each."""
-        return self.network.max_batch // (2 if guided else 1)
+        """Images in flight at once: half as many with guidance, which takes two rows of the batch for each.
+
+        Raises SettingError where there are no two rows.
+        """
+        most = self.network.max_batch // (2 if guided else 1)
+        if not most:
+            raise SettingError(
+                "guidance takes two rows of the batch for an image, and this model was loaded with max_batch 1: "
+                "choose 2 or more"
+            )
+        return most
 
     def sample(
         self,
@@ -161,7 +170,8 @@ class Sampler:
     ) -> Generator[Array, None, None]:
         """As `sample`, giving the images in order as batches finish, for counts that don't fit in memory.
 
-        Arguments are checked at once; the work happens as the result is read.
+        Arguments are checked at once; the work happens as the result is read, and the Sampler is in use until it was
+        read to the end, or is closed.
         """
         return self.draw(self._request(count, keywords), callback, noise=noise)
 
@@ -169,7 +179,7 @@ class Sampler:
         self, request: Request, callback: Callback | None = None, *, noise: Noise | None = None
     ) -> Generator[Array, None, None]:
         """The images of a checked request, in order as batches finish."""
-        most = self._most(request)
+        most = self.max_batch(bool(request.guidance))
         with self._owned():
             for first in range(0, request.count, most):
                 part = request[first : first + most]
@@ -178,7 +188,7 @@ class Sampler:
     def _request(self, count: int, keywords: Keywords) -> Request:
         """The checked request of a call, for which there is room."""
         request = make_request(self.spec, count, **keywords)
-        self._most(request)
+        self.max_batch(bool(request.guidance))  # or is refused
         return request
 
     def stream(
@@ -206,7 +216,7 @@ class Sampler:
         """The batch that is under way, as it is after its last step: ask in a callback, or between a stream's steps.
 
         Raises SettingError where none is, or its noise is a caller's own, which a file cannot hold, OwnershipError
-        where another thread takes the steps.
+        where another thread takes the steps, BackendError where its numbers are not finite.
         """
         if self._under_way is None:
             raise SettingError(
@@ -217,6 +227,7 @@ class Sampler:
             raise OwnershipError("another thread runs this Sampler: ask it for the snapshot, in its callback")
         if batch.given:
             raise SettingError("a chain on noise of the caller's own cannot be resumed: leave noise out")
+        self._require_finite(batch)
         x, x0 = self._chain.read(batch.slots)
         return Snapshot(batch.request, batch.table, self.spec.provenance.digest, step, x, x0)
 
@@ -239,18 +250,8 @@ class Sampler:
             batch = _Batch(request, snapshot.table, slots[: request.count], False)
             return self._finished(batch, snapshot.step, callback)
 
-    def _most(self, request: Request) -> int:
-        """Its images in flight at once."""
-        most = self.max_batch(bool(request.guidance))
-        if not most:
-            raise SettingError(
-                "guidance takes two rows of the batch for an image, and this model was loaded with max_batch 1: "
-                "choose 2 or more"
-            )
-        return most
-
     def _require_one_batch(self, request: Request) -> None:
-        most = self._most(request)
+        most = self.max_batch(bool(request.guidance))
         if request.count > most:
             raise SettingError(f"{request.count} images are more than one batch: choose 1 to {most}")
 
@@ -303,6 +304,7 @@ class Sampler:
             )
         if not self._busy.acquire(blocking=False):
             raise OwnershipError("this Sampler is in use by another call: load one Sampler for each thread")
+        self._thread = threading.get_ident()
         try:
             yield
         finally:
@@ -322,8 +324,11 @@ class Sampler:
     def close(self) -> None:
         """Free the backend. The Sampler cannot be used afterwards; closing again does nothing.
 
-        In a process that was forked after the model was loaded, it is left as it is: freeing it would hang.
+        In a process that was forked after the model was loaded, it is left as it is: freeing it would hang. Raises
+        OwnershipError while another thread uses it.
         """
+        if self._busy.locked() and self._thread != threading.get_ident():
+            raise OwnershipError("this Sampler is in use by another thread: close it when that is done")
         if os.getpid() == self._process:
             self._chain.close()
             self.network.close()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from ddpm_deploy.errors import OutputError
+from ddpm_deploy.errors import BackendError, OutputError
 from ddpm_deploy.runtime.images import grid, save_png, to_uint8
 from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.protocols import Array
@@ -50,7 +50,7 @@ class Pictures:
             save_png(grid(to_uint8(images, spec.value_range)), path, text)
         except _StoppedError:
             logger.info("the picture of step %d is not drawn", self._trainer.steps_done)
-        except OutputError as error:  # a picture is not worth the training
+        except (BackendError, OutputError) as error:  # a picture is not worth the training
             logger.warning("%s; training goes on", error)
 
     def _affordable(self) -> int:

@@ -161,10 +161,6 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
     # The raw weights of a checkpoint are another model than its file says, and a picture names the model.
     destination = replace(watch.outputs.destination, spec=sampler.spec)
     together = min(request.count, sampler.max_batch(guided=bool(request.guidance)))
-    if not together:
-        raise SettingError(
-            "guidance takes two rows of the batch for each image, and this model's batch has one row"
-        )
     batches, steps = -(-request.count // together), watch.steps - watch.first
     forecast = time_call(sampler.network, request[:together].rows) * steps * request.count / together
     count, chain = plural(request.count, "image"), plural(watch.steps, "step")

@@ -1,6 +1,5 @@
 """ddpm-run: sample a request."""
 
-import secrets
 from pathlib import Path
 from typing import Unpack
 
@@ -39,7 +38,7 @@ def run(
         solver=solver,
         eta=eta,
         spacing=spacing,
-        seed=secrets.randbits(32) if seed is None else seed,  # short enough to type again
+        seed=seed,
         first_index=first_index,
         labels=labels,
         guidance=() if guidance is None else (guidance,),

@@ -55,7 +55,7 @@ class OrtNetwork:
             raise _unusable()
         _SESSIONS.add(self._session)
         self.memory = allocate(self.device, self.spec, self.max_batch)
-        self._place = "cpu" if on_cpu else "cuda"
+        self._place = ("cpu", 0) if on_cpu else ("cuda", getattr(self.device, "index", 0))
         self._binding: Any = self._session.io_binding()
         _SESSIONS.add(self._binding)
         self._options: Any = require_onnxruntime().RunOptions()
@@ -92,7 +92,7 @@ class OrtNetwork:
             bind = self._binding.bind_output if tensor == self.spec.output else self._binding.bind_input
             memory = self.memory[tensor.name]
             shape = [batch, *tensor.shape]
-            bind(tensor.name, self._place, 0, memory.dtype.type, shape, self.device.address(memory))
+            bind(tensor.name, *self._place, memory.dtype.type, shape, self.device.address(memory))
         self._bound = batch
 
     def close(self) -> None:
@@ -135,6 +135,7 @@ def _unusable() -> BackendError:
 def _cuda_options(spec: ModelSpec, device: Any) -> dict[str, str]:
     """Our stream, the precision that was asked for (TF32 is on by default there), and the same algorithms each time."""
     return {
+        "device_id": str(device.index),
         "user_compute_stream": str(device.stream),
         "use_tf32": "1" if spec.precision == "tf32" else "0",
         "cudnn_conv_algo_search": "HEURISTIC",

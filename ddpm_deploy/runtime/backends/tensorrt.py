@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -64,17 +65,25 @@ class TrtNetwork:
         how = settings_here(model.spec, settings.max_batch, gpu)
         _, extra = MODULES[how.flavour]
         require_nvrtc(extra)  # what is missing to run it is told before minutes of building
-        Cuda(index, extra)
-        return built_on_arrival(
-            model, how, lambda plan: cls._loaded(plan, settings, index), stages=settings.stages
-        )
+        with Cuda(index, extra).here():
+            return built_on_arrival(
+                model, how, lambda plan: cls._loaded(plan, settings, index), stages=settings.stages
+            )
 
     @classmethod
     def _loaded(cls, plan: ModelFile, settings: LoadSettings, index: int) -> Self:
-        loaded = load_engine(plan, index)
         assert plan.head is not None
         _, extra = MODULES[plan.head.flavour]
-        return cls(loaded, plan.spec, Cuda(index, extra), settings.max_batch)
+
+        @cache
+        def device() -> Cuda:
+            """Asked for once the plan was found to fit this machine."""
+            return Cuda(index, extra)
+
+        # TensorRT works on the device that is the thread's.
+        loaded = load_engine(plan, index, lambda: device().here())
+        with device().here():
+            return cls(loaded, plan.spec, device(), settings.max_batch)
 
     def _make_context(self, loaded: LoadedEngine, profiles: list[tuple[int, int]], bucket: int) -> Any:
         """A context with its profile and shapes, and as yet no memory."""
@@ -126,7 +135,8 @@ class TrtNetwork:
         """Start to predict for a bucket's rows."""
         require_open(bool(self._contexts))
         context = self._contexts[bucket]
-        self._must(context.execute_async_v3(self.device.stream), f"a batch of {bucket}")
+        with self.device.here():
+            self._must(context.execute_async_v3(self.device.stream), f"a batch of {bucket}")
 
     def _must(self, succeeded: bool, what: str) -> None:
         """TensorRT says no by False, and why in its log."""

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import BackendError, one_line
 from ddpm_deploy.runtime.device.kernel import THREADS, blocks, compiled, kernel_source
-from ddpm_deploy.runtime.protocols import PLACE, Array, Look, Network, Slots, runs_of, upload_rows
+from ddpm_deploy.runtime.protocols import SLOT, Array, Look, Network, Slots, runs_of, upload_rows
 from ddpm_deploy.solvers import COLUMNS, IDENTITY, T
 
 # Launches a kernel on a grid of (x, y) blocks of THREADS threads; whole numbers are passed as int32.
@@ -29,7 +29,7 @@ _AHEAD: Final = 32  # steps between two marks in the stream
 class Cuda:
     """One of the visible GPUs, by its number. Follows `protocols.Device`.
 
-    stream: the handle that TensorRT takes. extra: of this package, that brings CuPy.
+    index: its number. stream: the handle that TensorRT takes. extra: of this package, that brings CuPy.
 
     Raises DependencyError where CuPy is missing, BackendError where it does not see that GPU; its methods BackendError
     where the GPU fails.
@@ -50,10 +50,10 @@ class Cuda:
             raise BackendError(
                 f"CuPy cannot use the GPU: {one_line(error)} (see ddpm-deploy doctor)"
             ) from error
-        self.name, self.stream = f"cuda:{index}", self._stream.ptr
+        self.name, self.index, self.stream = f"cuda:{index}", index, self._stream.ptr
 
     @contextmanager
-    def _here(self) -> Iterator[None]:
+    def here(self) -> Iterator[None]:
         """On this device and stream, whatever the thread's own are; CUDA's errors as ours."""
         try:
             with self._device, self._stream:
@@ -68,24 +68,24 @@ class Cuda:
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """New memory, holding anything."""
-        with self._here():
+        with self.here():
             return self._cupy.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """New memory that holds zeros."""
-        with self._here():
+        with self.here():
             return self._cupy.zeros(shape, dtype)
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """A new array of page-locked memory."""
         size = int(np.prod(shape))
-        with self._here():
+        with self.here():
             memory = self._cupy.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
         return np.frombuffer(memory, dtype, size).reshape(shape)
 
     def start(self, work: Callable[[], None]) -> None:
         """Call it: the stream is CUDA's, and puts it in order."""
-        with self._here():
+        with self.here():
             work()
 
     def address(self, memory: Any) -> int:
@@ -94,18 +94,18 @@ class Cuda:
 
     def upload(self, host: NDArray[Any], memory: Any) -> None:
         """Start to copy an array into memory of its shape."""
-        with self._here():
+        with self.here():
             memory.set(host, stream=self._stream)  # from pageable memory: staged before it returns
 
     def copy(self, source: Any, target: Any) -> None:
         """Start to copy memory into other memory of its shape."""
-        with self._here():
+        with self.here():
             target.data.copy_from_device_async(source.data, source.nbytes, self._stream)
 
     def fetch(self, memory: Any) -> NDArray[Any]:
         """A new array with what memory holds, once everything that was started is done."""
         host: NDArray[Any] = np.empty(memory.shape, memory.dtype)
-        with self._here():
+        with self.here():
             memory.get(stream=self._stream, out=host, blocking=False)
             self._stream.synchronize()
         return host
@@ -113,7 +113,7 @@ class Cuda:
     def copy_out(self, copies: Sequence[tuple[Any, Any, NDArray[Any]]]) -> Callable[[], None]:
         """Bring memory as it is at this point of the stream to arrays, beside what is started later; gives what waits
         for that. copies: (memory, other memory to keep it in until it is copied, array), all of one shape."""
-        with self._here():
+        with self.here():
             for memory, kept, _ in copies:
                 self.copy(memory, kept)
             self._side.wait_event(self._stream.record())
@@ -123,12 +123,12 @@ class Cuda:
 
     def mark(self) -> Callable[[], None]:
         """What waits for everything that was started so far, and not for what is later."""
-        with self._here():
+        with self.here():
             return self._waits_for(self._stream.record())
 
     def _waits_for(self, event: Any) -> Callable[[], None]:
         def wait() -> None:
-            with self._here():
+            with self.here():
                 event.synchronize()
 
         return wait
@@ -141,23 +141,24 @@ class Cuda:
 
     def synchronize(self) -> None:
         """Wait for all that was started."""
-        with self._here():
+        with self.here():
             self._stream.synchronize()
 
     def release(self) -> None:
         """Give back to the GPU what is not in use any more; CuPy keeps it otherwise."""
-        self._cupy.get_default_memory_pool().free_all_blocks()
+        with self._device:
+            self._cupy.get_default_memory_pool().free_all_blocks()
 
     def compile(self, source: str, name: str) -> Kernel:
         """Compile for this GPU."""
         cubin = compiled(source, self._device.compute_capability, self._extra)
-        with self._here(), tempfile.TemporaryDirectory() as folder:
+        with self.here(), tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.cubin"
             path.write_bytes(cubin)
             kernel = self._cupy.RawModule(path=str(path)).get_function(name)
 
         def launch(grid: tuple[int, int], arguments: tuple[Any, ...]) -> None:
-            with self._here():
+            with self.here():
                 kernel(grid, (THREADS,), tuple(np.int32(a) if isinstance(a, int) else a for a in arguments))
 
         return launch
@@ -165,7 +166,7 @@ class Cuda:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """What `work` starts, done so far at least once, as one piece that is started again and again: a CUDA graph."""
         self.synchronize()
-        with self._here():
+        with self.here():
             self._stream.begin_capture()
             try:
                 work()
@@ -176,7 +177,7 @@ class Cuda:
             graph = self._stream.end_capture()
 
         def replay() -> None:
-            with self._here():
+            with self.here():
                 graph.launch(self._stream)
 
         return replay
@@ -190,7 +191,8 @@ class CudaStepper:
     """Follows `protocols.Stepper`: a step is the network and one kernel, and nothing comes back until it is asked.
 
     All memory is allocated, and the steps of every batch size captured, when it is made; between a start and its images
-    there is no allocation, no copy to the device, and no waiting that the device would notice.
+    there is no allocation, no copy to the device, and no waiting that the device would notice, but for a caller's noise
+    and what is watched.
     """
 
     def __init__(self, network: Network, device: Cuda, rows: int) -> None:
@@ -223,9 +225,9 @@ class CudaStepper:
         self._timesteps[part] = rows[:, T]
         self._device.upload(np.ascontiguousarray(rows), self._rows[part])
 
-    def place(self, slots: Slots, places: NDArray[np.void]) -> None:
+    def assign(self, slots: Slots, records: NDArray[np.void]) -> None:
         """Say what slots run from now on."""
-        upload_rows(self._device, slots, places.view(np.uint32).reshape(len(places), -1), self._slots)
+        upload_rows(self._device, slots, records.view(np.uint32).reshape(len(records), -1), self._slots)
 
     def begin(self, slots: Slots, noise: Array | None) -> None:
         """The kernel on the START row."""
@@ -236,7 +238,7 @@ class CudaStepper:
 
     def resume(self, slots: Slots, x: Array, x0: Array) -> None:
         """Set x and the last x̂0, and the embedding that the next step reads."""
-        records = self._device.fetch(self._slots).view(PLACE)[:, 0][slots]
+        records = self._device.fetch(self._slots).view(SLOT)[:, 0][slots]
         temb = self._embedding[self._timesteps[records["row"]]]
         memory, partners = self._network.memory, records["partner"].astype(np.intp)
         upload_rows(self._device, slots, x0, self._x0)
@@ -276,10 +278,10 @@ class CudaStepper:
 
     def _prepare(self, bucket: int) -> Callable[[], None]:
         """What starts a step of a bucket: captured, where that can be, after a run of it with every slot idle."""
-        self._start_step(bucket)
-        self._device.synchronize()
         if not self._network.capturable:
             return lambda: self._start_step(bucket)
+        self._start_step(bucket)
+        self._device.synchronize()
         return self._device.capture(lambda: self._start_step(bucket))
 
     def _start_step(self, bucket: int) -> None:
@@ -297,7 +299,7 @@ class CudaStepper:
 
     def broken(self, slots: Slots) -> NDArray[np.bool_]:
         """The kernel keeps watch."""
-        records = self._device.fetch(self._slots).view(PLACE)[:, 0]
+        records = self._device.fetch(self._slots).view(SLOT)[:, 0]
         broken: NDArray[np.bool_] = records["broken"][slots] != 0
         return broken
 
@@ -337,5 +339,5 @@ class CudaStepper:
         self._x0 = self._given = self._slots = self._rows = self._embeddings = None
 
 
-_WORDS: Final = PLACE.itemsize // 4
-_PARTNER: Final = PLACE.fields["partner"][1] // 4  # type: ignore[index]
+_WORDS: Final = SLOT.itemsize // 4
+_PARTNER: Final = SLOT.fields["partner"][1] // 4  # type: ignore[index]

@@ -10,7 +10,23 @@ from numpy.typing import DTypeLike, NDArray
 from ddpm_deploy.exponential import Exponential
 from ddpm_deploy.noise import AddressedNoise
 from ddpm_deploy.runtime.protocols import IDLE, Array, Look, Network, Slots, runs_of
-from ddpm_deploy.solvers import COLUMNS, HI, IDENTITY, LN_VAR_MAX, LN_VAR_MIN, LO, A, B, C, D, E, F, G, T
+from ddpm_deploy.solvers import (
+    COLUMNS,
+    HI,
+    IDENTITY,
+    LN_VAR_MAX,
+    LN_VAR_MIN,
+    LO,
+    A,
+    B,
+    C,
+    D,
+    E,
+    F,
+    G,
+    T,
+    learns_variance,
+)
 
 # What the host adds to a row: w = v·QUARTER + BASE is the exponent of a learned variance, where LEARNS is not 0.
 QUARTER, BASE, LEARNS = range(len(COLUMNS), len(COLUMNS) + 3)
@@ -164,18 +180,18 @@ class HostStepper:
         place[:, : len(COLUMNS)] = rows
         place[:, QUARTER] = (rows[:, LN_VAR_MAX] - rows[:, LN_VAR_MIN]) * _QUARTER
         place[:, BASE] = place[:, QUARTER] + rows[:, LN_VAR_MIN] * _HALF
-        place[:, LEARNS] = (rows[:, LN_VAR_MIN] != 0) | (rows[:, LN_VAR_MAX] != 0)
+        place[:, LEARNS] = learns_variance(rows)
         self._uses_previous |= bool(rows[:, F].any())
         self._uses_prediction |= bool(rows[:, G].any())
         if place[:, LEARNS].any() and not self._exponential:
             self._exponential = Exponential(*self._x0.shape)
 
-    def place(self, slots: Slots, places: NDArray[np.void]) -> None:
+    def assign(self, slots: Slots, records: NDArray[np.void]) -> None:
         """Say what slots run from now on."""
-        self._row[slots], self._end[slots] = places["row"], places["end"]
-        self._partner[slots], self._scale[slots, 0] = places["partner"], places["scale"]
+        self._row[slots], self._end[slots] = records["row"], records["end"]
+        self._partner[slots], self._scale[slots, 0] = records["partner"], records["scale"]
         self._broken[slots] = False
-        self._ahead.assign(slots, places["seed"], places["index"])
+        self._ahead.assign(slots, records["seed"], records["index"])
         self._plan = None
 
     def begin(self, slots: Slots, noise: Array | None) -> None:
@@ -262,7 +278,7 @@ class HostStepper:
         x, x0, out = self._rows_of(plan, self._x, 0), self._rows_of(plan, self._x0, 1), self._guided(plan)
         scratch, previous = self._scratch[:count], self._previous[:count]
         if self._uses_previous:  # before x̂0 takes its place
-            np.multiply(x0, row[:, F], previous)
+            _times(x0, row[:, F], previous)
 
         np.multiply(x, row[:, A], x0)
         np.multiply(out, row[:, B], scratch)
@@ -283,7 +299,7 @@ class HostStepper:
         if self._uses_previous:
             np.add(x, previous, x)
         if self._uses_prediction:
-            np.multiply(out, row[:, G], scratch)
+            _times(out, row[:, G], scratch)
             np.add(x, scratch, x)
         # -0 becomes +0, so that a term with a zero coefficient may as well not be computed.
         np.add(x, _ZERO, x)
@@ -360,10 +376,17 @@ class HostStepper:
     def watch(self, part: slice) -> Look:
         """Views of x and x̂0."""
         x: Array = self._memory["x"]
-        return lambda: (x[part], self._x0.reshape(x.shape)[part])
+        return lambda: (x[part], self._x0.reshape(-1, *x.shape[1:])[part])
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def _times(values: Array, coefficient: Array, out: Array) -> None:
+    """out ← values·coefficient (k, 1); a coefficient of zero makes zero, also of an infinity, as no term were there."""
+    np.multiply(values, coefficient, out)
+    if not coefficient.all():
+        out[coefficient[:, 0] == 0] = 0
 
 
 def _flat(array: Array) -> Array:
