@@ -33,7 +33,8 @@ def require_file(path: Path, error: type[DdpmDeployError] = ArtefactError) -> No
         if path.is_dir():
             raise error(f"{show(path)} is a folder, and a file is needed: name a file in it")
         if not path.exists():
-            raise error(f"{show(path)} does not exist{_near_misses(path)}")
+            what = "is a link to no file" if path.is_symlink() else "does not exist"
+            raise error(f"{show(path)} {what}{_near_misses(path)}")
         if not path.is_file():
             raise error(f"{show(path)} is not a regular file")
         if path.stat().st_size == 0:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ddpm_deploy import reference
-from ddpm_deploy.errors import SettingError
+from ddpm_deploy.errors import BackendError, SettingError
 from ddpm_deploy.exponential import Exponential
 from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.protocols import Array
@@ -269,6 +269,61 @@ def test_a_slot_that_breaks_is_marked_and_its_neighbours_go_on(make: Make) -> No
         chain.step()
     assert not chain.broken(np.arange(3)).any()
     np.testing.assert_array_equal(x_of(chain, 1), reference_images(TABLES["full"], 7, 1))
+
+
+def test_an_infinity_that_is_clipped_away_is_told_and_harms_no_neighbour(make: Make) -> None:
+    """Whatever tables were loaded: a term without a coefficient is not there."""
+
+    class Overflowing(ArrayNetwork):
+        def answer(self, x: Array, t: NDArray[np.int64]) -> Array:
+            """Infinite at one pixel of slot 0."""
+            out = super().answer(x, t)
+            out[0, 0, 0, 0] = np.inf
+            return out
+
+    alone, beside = make(Overflowing(SPEC, 2)), make(Overflowing(SPEC, 2))
+    start(beside, 1, TABLES["every column"], 1, 1)
+    images = []
+    for chain in (alone, beside):
+        start(chain, 0, TABLES["full"], 7, 0)
+        while chain.active[0]:
+            chain.step()
+        assert chain.broken(np.arange(2)).tolist() == [True, False]
+        images.append(x_of(chain, 0))
+    np.testing.assert_array_equal(*images)
+    assert np.isfinite(images[0]).all()
+
+
+def test_what_a_caller_does_wrong_is_told(make: Make) -> None:
+    chain = make(GuidedNetwork(GUIDED_SPEC, 4))
+    two = Request(count=2, seed=0, table=LEARNED_TABLES["fixed"])
+    with pytest.raises(SettingError, match="no slot has steps to go"):
+        chain.step()
+    for slots in ([1, 1], [1], [0, 1, 2]):
+        with pytest.raises(SettingError, match="takes 2 different slots"):
+            chain.start(np.array(slots), two)
+    chain.start(np.array([0, 2]), two)
+    for slots in ([0, 1], [1, 4], [-1, 1]):
+        with pytest.raises(SettingError, match=r"only \[1, 3\] are free"):
+            chain.start(np.array(slots), two)
+    for source, target in ((0, 2), (1, 3), (1, 1)):
+        with pytest.raises(SettingError, match="must be in use and slot"):
+            chain.move(source, target)
+
+    def noise(draw: int) -> Array:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        chain.start(np.array([1, 3]), two, noise)
+    assert chain.free.tolist() == [1, 3]
+    chain.clear()
+    guided = Request(seed=0, table=LEARNED_TABLES["fixed"], labels=(1,), guidance=(2.0,))
+    chain.start(np.array([3, 1]), guided)
+    chain.stop(np.array([1]))  # the partner's guide ends with it
+    assert chain.free.tolist() == [0, 1, 2, 3]
+    chain.close()
+    with pytest.raises(BackendError, match="is closed"):
+        chain.start(np.array([0, 1]), two)
 
 
 def test_a_chain_that_is_stopped_frees_its_slot_alone(make: Make) -> None:

@@ -259,11 +259,18 @@ from ddpm_deploy.errors import OwnershipError
 path, threads, use = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 sampler = Sampler.load(path, threads=threads)
 sampler.sample(2, steps=2, seed=0)
+stream = sampler.stream(2, steps=3, seed=0)
+next(stream)
 child = os.fork()
 if not child:
     if use == "sample":
         try:
             sampler.sample(1, steps=2)
+        except OwnershipError as error:
+            print(error)
+    if use == "read on":
+        try:
+            next(stream)
         except OwnershipError as error:
             print(error)
     if use == "close":
@@ -274,18 +281,18 @@ if not child:
 signal.alarm(30)
 status = os.waitpid(child, 0)[1]
 assert os.waitstatus_to_exitcode(status) == 7, status
-sampler.sample(1, steps=2, seed=0)  # the parent goes on
+assert len(list(stream)) == 2  # the parent goes on
 """
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("use", ["sample", "close", "let go", "nothing"])
+@pytest.mark.parametrize("use", ["sample", "read on", "close", "let go", "nothing"])
 def test_a_fork_of_a_process_ends_whatever_it_does(onnx_path: Path, threads: int, use: str) -> None:
     """As gunicorn --preload forks one; a sampler that it inherits is refused in one line."""
     command = [sys.executable, "-c", FORKED, onnx_path, str(threads), use]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert result.returncode == 0, result.stderr
-    assert ("was forked after the model was loaded" in result.stdout) == (use == "sample")
+    assert ("was forked after the model was loaded" in result.stdout) == (use in ("sample", "read on"))
 
 
 def test_a_forked_process_is_refused_on_a_device_too(onnx_path: Path) -> None:

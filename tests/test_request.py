@@ -106,6 +106,12 @@ def test_what_is_no_request(fields: Any) -> None:
         ({"labels": ("cow",)}, "no class 'cow'"),
         ({"guidance": (1e9,)}, "guidance must be from -1000 to 1000, not 1000000000"),
         ({"guidance": (float("nan"),)}, "not nan"),
+        ({"count": "3"}, "not a request: Expected `int`, got `str`"),
+        ({"guidance": 3.0}, "not a request"),
+        ({"labels": "34"}, "not a request"),
+        ({"steps": [1]}, "not a request"),
+        ({"table": 3}, "table must be a StepTable"),
+        ({"solver": "euler"}, "solver 'euler' is not known: choose from ddpm"),
     ],
 )
 def test_what_no_model_can_do(changes: dict[str, Any], problem: str) -> None:

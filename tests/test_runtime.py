@@ -167,7 +167,7 @@ def test_given_noise_replaces_the_addressed_noise() -> None:
         ({"count": 1, "solver": ["ddim"]}, "solver must be a name"),
         ({"count": 1, "solver": "ddim", "eta": "a"}, "eta must be a number"),
         ({"count": 1, "table": np.zeros((3, 12))}, "table must be a StepTable"),
-        ({"count": 1, "labels": 1.0}, "no class 1.0|unconditional"),
+        ({"count": 1, "labels": 1.0}, "Expected `int \\| str`, got `float`"),
     ],
 )
 def test_settings_out_of_range(arguments: dict[str, object], problem: str) -> None:

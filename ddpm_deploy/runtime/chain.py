@@ -112,8 +112,11 @@ class Chain:
         Gives the slots of the samples, ascending, and which sample each has.
         """
         require_open(not self._closed)
-        assert len(slots) == request.rows
-        assert np.isin(slots, self.free).all()
+        slots = np.asarray(slots, np.intp)
+        if len(np.unique(slots)) != request.rows or len(slots) != request.rows:
+            raise SettingError(f"this request takes {request.rows} different slots, not {slots.tolist()}")
+        if not np.isin(slots, self.free).all():
+            raise SettingError(f"of the slots {slots.tolist()} only {self.free.tolist()} are free")
         samples, partners = slots[: request.count], slots[request.count :]
         region = self._enter(table, len(samples))
         first = self._first_row(region)
@@ -175,8 +178,10 @@ class Chain:
         self._given = [given for given in kept if len(given.slots)]
 
     def stop(self, slots: Slots) -> None:
-        """End the chains of some slots before the next step; their partners are free as well."""
-        slots = np.sort(slots[self._left[slots] > 0])
+        """End the chains of some slots before the next step, each with its partner; of free slots, none."""
+        slots = np.asarray(slots, np.intp)
+        slots = np.unique(np.where(self._guide[slots] >= 0, self._guide[slots], slots))
+        slots = slots[self._left[slots] > 0]
         if not len(slots):
             return
         self._left[slots] = 0
@@ -190,7 +195,8 @@ class Chain:
 
     def move(self, source: int, target: int) -> None:
         """Let a free slot take the place of another that is in use, of a sample or a partner."""
-        assert target in self.free
+        if target not in self.free or source in self.free:
+            raise SettingError(f"slot {source} must be in use and slot {target} free, to move one there")
         self._stepper.move(source, target)
         for array, nothing in ((self._left, 0), (self._table, -1), (self._partner, -1), (self._guide, -1)):
             array[target], array[source] = array[source], nothing
@@ -223,7 +229,8 @@ class Chain:
     def step(self) -> None:
         """Take every active slot one step on."""
         require_open(not self._closed)
-        assert self._bucket, "no slot has steps to go"
+        if not self._bucket:
+            raise SettingError("no slot has steps to go: start one first")
         for given in self._given:
             self._give(given)
         self._stepper.step(self._bucket)

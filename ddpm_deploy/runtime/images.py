@@ -102,7 +102,7 @@ def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
     except Exception as error:  # Pillow's decoder of a broken file raises nearly anything
         raise DataError(f"{show(path)} is not a whole PNG: {first_line(error)}") from error
     try:
-        says = msgspec.json.decode(text or "", type=_OriginText)
+        says = msgspec.json.decode(str(text or ""), type=_OriginText)
         request = Request.from_builtins(says.request, "what it says that it is of")
     except (msgspec.MsgspecError, RecursionError, DataError) as error:
         raise DataError(f"{show(path)} does not say where it came from: ddpm-run did not make it") from error

@@ -128,7 +128,7 @@ class Stepper(Protocol):
         """Predict for the leading rows, and take every slot that has something to do one step on."""
 
     def broken(self, slots: Slots) -> NDArray[np.bool_]:
-        """Which slots had numbers in x that were not finite, at any step since they were assigned."""
+        """Which slots had numbers in x or the prediction that were not finite, at any step since they were assigned."""
 
     def x(self, part: slice) -> Array:
         """A copy of x of some slots, (k, C, H, W)."""

@@ -59,6 +59,7 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
         Raises SettingError where something is out of range, or the model does not support it.
         """
+        self._require_types()
         seed = secrets.randbits(_FRESH_BITS) if self.seed is None else self.seed
         if self.count < 1:
             raise SettingError(f"count must be 1 or more, not {self.count}")
@@ -81,6 +82,18 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         request = msgspec.structs.replace(self, seed=seed, labels=labels)
         table = request.table_for(spec)
         return request if self.table else msgspec.structs.replace(request, steps=len(table))
+
+    def _require_types(self) -> None:
+        if self.table is not None and not isinstance(self.table, StepTable):
+            raise SettingError(
+                f"table must be a StepTable, as solvers.ddim makes one, not {type(self.table).__name__}"
+            )
+        # A solver or spacing that is not known is told later, with those that are.
+        known = {"table": None, "solver": DEFAULT_CHAIN.solver, "spacing": DEFAULT_CHAIN.spacing}
+        try:
+            msgspec.convert(msgspec.structs.asdict(self) | known, Request)
+        except msgspec.ValidationError as error:
+            raise SettingError(f"this is not a request: {first_line(error)}") from error
 
     @property
     def chain(self) -> ChainSettings:
@@ -166,10 +179,6 @@ def make_request(
 
     Raises SettingError where one is of another type or out of range.
     """
-    if table is not None and not isinstance(table, StepTable):
-        raise SettingError(
-            f"table must be a StepTable, as solvers.ddim makes one, not {type(table).__name__}"
-        )
     count, first_index = _whole("count", count), _whole("first_index", first_index)
     request = Request(
         count=count,
@@ -197,10 +206,12 @@ def _each(name: str, given: Any, count: int, first_index: int) -> tuple[Any, ...
     """One for all, or one for each sample, as they take their turns by sample index."""
     if given is None:
         return ()
-    if isinstance(given, int | float | np.number | str):
+    if isinstance(given, np.ndarray | np.number):
+        given = given.tolist()
+    if isinstance(given, int | float | str):
         return (given,)
     try:
-        values = tuple(given.tolist() if isinstance(given, np.ndarray) else given)
+        values = tuple(value.item() if isinstance(value, np.number) else value for value in given)
     except TypeError as error:
         raise SettingError(
             f"{name} must be one for all images, or a sequence with one for each, not {given!r}"

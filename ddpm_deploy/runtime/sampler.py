@@ -178,7 +178,8 @@ class Sampler:
     def draw(
         self, request: Request, callback: Callback | None = None, *, noise: Noise | None = None
     ) -> Generator[Array, None, None]:
-        """The images of a checked request, in order as batches finish."""
+        """The images of a request, in order as batches finish. It is checked when the first of them is asked for."""
+        request = request.checked(self.spec)
         most = self.max_batch(bool(request.guidance))
         with self._owned():
             for first in range(0, request.count, most):
@@ -265,6 +266,7 @@ class Sampler:
     def _steps(self, batch: _Batch, first: int) -> Iterator[int]:
         """Step by step to the end: the number of each step that was taken."""
         for step in range(first, len(batch.table)):
+            self._require_process()  # a generator may be read on in a fork
             self._under_way, self._thread = None, threading.get_ident()
             self._chain.step()
             self._under_way = batch, step + 1
@@ -297,11 +299,7 @@ class Sampler:
     @contextmanager
     def _owned(self) -> Iterator[None]:
         """Hold the Sampler for one call."""
-        if os.getpid() != self._process:
-            raise OwnershipError(
-                "this process was forked after the model was loaded, and a backend does not live on in a fork: load "
-                'the model in the child, or start it with multiprocessing\'s "spawn"'
-            )
+        self._require_process()
         if not self._busy.acquire(blocking=False):
             raise OwnershipError("this Sampler is in use by another call: load one Sampler for each thread")
         self._thread = threading.get_ident()
@@ -313,6 +311,13 @@ class Sampler:
                 self._chain.clear()
             finally:
                 self._busy.release()
+
+    def _require_process(self) -> None:
+        if os.getpid() != self._process:
+            raise OwnershipError(
+                "this process was forked after the model was loaded, and a backend does not live on in a fork: load "
+                'the model in the child, or start it with multiprocessing\'s "spawn"'
+            )
 
     def _require_finite(self, batch: _Batch) -> None:
         if self._chain.broken(batch.slots).any():

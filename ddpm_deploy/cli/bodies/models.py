@@ -3,6 +3,7 @@
 from typing import TypedDict, Unpack
 
 from ddpm_deploy.cli.bodies.progress import stage
+from ddpm_deploy.errors import SettingError
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings, load_network
 from ddpm_deploy.runtime.protocols import Network
@@ -35,5 +36,9 @@ def open_network(model: ModelFile, max_batch: int | None = None, **place: Unpack
 def open_sampler(model: ModelFile, request: Request, batch: int | None, place: Place) -> Sampler:
     """Load a model to sample a request, `batch` images at the same time (None: as many as are best)."""
     model.require_intact()
+    if place["weights"] != "ema" and model.kind != "checkpoint":
+        raise SettingError(
+            f"{model.name} has the weights that it was exported with: --weights is for a checkpoint"
+        )
     rows = min(batch, request.count) * (2 if request.guidance else 1) if batch else None
     return Sampler(open_network(model, rows, **place))

@@ -26,10 +26,13 @@ def replay(model: Path, picture: Path, *, batch: int | None, **place: Unpack[Pla
                 f"{spec.provenance.digest[:12]}…"
             )
         request = origin.request.checked(spec)
+        channels, height, width = spec.image_shape
+        blank = np.zeros((request.count, height, width, channels), np.uint8)
+        wanted = grid(blank) if origin.is_grid else blank[0]
+        if wanted.shape != pixels.shape:  # told before minutes of work
+            raise DataError(f"{show(picture)} was edited: its shape is {pixels.shape}, not {wanted.shape}")
         again = to_uint8(np.concatenate(list(sampler.draw(request))), spec.value_range)
     made = grid(again) if origin.is_grid else again[0]
-    if made.shape != pixels.shape:
-        raise DataError(f"{show(picture)} was edited: its shape is {pixels.shape}, not {made.shape}")
     difference = abs(made.astype(int) - pixels)
     differing = int((difference > 0).any(axis=2).sum())
     verdict = (

@@ -16,7 +16,7 @@ from ddpm_deploy.errors import SettingError
 from ddpm_deploy.model_file import Kind, ModelFile
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.stages import Stages, silent
-from ddpm_deploy.words import BACKENDS, Backend, Weights
+from ddpm_deploy.words import BACKENDS, MAX_BATCH, Backend, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ _BACKENDS: Final[dict[Backend, tuple[str, str, tuple[Kind, ...]]]] = {
     "tensorrt": ("ddpm_deploy.runtime.backends.tensorrt", "TrtNetwork", ("onnx", "plan")),
     "torch": ("ddpm_deploy.train.network", "TorchNetwork", ("checkpoint",)),
 }
+_MOST_THREADS: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class LoadSettings:
     stages: Stages = silent
 
     def __post_init__(self) -> None:
-        for name in ("threads", "max_batch"):
+        for name, most in (("threads", _MOST_THREADS), ("max_batch", MAX_BATCH)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise SettingError(f"{name} must be a whole number of 1 or more, not {value!r}")
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise SettingError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
 
     @property
     def gpu(self) -> int | None:
@@ -71,8 +72,8 @@ def load_network(
     Raises ArtefactError, SpecError, DependencyError, BackendError or SettingError.
     """
     settings = settings or LoadSettings()
-    name = backend or _backend_for(model, settings)
-    if name not in _BACKENDS:
+    name = _backend_for(model, settings) if backend is None else backend
+    if name not in BACKENDS:
         raise SettingError(f"backend {name!r} is not known: choose from {', '.join(BACKENDS)}")
     module, network, kinds = _BACKENDS[name]
     model.require_kind(*kinds)

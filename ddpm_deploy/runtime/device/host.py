@@ -303,7 +303,8 @@ class HostStepper:
             np.add(x, scratch, x)
         # -0 becomes +0, so that a term with a zero coefficient may as well not be computed.
         np.add(x, _ZERO, x)
-        self._watch_over(plan, x)
+        self._watch_over(plan, x, np.array(True))
+        self._watch_over(plan, out, row[:, B, 0] != 0)  # an infinity of it may be clipped away
         if len(plan.runs) > 1:
             for part, slots in plan.runs:
                 self._x[slots], self._x0[slots] = x[part], x0[part]
@@ -347,10 +348,11 @@ class HostStepper:
         self._exponential.apply(w)
         return w
 
-    def _watch_over(self, plan: _Plan, x: Array) -> None:
-        finite = np.isfinite(x, out=self._finite[: len(x)])
+    def _watch_over(self, plan: _Plan, numbers: Array, counts: NDArray[np.bool_]) -> None:
+        """Mark the slots whose numbers are not finite, where they count."""
+        finite = np.isfinite(numbers, out=self._finite[: len(numbers)])
         if not finite.all():
-            self._broken[plan.slots[~finite.all(axis=1)]] = True
+            self._broken[plan.slots[~finite.all(axis=1) & counts]] = True
 
     def _draws(self, run: slice, steps: int) -> NDArray[np.int64]:
         """The draws of a run of slots from their next step on: t + 1. Past a chain's end they are never used."""

@@ -13,7 +13,7 @@ struct Slot {
     float scale;                 // of guidance
     unsigned int given;          // whether a caller gives its noise
     unsigned int arrived;        // blocks of the slot that have read it
-    unsigned int broken;         // whether a number of x was not finite
+    unsigned int broken;         // whether a number of x or the prediction was not finite
 };
 
 __device__ void philox4x32(unsigned int c[4], unsigned int k0, unsigned int k1)
@@ -116,7 +116,8 @@ extern "C" __global__ void step(Slot *slots, int first, const float *rows, const
             update(row, x + here, x0 + here, guided, outputs > size ? out[size] : 0.0f, slot.given ? given[here] : z[i]);
             if (slot.partner >= 0)
                 x[(long long)slot.partner * size + at] = x[here];
-            if (x[here] - x[here] != 0.0f)
+            // An infinity of the prediction may be clipped away; where it is not read (x_T) it does not count.
+            if (x[here] - x[here] != 0.0f || (row[B] != 0.0f && guided - guided != 0.0f))
                 slots[index].broken = 1;  // by whichever threads: they write the same
         }
     }
