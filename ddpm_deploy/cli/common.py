@@ -1,6 +1,5 @@
 """What all command lines share: how one is declared, its one-line errors, and its log."""
 
-import errno
 import importlib
 import logging
 import signal
@@ -62,7 +61,12 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with one_line_errors(ctx.command_path), _terminated():
+
+        def interrupt(number: int, frame: object) -> None:
+            raise KeyboardInterrupt
+
+        # SIGTERM ends the work as Ctrl-C does, so that no temporary file stays behind.
+        with one_line_errors(ctx.command_path), handled([signal.SIGTERM], interrupt):
             return super().invoke(ctx)
 
 
@@ -89,29 +93,16 @@ def one_line_errors(command: str) -> Iterator[None]:
         raise
     except click.UsageError as error:
         raise Refusal(f"{error.format_message()} (see {command} --help)", 2) from error
-    except DdpmDeployError as error:
-        raise Refusal(str(error), 1) from error
     except KeyboardInterrupt as error:
         raise Refusal("interrupted: no file was left half-written", 130) from error
-    except OSError as error:
-        if error.errno == errno.EPIPE:  # `| head` closed our output: click ends quietly
-            raise
+    except BrokenPipeError:  # `| head` closed our output: click ends quietly
+        raise
+    except (DdpmDeployError, OSError) as error:
         raise Refusal(str(error), 1) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # PyTorch's own error says it so
             raise
         raise Refusal("out of memory: choose a smaller --batch, --batch-size or --count", 1) from error
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does, so that no temporary file stays behind."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    with handled([signal.SIGTERM], interrupt):
-        yield
 
 
 class _Echo(logging.Handler):
@@ -133,19 +124,10 @@ def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], N
     return set_level
 
 
-_LOGGING: Final = (
-    click.Option(
-        ["-v", "--verbose"],
-        is_flag=True,
-        expose_value=False,
-        callback=_verbosity(logging.DEBUG),
-        help="Show more messages.",
-    ),
-    click.Option(
-        ["-q", "--quiet"],
-        is_flag=True,
-        expose_value=False,
-        callback=_verbosity(logging.WARNING),
-        help="Show warnings and results only.",
-    ),
-)
+_LOGGING: Final = [
+    click.Option(names, is_flag=True, expose_value=False, callback=_verbosity(level), help=text)
+    for names, level, text in (
+        (["-v", "--verbose"], logging.DEBUG, "Show more messages."),
+        (["-q", "--quiet"], logging.WARNING, "Show warnings and results only."),
+    )
+]

@@ -12,11 +12,11 @@ from ddpm_deploy.words import Backend, Weights
 
 
 class Place(TypedDict):
-    """The options --device, --backend, --weights and --threads."""
+    """The options --device, --backend, --weights and --threads; None where they were not typed."""
 
     device: str | None
     backend: Backend | None
-    weights: Weights
+    weights: Weights | None
     threads: int | None
 
 
@@ -26,7 +26,7 @@ def open_network(model: ModelFile, max_batch: int | None = None, **place: Unpack
         device=place["device"],
         threads=place["threads"],
         max_batch=max_batch,
-        weights=place["weights"],
+        weights=place["weights"] or "ema",
         stages=stage,
     )
     return load_network(model, settings, backend=place["backend"])
