@@ -45,7 +45,9 @@ class Sizes(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not of the form 1,8,64", param, ctx)
         if list(sizes) != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= words.MAX_BATCH:
             self.fail(
-                f"{value!r}: give sizes from 1 to {words.MAX_BATCH}, each larger than the one before", param, ctx
+                f"{value!r}: give sizes from 1 to {words.MAX_BATCH}, each larger than the one before",
+                param,
+                ctx,
             )
         return sizes
 

@@ -6,7 +6,7 @@ GPU that it runs on, and needs one; TensorRT-RTX builds for any that it is told,
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +108,8 @@ def build_engine(onnx: ModelFile, path: Path, settings: EngineSettings, *, stage
             f"tf32 rounds what float32 layers multiply, and {onnx.name} is in {onnx.spec.precision}"
         )
     onnx.require_finite()
-    require_output(path)
-    require_output(digest_path(path))
+    for output in (path, digest_path(path)):
+        require_output(output)
     stopped = threading.Event()
     with signals_held(stopped.set, "stopping at the next chance, with nothing written"):
         layers, plan = _build(onnx, settings, stopped, stages)
@@ -143,7 +143,7 @@ def _build(
     if stopped.is_set():
         raise BackendError("the build was stopped by a signal")
     if plan is None:
-        raise BackendError(f"TensorRT built no engine: {log.reason('it does not say why')}")
+        raise BackendError(f"TensorRT built no engine: {log.reason()}")
     _inspect(trt, plan, spec, log)
     return layers, memoryview(plan)
 
@@ -191,18 +191,18 @@ def _require_interface(network: Any, onnx: ModelFile) -> None:
         {tensor.name: (_TYPES[tensor.dtype], (-1, *tensor.shape)) for tensor in side}
         for side in (onnx.spec.inputs, [onnx.spec.output])
     )
-    inputs = _tensors(network.get_input(index) for index in range(network.num_inputs))
-    outputs = _tensors(network.get_output(index) for index in range(network.num_outputs))
+    inputs, outputs = (
+        {name_of(tensor): (tensor.dtype.name, tuple(tensor.shape)) for tensor in map(get, range(count))}
+        for get, count in (
+            (network.get_input, network.num_inputs),
+            (network.get_output, network.num_outputs),
+        )
+    )
     if (inputs, outputs) != (wanted, result):
         raise ArtefactError(
             f"{onnx.name} does not fit its ModelSpec: it has {show(f'{inputs} → {outputs}')}, and "
             f"{wanted} → {result} is needed: export it again with ddpm-export"
         )
-
-
-def _tensors(tensors: Iterable[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The type and shape of each, by name; one that is no text is told as such."""
-    return {name_of(tensor): (tensor.dtype.name, tuple(tensor.shape)) for tensor in tensors}
 
 
 def _set_name(network: Any, spec: ModelSpec) -> None:
@@ -229,26 +229,18 @@ def _configure(trt: Any, builder: Any, settings: EngineSettings, spec: ModelSpec
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(settings.capabilities)
         for index, capability in enumerate(settings.capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, _member(capability)), index)
+            name = "SM" + capability.replace(".", "")
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
     elif settings.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     assert spec.engine is not None
     for batches in spec.engine.batches:
-        _add_profile(builder, config, spec, batches, log)
+        profile = made("a profile", log, builder.create_optimization_profile)
+        for tensor in spec.inputs:
+            profile.set_shape(tensor.name, *((batch, *tensor.shape) for batch in batches))
+        if config.add_optimization_profile(profile) < 0:
+            raise BackendError(f"TensorRT refuses the batches {batches}: {log.reason()}")
     return config
-
-
-def _member(capability: str) -> str:
-    """Of trt.ComputeCapability: 8.6 is SM86."""
-    return "SM" + capability.replace(".", "")
-
-
-def _add_profile(builder: Any, config: Any, spec: ModelSpec, batches: tuple[int, int, int], log: Log) -> None:
-    profile = made("a profile", log, builder.create_optimization_profile)
-    for tensor in spec.inputs:
-        profile.set_shape(tensor.name, *((batch, *tensor.shape) for batch in batches))
-    if config.add_optimization_profile(profile) < 0:
-        raise BackendError(f"TensorRT refuses the batches {batches}: {log.reason('it does not say why')}")
 
 
 @contextmanager
@@ -321,7 +313,9 @@ def _inspect(trt: Any, plan: memoryview, spec: ModelSpec, log: Log) -> None:
     if gpu is None or spec.engine is None or not runs_on(spec.engine, gpu):
         return
     try:
-        cuda_engine = deserialized(trt, log, plan, spec)
+        cuda_engine = deserialized(trt, log, plan, "the new engine")
+        if ModelSpec.from_json(cuda_engine.name, "the new engine") != spec:
+            raise ArtefactError("TensorRT does not keep the ModelSpec of the new engine as its name")
     except ArtefactError as error:
         if spec.engine.flavour == "tensorrt":  # which was built for this very machine
             raise

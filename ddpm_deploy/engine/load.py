@@ -50,22 +50,19 @@ def load_engine(plan: ModelFile, index: int = 0) -> LoadedEngine:
         ) from error
     require_runs_here(plan, str(trt.__version__), gpu)
     log = log_of(flavour)
-    return LoadedEngine(plan, trt, deserialized(trt, log, content, plan), log)
+    return LoadedEngine(plan, trt, deserialized(trt, log, content, plan.name), log)
 
 
-def deserialized(trt: Any, log: Log, plan: bytes | memoryview, of: ModelFile | ModelSpec) -> Any:
-    """The ICudaEngine of a plan, on the GPU; of: its file, or the spec that its name must be.
+def deserialized(trt: Any, log: Log, plan: bytes | memoryview, name: str) -> Any:
+    """The ICudaEngine of a plan, on the GPU; name: for messages.
 
     Raises ArtefactError where TensorRT cannot load it.
     """
     log.errors.clear()
     runtime = made("a runtime", log, trt.Runtime, log.handle)  # engine_host_code_allowed stays off
     cuda_engine = runtime.deserialize_cuda_engine(plan)
-    what = of.name if isinstance(of, ModelFile) else "the new engine"
     if cuda_engine is None:
-        raise ArtefactError(f"TensorRT cannot load {what}: {log.reason('it does not say why')}")
-    if isinstance(of, ModelSpec) and ModelSpec.from_json(cuda_engine.name, what) != of:
-        raise ArtefactError(f"TensorRT does not keep the ModelSpec of {what} as its name")
+        raise ArtefactError(f"TensorRT cannot load {name}: {log.reason()}")
     return cuda_engine
 
 
@@ -94,7 +91,7 @@ def runs_on(built: EngineSpec, gpu: Gpu) -> bool:
 def require_runs_here(plan: ModelFile, version: str, gpu: Gpu) -> None:
     """Raise ArtefactError where a plan was built for another GPU, or by another version of its TensorRT."""
     by, built = _version(plan), engine_of(plan)
-    if by and _release(by) != _release(version):
+    if by and by.split(".")[:3] != version.split(".")[:3]:  # 11.4.0 of 11.4.0.106
         assert plan.head is not None
         raise ArtefactError(
             f"{plan.name} was built by {plan.head.flavour} {show(by)}, and {version} is installed here: "
@@ -120,9 +117,7 @@ def require_runs_here(plan: ModelFile, version: str, gpu: Gpu) -> None:
 
 def rebuild_hint(plan: ModelFile, gpu: Gpu) -> str:
     """The command that builds an engine again on a machine with this GPU, as it was built."""
-    options: list[str] = []
-    with suppress(SpecError):
-        options = _options_of(plan.spec, gpu)
+    options = _options_of(plan.spec, gpu) if engine_of(plan) else []
     onnx = source_of(plan.path)
     command = ["ddpm-export", quoted(onnx), *options, "-o", quoted(plan.path), "--force"]
     return f"build it again here, with {' '.join(command)}{_whether_there(onnx)}"
@@ -135,8 +130,7 @@ def _whether_there(onnx: Path) -> str:
 def _options_of(spec: ModelSpec, gpu: Gpu) -> list[str]:
     """Of ddpm-export, to build such an engine."""
     built = spec.engine
-    if built is None:
-        return []
+    assert built is not None
     rtx = built.flavour == "tensorrt-rtx" and gpu.capability in CAPABILITIES
     options = ["--rtx"] if rtx else []
     options += ["--precision", "tf32"] if spec.precision == "tf32" else []
@@ -167,8 +161,3 @@ def _on_the_cpu(plan: ModelFile) -> str:
         f"on this machine's CPU run the model it was built of, ddpm-run {quoted(onnx)}{_whether_there(onnx)}"
     )
     return f"{run}; {doctor}"
-
-
-def _release(version: str) -> tuple[str, ...]:
-    """What an engine is tied to: 11.4.0 of 11.4.0.106."""
-    return tuple(version.split(".")[:3])

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -92,9 +92,15 @@ def _decibels(value: float) -> str:
     return "equal" if value == math.inf else f"{value:.1f} dB"
 
 
-def write_json(rungs: Sequence[Rung], trajectory: Trajectory, path: Path) -> None:
-    """Write every figure; one that is not finite is written as null, as JSON has no other word for it."""
-    content: dict[str, Any] = {
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write what was found."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def as_json(rungs: Sequence[Rung], trajectory: Trajectory) -> dict[str, Any]:
+    """Return every figure."""
+    return {
         "ddpm_deploy": __version__,
         "within_tolerance": all(rung.comparison.within for rung in rungs),
         "reference": trajectory.spec.to_builtins(),
@@ -102,8 +108,6 @@ def write_json(rungs: Sequence[Rung], trajectory: Trajectory, path: Path) -> Non
         "steps": trajectory.steps,
         "candidates": [_rung_json(rung) for rung in rungs],
     }
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _rung_json(rung: Rung) -> dict[str, Any]:
@@ -115,7 +119,7 @@ def _rung_json(rung: Rung) -> dict[str, Any]:
         "first_t_past_tolerance": comparison.first_past,
         "milliseconds": rung.milliseconds,
         "megabytes": rung.megabytes,
-        "psnr": [_finite(value) for value in comparison.psnr],
+        "psnr": finite(comparison.psnr),
         "predictions": predictions_json(comparison.steps),
         "spec": rung.spec.to_builtins(),
     }
@@ -123,14 +127,13 @@ def _rung_json(rung: Rung) -> dict[str, Any]:
 
 def predictions_json(steps: Sequence[StepErrors]) -> list[dict[str, float | None]]:
     """Return the errors of predictions, one for each timestep."""
-    return [
-        {name: _finite(value) for name, value in (asdict(step) | {"relative_rms": step.relative_rms}).items()}
-        for step in steps
-    ]
+    errors = [asdict(step) | {"relative_rms": step.relative_rms} for step in steps]
+    return [dict(zip(step, finite(step.values()), strict=True)) for step in errors]
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def finite(values: Iterable[float]) -> list[float | None]:
+    """Return the numbers as JSON has them: one that is not finite is null."""
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def require_plotting(path: Path) -> None:

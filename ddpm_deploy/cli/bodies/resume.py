@@ -28,7 +28,9 @@ def resume(
         raise SettingError(
             "this snapshot is of a table made in Python, which a picture cannot name: finish it with Sampler.resume"
         )
-    if place["weights"] != "raw":  # the file's spec is of the averaged weights; Sampler.resume checks the raw ones
+    if (
+        place["weights"] != "raw"
+    ):  # the file's spec is of the averaged weights; Sampler.resume checks the raw ones
         saved.require_fits(opened.spec)
     request, first = saved.request.checked(opened.spec), saved.step
     outputs = checked_outputs(

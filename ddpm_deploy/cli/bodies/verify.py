@@ -61,7 +61,7 @@ def verify(
     trajectory = trajectory.first(len(rungs[0].comparison.psnr))
     click.echo(reporting.as_table(rungs, trajectory, reference))
     if report:
-        reporting.write_json(rungs, trajectory, report)
+        reporting.write_json(reporting.as_json(rungs, trajectory), report)
     if plot:
         reporting.write_plot(rungs, plot)
     if not all(rung.comparison.within for rung in rungs):
