@@ -3,7 +3,7 @@
 import importlib
 import logging
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -24,16 +24,17 @@ def command(
     *,
     examples: str,
     params: Sequence[click.Parameter],
-    needs: Mapping[str, str] | None = None,
+    needs: Sequence[str] = (),
+    extra: str = "",
 ) -> click.Command:
     """Declare a command, with -v, -q and --version; what it does is the function of its name in `cli.bodies`.
 
     summary: its line in the help of the group. about: the first paragraphs of its own help. needs: packages without
-    which the body cannot be imported, each with the extra that brings it.
+    which the body cannot be imported; extra: brings them.
     """
 
     def run_body(**values: Any) -> Any:
-        for module, extra in (needs or {}).items():
+        for module in needs:
             require(module, extra)
         return getattr(importlib.import_module(f"ddpm_deploy.cli.bodies.{name}"), name)(**values)
 
@@ -68,10 +69,6 @@ class Command(click.Command):
         # SIGTERM ends the work as Ctrl-C does, so that no temporary file stays behind.
         with one_line_errors(ctx.command_path), handled([signal.SIGTERM], interrupt):
             return super().invoke(ctx)
-
-
-class Group(Command, click.Group):
-    """A click group whose errors are one line."""
 
 
 class Refusal(click.ClickException):

@@ -134,5 +134,6 @@ main = command(
                                                  follows the schedule of the longer training)
 """,
     params=[click.Argument(["data"], required=False), *_OF_ANY_TRAINING, *_OF_A_NEW_TRAINING],
-    needs={"torch": "train", "PIL.Image": "train"},
+    needs=["torch", "PIL.Image"],
+    extra="train",
 )

@@ -32,6 +32,22 @@ logger = logging.getLogger(__name__)
 DEFAULT_LEVEL: Final = 3  # TensorRT's own
 # Where a graph is said to be, so that the parser finds no other file that it may name.
 NOWHERE: Final = "/dev/null/model.onnx"
+# Settings that one TensorRT alone has.
+_OF_ONE: Final = {
+    "capabilities": (
+        "tensorrt-rtx",
+        "compute capabilities are of TensorRT-RTX: TensorRT builds for the GPU it runs on",
+    ),
+    "timing_cache": (
+        "tensorrt",
+        "timing caches are of TensorRT: TensorRT-RTX measures nothing when it builds",
+    ),
+    "hardware_compatible": (
+        "tensorrt",
+        "hardware compatibility is of TensorRT: an engine of TensorRT-RTX runs on all the compute capabilities that it "
+        "names",
+    ),
+}
 _TYPES: Final = {"float32": "FLOAT", "int64": "INT64"}  # as TensorRT names them
 
 
@@ -70,20 +86,11 @@ class EngineSettings:
             raise SettingError(
                 f"TensorRT-RTX builds for the compute capabilities {', '.join(CAPABILITIES)}, not for {unknown[0]}"
             )
-        rtx = self.flavour == "tensorrt-rtx"
-        if self.capabilities and not rtx:
-            raise SettingError(
-                "compute capabilities are of TensorRT-RTX: TensorRT builds for the GPU it runs on"
-            )
-        if self.timing_cache and rtx:
-            raise SettingError("timing caches are of TensorRT: TensorRT-RTX measures nothing when it builds")
+        for name, (flavour, says) in _OF_ONE.items():
+            if getattr(self, name) and self.flavour != flavour:
+                raise SettingError(says)
         if self.timing_cache and self.timing_cache.suffix != ".cache":
             raise SettingError(f"{show(self.timing_cache)}: the name of a timing cache must end in .cache")
-        if self.hardware_compatible and rtx:
-            raise SettingError(
-                "hardware compatibility is of TensorRT: an engine of TensorRT-RTX runs on all the compute "
-                "capabilities that it names"
-            )
 
 
 def default_engine_batch(spec: ModelSpec) -> int:

@@ -97,12 +97,6 @@ def engine_words(options: EngineOptions) -> list[str]:
     return words
 
 
-def engine_name(onnx: Path, options: EngineOptions, *, tf32: bool) -> Path:
-    """Return the default name: model.fp16.onnx → model.fp16.plan, model.fp16.rtx.plan, model.tf32.plan."""
-    tags = (".tf32" if tf32 else "") + (".rtx" if options["rtx"] else "")
-    return onnx.with_name(onnx.stem + tags + ".plan")
-
-
 def engine_files(plan: Path) -> list[Path]:
     """Return the files that an engine consists of."""
     return [plan, digest_path(plan), proof_path(plan)]

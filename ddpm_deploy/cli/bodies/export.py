@@ -11,7 +11,6 @@ from ddpm_deploy.cli.bodies.engine import (
     EngineOptions,
     build,
     engine_files,
-    engine_name,
     engine_settings,
     engine_words,
     require_fits,
@@ -92,6 +91,10 @@ class _Wanted:
         """Whether it is an error that no engine can be built here."""
         return self.names_plan or self.engine or self.options["rtx"] or self.tf32
 
+    def plan_of(self, onnx: Path) -> Path:
+        """The default name of an engine: model.fp16.onnx → model.fp16.plan, model.fp16.rtx.plan, model.tf32.plan."""
+        return onnx.with_suffix(".tf32" * self.tf32 + ".rtx" * self.options["rtx"] + PLAN_SUFFIX)
+
 
 def _from_onnx(wanted: _Wanted) -> None:
     """Build the engine of an .onnx file."""
@@ -102,7 +105,7 @@ def _from_onnx(wanted: _Wanted) -> None:
             f"checkpoint with --precision {wanted.precision}"
         )
     settings = engine_settings(options, spec, tf32=wanted.tf32)
-    plan = wanted.output or engine_name(onnx.path, options, tf32=wanted.tf32)
+    plan = wanted.output or wanted.plan_of(onnx.path)
     if plan.suffix.lower() != PLAN_SUFFIX:
         raise SettingError(f"{show(plan)}: the name of an engine must end in .plan")
     own = proof_path(onnx.path)
@@ -133,12 +136,16 @@ def _from_checkpoint(wanted: _Wanted, weights: Weights, every: bool, report: Pat
     require_report(report)
     written = [onnx, proof_path(onnx), *(engine_files(plan) if plan else []), options["timing_cache"], report]
     check_outputs(dict.fromkeys(written), [wanted.model.path])
-    settings = engine_settings(options, wanted.model.spec, tf32=wanted.tf32) if plan else None
-    missing = why_no_engine(options) if plan else None
-    if settings and not missing:
-        require_fits(wanted.model.spec, settings)
-    if wanted.insists and missing:
-        raise BackendError(f"{show(plan or '')} cannot be built here: {missing}. {_instead(wanted, words)}")
+    settings = missing = None
+    if plan:
+        settings, missing = (
+            engine_settings(options, wanted.model.spec, tf32=wanted.tf32),
+            why_no_engine(options),
+        )
+        if not missing:
+            require_fits(wanted.model.spec, settings)
+        elif wanted.insists:
+            raise BackendError(f"{show(plan)} cannot be built here: {missing}. {_instead(wanted, words)}")
     for module in ("torch", "onnx"):
         require(module, "export")
     require_onnxruntime()
@@ -170,8 +177,7 @@ def _names(wanted: _Wanted, graph: GraphPrecision) -> tuple[Path, Path | None]:
     onnx = output or wanted.model.path.with_suffix(f"{tag}{ONNX_SUFFIX}")
     if onnx.suffix.lower() != ONNX_SUFFIX:
         raise SettingError(f"{show(onnx)}: the output's name must end in .onnx or .plan")
-    plan = engine_name(onnx, wanted.options, tf32=wanted.tf32)
-    return onnx, plan if wanted.insists or output is None else None
+    return onnx, wanted.plan_of(onnx) if wanted.insists or output is None else None
 
 
 def _instead(wanted: _Wanted, words: list[str]) -> str:

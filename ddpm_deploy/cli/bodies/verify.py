@@ -39,7 +39,7 @@ def verify(
     **place: Unpack[Place],
 ) -> None:
     """Compare models with a reference, or one with its proof; exit with 1 where one is past tolerance."""
-    check_outputs([report, plot], [*models, *map(proof_path, models), *([proof] if proof else [])])
+    check_outputs([report, plot], filter(None, [*models, *map(proof_path, models), proof]))
     require_report(report)
     if plot:
         reporting.require_plotting(plot)
@@ -85,7 +85,7 @@ def _opened(path: Path) -> ModelFile:
 def _proven(model: ModelFile, proof: Path | None) -> Trajectory:
     """The chains recorded in a model's proof."""
     path = proof or proof_path(model.path)
-    if not proof and not path.exists():
+    if not (proof or path.exists()):
         raise ArtefactError(
             f"{model.name} has no proof beside it ({show(path)} does not exist): name a reference, as in "
             "ddpm-verify model.pt model.onnx, or a --proof"
@@ -111,12 +111,10 @@ def _recorded(
 ) -> Trajectory:
     """The chains of the reference, recorded after a message that says how long all comparisons will take."""
     # It runs as it does by default: --device and --backend are for the candidates.
-    reference = open_network(
-        model, count, device=None, backend=None, weights=place["weights"], threads=place["threads"]
-    )
+    by_default: Place = {**place, "device": None, "backend": None}
+    reference = open_network(model, count, **by_default)
     count = _fitting(count, [reference])
-    timesteps = reference.spec.timesteps
-    length = min(steps or timesteps, timesteps)
+    length = min(steps or reference.spec.timesteps, reference.spec.timesteps)
     keep = length if every else min(length, _KEPT)
     forecast = (length + candidates * (length + keep)) * time_call(reference, count)
     images, chains = plural(count, "image"), plural(length, "step")
@@ -145,14 +143,16 @@ def _climb(candidates: Sequence[ModelFile], trajectory: Trajectory, place: Place
             logger.warning("the weights of %s are not the reference's", model.name)
         with stage(model.name, len(trajectory.timesteps) + trajectory.steps) as advance:
             comparisons.append(judge(trajectory, network, advance))
-    times = _milliseconds(networks, trajectory.count)
+    # In turn, so that a busy moment affects all of them.
+    rounds = [[time_call(network, trajectory.count) for network in networks] for _ in range(_ROUNDS)]
+    measured = zip(candidates, networks, comparisons, zip(*rounds, strict=True), strict=True)
     return [
-        Rung(model.name, network.spec, comparison, time, model.path.stat().st_size / 1e6)
-        for model, network, comparison, time in zip(candidates, networks, comparisons, times, strict=True)
+        Rung(
+            model.name,
+            network.spec,
+            comparison,
+            statistics.median(times) * 1e3,
+            model.path.stat().st_size / 1e6,
+        )
+        for model, network, comparison, times in measured
     ]
-
-
-def _milliseconds(networks: Sequence[Network], batch: int) -> list[float]:
-    """The median time of each for a batch, run in turn, so that a busy moment affects all of them."""
-    rounds = [[time_call(network, batch) for network in networks] for _ in range(_ROUNDS)]
-    return [statistics.median(times) * 1e3 for times in zip(*rounds, strict=True)]
