@@ -52,8 +52,8 @@ def read_plan_head(path: Path) -> PlanHead:
         raise ArtefactError(
             f"{show(path)} is not whole: it has {has} bytes, and says that it has {says}; copy or build it again"
         )
-    known = head[4:8] == bytes(4)  # of another serialization the rest of the head may mean something else
-    return PlanHead(flavour, ".".join(map(str, head[24:28])) if known else "")
+    # Of another serialization the rest of the head may mean something else.
+    return PlanHead(flavour, ".".join(map(str, head[24:28])) if head[4:8] == bytes(4) else "")
 
 
 def spec_in_plan(path: Path) -> str | None:

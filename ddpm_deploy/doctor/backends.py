@@ -47,8 +47,6 @@ PACKAGES: Final = (
     "onnxscript",
     "pillow",
     "matplotlib",
-)
-_PARTS: Final = (
     "tensorrt-cu13-bindings",
     "tensorrt-cu13-libs",
     "tensorrt-cu12-bindings",
@@ -90,11 +88,9 @@ class Finding:
 def installed() -> dict[str, str]:
     """The version of each package that matters here and is installed."""
     found = {}
-    for name in (*PACKAGES, *_PARTS):
-        try:
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     with suppress(OSError):
         ctypes.CDLL(_CUDNN)
         found[_CUDNN] = "9"
@@ -166,22 +162,17 @@ def _without_libraries(packages: Installed, driver: Driver) -> Iterator[Finding]
         yield Finding("cudnn", "broken" if driver.gpus else "absent", says, mend)
 
 
-def run_backends(
-    packages: Installed, driver: Driver, tell: Callable[[Finding], None] = lambda finding: None
-) -> list[Finding]:
-    """Run the known chain on each backend that is here; each finding is told as it is found."""
-    findings = []
+def run_backends(packages: Installed, driver: Driver) -> Iterator[Finding]:
+    """Run the known chain on each backend that is here, one after another."""
     log = logging.getLogger("ddpm_deploy.engine")
     level = log.level
     log.setLevel(logging.WARNING)  # the engines that are built here are of no interest to anybody
     try:
         with gaussian.onnx_model() as model:
             for look in (_on_onnxruntime, _on_onnxruntime_cuda, _on_tensorrt, _on_tensorrt_rtx):
-                findings.append(look(model, packages, driver))
-                tell(findings[-1])
+                yield look(model, packages, driver)
     finally:
         log.setLevel(level)
-    return findings
 
 
 def _on_onnxruntime(model: ModelFile, packages: Installed, driver: Driver) -> Finding:

@@ -157,22 +157,19 @@ def _build(
 
 def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> ModelSpec:
     """The spec of the engine that is built of a model with these settings, here."""
-    found = driver()
-    if settings.flavour == "tensorrt-rtx":
-        capabilities, where = settings.capabilities, ""
-    else:
-        gpu = found.gpus[0]
-        capabilities, where = (() if settings.hardware_compatible else (gpu.capability,)), gpu.name
     largest = default_engine_batch(spec)
     engine = EngineSpec(
         flavour=settings.flavour,
         version=version,
-        capabilities=capabilities,
+        capabilities=settings.capabilities,
         hardware_compatible=settings.hardware_compatible,
-        gpu=where,
-        driver=found.version if where else "",
         batches=settings.batches or ((1, largest, largest),),
     )
+    if settings.flavour == "tensorrt":  # which builds for the GPU that it runs on
+        found = driver()
+        gpu = found.gpus[0]
+        only = () if settings.hardware_compatible else (gpu.capability,)
+        engine = msgspec.structs.replace(engine, capabilities=only, gpu=gpu.name, driver=found.version)
     return msgspec.structs.replace(spec, engine=engine, precision="tf32" if settings.tf32 else spec.precision)
 
 
@@ -263,13 +260,13 @@ def _timing_cache(config: Any, path: Path | None, log: Log) -> Iterator[None]:
         known = path.read_bytes() if path.exists() else b""
     except OSError as error:
         logger.warning(
-            "the timing cache %s cannot be read (%s): building without it", show(path), error.strerror
+            f"the timing cache {show(path)} cannot be read ({error.strerror}): building without it"
         )
         known = b""
     cache = config.create_timing_cache(known)
     if (cache is None or not config.set_timing_cache(cache, False)) and known:
         logger.warning(
-            "the timing cache %s is of another TensorRT or GPU, or damaged: it starts anew", show(path)
+            f"the timing cache {show(path)} is of another TensorRT or GPU, or damaged: it starts anew"
         )
         log.errors.clear()
         cache = config.create_timing_cache(b"")
@@ -286,7 +283,7 @@ def _timing_cache(config: Any, path: Path | None, log: Log) -> Iterator[None]:
 def _monitor(trt: Any, stopped: threading.Event, stages: Stages) -> Any:
     """TensorRT's progress as bars of ours, one for each of its outermost phases.
 
-    Its methods are called from C++, on other threads too: they must not raise.
+    Its methods are called from C++, on other threads too: they must not raise, as for want of an inner phase's bar.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -301,15 +298,13 @@ def _monitor(trt: Any, stopped: threading.Event, stages: Stages) -> Any:
                     self._bars[phase_name] = bar, bar.enter_context(stages(phase_name.lower(), num_steps))
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self._bars:
-                with suppress(Exception):
-                    self._bars[phase_name][1](1)
+            with suppress(Exception):
+                self._bars[phase_name][1](1)
             return not stopped.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
-            if phase_name in self._bars:
-                with suppress(Exception):
-                    self._bars.pop(phase_name)[0].close()
+            with suppress(Exception):
+                self._bars.pop(phase_name)[0].close()
 
     return Monitor()
 

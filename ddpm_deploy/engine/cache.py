@@ -54,10 +54,9 @@ def with_timing_cache(settings: EngineSettings) -> EngineSettings:
     gpu = visible_gpu()
     if settings.timing_cache or settings.flavour != "tensorrt" or gpu is None:
         return settings
-    version = load_tensorrt(settings.flavour).__version__
-    return replace(
-        settings, timing_cache=cache_folder() / f"timing-{version}-{'-'.join(gpu.name.split())}.cache"
-    )
+    version = load_tensorrt("tensorrt").__version__
+    name = f"timing-{version}-{'-'.join(gpu.name.split())}.cache"
+    return replace(settings, timing_cache=cache_folder() / name)
 
 
 def flavour_here(gpu: Gpu) -> Flavour | None:
@@ -75,13 +74,8 @@ def settings_here(spec: ModelSpec, max_batch: int | None, gpu: Gpu) -> EngineSet
     flavour = flavour_here(gpu) or "tensorrt"
     load_tensorrt(flavour)  # with the line that installs it
     largest = max(max_batch or 1, default_engine_batch(spec))
-    return with_timing_cache(
-        EngineSettings(
-            flavour=flavour,
-            batches=((1, largest, largest),),
-            capabilities=(gpu.capability,) if flavour == "tensorrt-rtx" else (),
-        )
-    )
+    own = (gpu.capability,) if flavour == "tensorrt-rtx" else ()
+    return with_timing_cache(EngineSettings(flavour, ((1, largest, largest),), capabilities=own))
 
 
 def built_on_arrival(
@@ -102,16 +96,13 @@ def built_on_arrival(
     write to it: nothing is loaded from such a one.
     """
     plan = (folder or cache_folder() / "engines") / f"{_key(onnx, settings)}.plan"
-    loaded = _if_there(plan, load, logging.DEBUG)  # without the lock: others may be reading it too
-    if loaded is not None:
+    # First without the lock, as others may be reading it too; then another process may have built it by now.
+    if (loaded := _if_there(plan, load, logging.DEBUG)) is not None:
         return loaded
     with _locked(plan.with_suffix(".lock")):
-        loaded = _if_there(plan, load, logging.WARNING)  # another process may have built it by now
-        if loaded is not None:
+        if (loaded := _if_there(plan, load, logging.WARNING)) is not None:
             return loaded
-        logger.info(
-            "no engine of %s is kept for this machine: one is built, once, as %s", onnx.name, show(plan)
-        )
+        logger.info(f"no engine of {onnx.name} is kept for this machine: one is built, once, as {show(plan)}")
         try:
             build_engine(onnx, plan, settings, stages=stages)
             plan.chmod(0o600)  # whatever the umask

@@ -90,12 +90,11 @@ def runs_on(built: EngineSpec, gpu: Gpu) -> bool:
 
 def require_runs_here(plan: ModelFile, version: str, gpu: Gpu) -> None:
     """Raise ArtefactError where a plan was built for another GPU, or by another version of its TensorRT."""
-    by, built = _version(plan), engine_of(plan)
+    by, built, hint = _version(plan), engine_of(plan), rebuild_hint(plan, gpu)
     if by and by.split(".")[:3] != version.split(".")[:3]:  # 11.4.0 of 11.4.0.106
         assert plan.head is not None
         raise ArtefactError(
-            f"{plan.name} was built by {plan.head.flavour} {show(by)}, and {version} is installed here: "
-            f"{rebuild_hint(plan, gpu)}"
+            f"{plan.name} was built by {plan.head.flavour} {show(by)}, and {version} is installed here: {hint}"
         )
     if built is None:
         return
@@ -106,12 +105,11 @@ def require_runs_here(plan: ModelFile, version: str, gpu: Gpu) -> None:
         where = f" ({built.gpu})" if built.gpu else ""
         raise ArtefactError(
             f"{plan.name} was built for compute capability {show(wanted + where)}, and this is {show(gpu.name)} "
-            f"({gpu.capability}): {rebuild_hint(plan, gpu)}"
+            f"({gpu.capability}): {hint}"
         )
     if built.gpu and built.gpu != gpu.name and not built.hardware_compatible:
         logger.warning(
-            "%s was built on %s, and this is %s: it may be slow or fail; %s",
-            *(plan.name, show(built.gpu), show(gpu.name), rebuild_hint(plan, gpu)),
+            f"{plan.name} was built on {show(built.gpu)}, and this is {show(gpu.name)}: it may be slow or fail; {hint}"
         )
 
 
@@ -132,14 +130,18 @@ def _options_of(spec: ModelSpec, gpu: Gpu) -> list[str]:
     built = spec.engine
     assert built is not None
     rtx = built.flavour == "tensorrt-rtx" and gpu.capability in CAPABILITIES
-    options = ["--rtx"] if rtx else []
-    options += ["--precision", "tf32"] if spec.precision == "tf32" else []
-    if len(built.batches) > 1:
-        options += ["--batch-buckets", ",".join(str(high) for _, _, high in built.batches)]
-    else:
-        _, best, largest = built.batches[0]
-        options += ["--max-batch", str(largest)] + (["--opt-batch", str(best)] if best != largest else [])
-    return options + (["--hardware-compatible"] if built.hardware_compatible and not rtx else [])
+    _, best, largest = built.batches[0]
+    buckets = ",".join(str(high) for _, _, high in built.batches)
+    several = len(built.batches) > 1
+    options = {
+        "--rtx": rtx,
+        "--precision tf32": spec.precision == "tf32",
+        f"--batch-buckets {buckets}": several,
+        f"--max-batch {largest}": not several,
+        f"--opt-batch {best}": not several and best != largest,
+        "--hardware-compatible": built.hardware_compatible and not rtx,
+    }
+    return [option for option, given in options.items() if given]
 
 
 def source_of(plan: Path) -> Path:

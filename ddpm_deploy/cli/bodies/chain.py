@@ -91,9 +91,7 @@ class Watch:
     ) -> None:
         self.sampler, self.request, self.outputs, self.first = sampler, request, outputs, first
         self.steps = len(request.table_for(model.spec))
-        self._model = model
-        self._saved = time.monotonic()
-        self._stopped = False
+        self._model, self._saved, self._stopped = model, time.monotonic(), False
         self.advance: Callable[[int], None] = lambda steps: None
 
     def stop(self) -> None:
@@ -133,18 +131,14 @@ class Watch:
         except OutputError as error:
             if self._stopped:
                 raise
-            logger.warning("%s; the chain goes on without a snapshot", error)
+            logger.warning(f"{error}; the chain goes on without a snapshot")
         self._saved = time.monotonic()
         if not self._stopped:
             return
-        model, output, as_float = (
-            self._model,
-            self.outputs.destination.path,
-            self.outputs.destination.as_float,
-        )
+        model, output = self._model, self.outputs.destination
         raw = model.kind == "checkpoint" and self.sampler.spec.provenance.weights == "raw"
-        command = f"ddpm-deploy resume {quoted(model.path)} {quoted(path)} -o {quoted(output)}"
-        command += " --float" * as_float + " --weights raw" * raw
+        command = f"ddpm-deploy resume {quoted(model.path)} {quoted(path)} -o {quoted(output.path)}"
+        command += " --float" * output.as_float + " --weights raw" * raw
         click.echo(f"stopped after step {snapshot.step} of {self.steps}; finish it with: {command}")
         raise click.exceptions.Exit(130)
 
@@ -163,7 +157,7 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
     forecast = time_call(sampler.network, request[:together].rows) * steps * request.count / together
     count, chain = plural(request.count, "image"), plural(watch.steps, "step")
     from_step = f" from step {watch.first}" if watch.first else ""
-    logger.info("%s · %s%s · about %s%s", count, chain, from_step, duration(forecast), peak_memory())
+    logger.info(f"{count} · {chain}{from_step} · about {duration(forecast)}{peak_memory()}")
     if request.guidance:
         logger.info("guidance takes two rows of the batch for each image: %d images at a time", together)
     start = time.perf_counter()

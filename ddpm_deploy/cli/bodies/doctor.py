@@ -21,7 +21,11 @@ def doctor(as_json: bool) -> None:
     if not as_json:
         _show_machine(**found)
     wrong = problems(packages, driver)
-    backends = run_backends(packages, driver, (lambda finding: None) if as_json else _show)
+    backends = []
+    for finding in run_backends(packages, driver):
+        backends.append(finding)
+        if not as_json:
+            _show(finding)
     runs = [finding.name for finding in backends if finding.state == "works"]
     broken = [finding.name for finding in (*wrong, *backends) if finding.state == "broken"]
     if as_json:

@@ -73,12 +73,13 @@ def engine_settings(options: EngineOptions, spec: ModelSpec, *, tf32: bool = Fal
 
 def _batches(options: EngineOptions, spec: ModelSpec) -> tuple[tuple[int, int, int], ...]:
     """The smallest, best and largest batch of each profile."""
-    if options["batch_buckets"]:
-        if options["max_batch"] or options["opt_batch"]:
-            raise click.UsageError("--batch-buckets is given in place of --max-batch and --opt-batch")
-        return tuple((size, size, size) for size in options["batch_buckets"])
-    largest = options["max_batch"] or default_engine_batch(spec)
-    best = options["opt_batch"] or largest
+    buckets, largest, best = options["batch_buckets"], options["max_batch"], options["opt_batch"]
+    if buckets and (largest or best):
+        raise click.UsageError("--batch-buckets is given in place of --max-batch and --opt-batch")
+    if buckets:
+        return tuple((size, size, size) for size in buckets)
+    largest = largest or default_engine_batch(spec)
+    best = best or largest
     if best > largest:
         raise click.UsageError(f"--opt-batch {best} is more than --max-batch {largest}")
     return ((1, best, largest),)

@@ -23,11 +23,7 @@ class Place(TypedDict):
 def open_network(model: ModelFile, max_batch: int | None = None, **place: Unpack[Place]) -> Network:
     """Load a model's network, for at most `max_batch` rows (None: as many as are best)."""
     settings = LoadSettings(
-        device=place["device"],
-        threads=place["threads"],
-        max_batch=max_batch,
-        weights=place["weights"] or "ema",
-        stages=stage,
+        place["device"], place["threads"], max_batch, place["weights"] or "ema", stages=stage
     )
     return load_network(model, settings, backend=place["backend"])
 

@@ -102,9 +102,9 @@ def _advice(rungs: Sequence[Rung]) -> list[str]:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write what was found."""
+    """Write what was found, dataclasses too."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
 
 
 def as_json(rungs: Sequence[Rung], trajectory: Trajectory) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def as_json(rungs: Sequence[Rung], trajectory: Trajectory) -> dict[str, Any]:
             {
                 "name": rung.name,
                 "within_tolerance": rung.comparison.within,
-                "tolerance": asdict(rung.comparison.tolerance),
+                "tolerance": rung.comparison.tolerance,
                 "first_t_past_tolerance": rung.comparison.first_past,
                 "milliseconds": rung.milliseconds,
                 "megabytes": rung.megabytes,

@@ -1,8 +1,8 @@
 """ddpm-export's way from a checkpoint to an .onnx file. This module imports PyTorch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -86,7 +86,7 @@ def _largest(steps: Sequence[StepErrors]) -> StepErrors:
 
 def _write_report(export: Export, path: Path) -> None:
     found = export.calibration
-    content = {
+    content: dict[str, Any] = {
         "within_tolerance": export.comparison.within,
         "onnxruntime": predictions_json(export.comparison.steps),
         "psnr": finite(export.comparison.psnr),
@@ -96,7 +96,7 @@ def _write_report(export: Export, path: Path) -> None:
             "precision": found.precision,
             "islands": found.islands,
             "convolutions": found.convolutions,
-            "ranges": {name: asdict(seen) for name, seen in found.ranges.items()},
+            "ranges": found.ranges,
             "oracle": predictions_json(found.steps),
         }
     write_json(content, path)

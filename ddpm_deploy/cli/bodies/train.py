@@ -25,7 +25,7 @@ from ddpm_deploy.words import Loss, Prediction, Schedule, Variance
 from ddpm_deploy.words import Preset as PresetName
 
 _LABEL_DROPOUT: Final = 0.1
-_CHANNELS: Final = {"grey": 1, "rgb": 3}
+_CHANNELS: Final[dict[str | None, int]] = {"grey": 1, "rgb": 3}
 _PROVENANCE_BYTES: Final = 300  # what training and export may yet add to a spec
 
 
@@ -146,10 +146,9 @@ def _new(changes: dict[str, Any], new: NewTraining) -> tuple[ModelSpec, Settings
     if labels and dropout is None:
         dropout = _LABEL_DROPOUT
     source = find_images(data, labels=labels)
-    named = _CHANNELS[new["channels"]] if new["channels"] else preset.channels
     spec = preset.spec(
         Path(data).name,
-        named or (1 if source.grey() else 3),
+        _CHANNELS.get(new["channels"]) or preset.channels or (1 if source.grey() else 3),
         new["image_size"] or preset.image_size,
         prediction=new["prediction"] or "epsilon",
         schedule=SCHEDULES[new["schedule"] or "linear"],
@@ -182,8 +181,7 @@ def _with_classes(spec: ModelSpec, source: Source, *, null_class: bool) -> Model
 
 def _read(settings: Settings, source: Source, spec: ModelSpec, workers: int | None) -> Dataset:
     """Read the images, and tell how many there are."""
-    channels, size, _ = spec.image_shape
-    skip = settings.skip_broken
+    (channels, size, _), skip = spec.image_shape, settings.skip_broken
     with stage("reading images", source.count) as advance:
         data = read_images(source, size, channels, skip_broken=skip, workers=workers, progress=advance)
     count, classes = len(data.images), f" in {source.num_classes} classes" if source.num_classes else ""
@@ -198,8 +196,8 @@ def _run(trainer: Trainer, output: Path) -> None:
     parameters = sum(p.numel() for p in trainer.network.parameters())
     to_go = settings.steps - trainer.steps_done
     logger.info(
-        "%d steps of %d images %s on %s · %.1f M parameters",
-        *(to_go, settings.batch_size, "×".join(map(str, shape)), trainer.device, parameters / 1e6),
+        f"{to_go} steps of {settings.batch_size} images {'×'.join(map(str, shape))} on {trainer.device} · "
+        f"{parameters / 1e6:.1f} M parameters"
     )
     with progress("training", to_go) as advance:
         session = Session(trainer, output, advance)

@@ -45,7 +45,7 @@ def verify(
         reporting.require_plotting(plot)
     opened = [_opened(path) for path in models]
     if len(opened) == 1:
-        if every or any(value is not None for value in (count, steps, seed)):
+        if every or (count, steps, seed) != (None, None, None):
             raise click.UsageError(
                 "a proof has its own count, steps, seed and timesteps: omit --count, --steps, --seed and --all"
             )
