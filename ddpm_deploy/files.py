@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError
+from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError, SettingError
 from ddpm_deploy.signals import signals_held
 
 
@@ -58,6 +58,12 @@ def _near_misses(path: Path) -> str:
         if near:
             return f"; found {', '.join(near[:3])} beside it"
     return ""
+
+
+def require_suffix(path: Path, what: str, *suffixes: str) -> None:
+    """Raise SettingError unless a name ends as that of such a file must."""
+    if path.suffix.lower() not in suffixes:
+        raise SettingError(f"{show(path)}: the name of {what} must end in {' or '.join(suffixes)}")
 
 
 def require_output(path: Path) -> None:

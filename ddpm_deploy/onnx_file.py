@@ -1,13 +1,13 @@
 """An .onnx file as bytes: its metadata, its seal and its tensors, found field by field without onnx or the weights."""
 
 import hashlib
-import json
 import mmap
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from ddpm_deploy.errors import ArtefactError
@@ -68,14 +68,11 @@ class OnnxFile:
         if text is None:
             return None
         try:
-            names = json.loads(text)
-        except (ValueError, RecursionError):
-            names = None
-        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            return msgspec.json.decode(text, type=list[str])
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise ArtefactError(
                 f"{show(self._path)}: its {ISLANDS_KEY} is no list of names: export it again with ddpm-export"
-            )
-        return names
+            ) from error
 
     @cached_property
     def non_finite(self) -> str | None:

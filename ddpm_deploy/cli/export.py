@@ -4,7 +4,7 @@ import click
 
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
-from ddpm_deploy.cli.options import BatchSize, FilePath, Option, Sizes, flag
+from ddpm_deploy.cli.options import BatchSize, FilePath, Option, flag, sizes
 from ddpm_deploy.words import CAPABILITIES, PRECISIONS
 
 # None or False where they were not typed: `cli.bodies.engine` has the defaults.
@@ -33,7 +33,7 @@ _OF_ENGINES = [
         "--batch-buckets",
         "Make the engine fast for each of several batch sizes, as 1,8,64, in place of --max-batch and "
         "--opt-batch.",
-        Sizes(),
+        sizes,
     ),
     Option(
         "--workspace",

@@ -28,28 +28,17 @@ class Words(click.Choice[str]):
         return super().normalize_choice(str(choice), ctx).replace("-", "_")
 
 
-class Sizes(click.ParamType[tuple[int, ...]]):
-    """Batch sizes that rise, as 1,8,64."""
-
-    name = "sizes"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Check and convert."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            sizes = tuple(int(size) for size in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not of the form 1,8,64", param, ctx)
-        if list(sizes) != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= words.MAX_BATCH:
-            self.fail(
-                f"{value!r}: give sizes from 1 to {words.MAX_BATCH}, each larger than the one before",
-                param,
-                ctx,
-            )
-        return sizes
+def sizes(text: str) -> tuple[int, ...]:
+    """Read batch sizes that rise, as 1,8,64."""
+    try:
+        found = tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not of the form 1,8,64") from error
+    if list(found) != sorted(set(found)) or not 1 <= found[0] <= found[-1] <= words.MAX_BATCH:
+        raise click.BadParameter(
+            f"{text!r}: give sizes from 1 to {words.MAX_BATCH}, each larger than the one before"
+        )
+    return found
 
 
 FilePath: Final = _FilePath(path_type=Path)

@@ -18,7 +18,7 @@ from ddpm_deploy.engine.bindings import Log, in_words, log_of, made, name_of, re
 from ddpm_deploy.engine.layers import Layers, inspected, layers_of, require_precision
 from ddpm_deploy.engine.load import deserialized, runs_on
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
-from ddpm_deploy.files import atomic, require_output, show
+from ddpm_deploy.files import atomic, require_output, require_suffix, show
 from ddpm_deploy.gpu import driver, visible_gpu
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.plan import digest_path, write_plan
@@ -89,8 +89,8 @@ class EngineSettings:
         for name, (flavour, says) in _OF_ONE.items():
             if getattr(self, name) and self.flavour != flavour:
                 raise SettingError(says)
-        if self.timing_cache and self.timing_cache.suffix != ".cache":
-            raise SettingError(f"{show(self.timing_cache)}: the name of a timing cache must end in .cache")
+        if self.timing_cache:
+            require_suffix(self.timing_cache, "a timing cache", ".cache")
 
 
 def default_engine_batch(spec: ModelSpec) -> int:

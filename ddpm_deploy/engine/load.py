@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ddpm_deploy.engine.bindings import Log, load_tensorrt, log_of, made
-from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, SpecError
+from ddpm_deploy.engine.bindings import Log, load_tensorrt, log_of, made, require_gpu
+from ddpm_deploy.errors import ArtefactError, DependencyError, SpecError
 from ddpm_deploy.files import quoted, show
-from ddpm_deploy.gpu import Gpu, visible_gpu
+from ddpm_deploy.gpu import Gpu
 from ddpm_deploy.model_file import ONNX_SUFFIX, ModelFile
 from ddpm_deploy.plan import trusted
 from ddpm_deploy.spec import EngineSpec, ModelSpec
@@ -36,9 +36,7 @@ def load_engine(plan: ModelFile, index: int = 0) -> LoadedEngine:
     Raises ArtefactError where it is damaged, not trusted, of another GPU or version, or TensorRT cannot load it,
     DependencyError where its TensorRT is not installed, BackendError where no GPU is visible.
     """
-    gpu = visible_gpu(index)
-    if gpu is None:
-        raise BackendError(f"{plan.name} needs a GPU, and no NVIDIA GPU is visible: {_on_the_cpu(plan)}")
+    gpu = require_gpu(f"{_on_the_cpu(plan)} ({plan.name} needs a GPU)", index)
     content = trusted(plan.path)
     assert plan.head is not None
     flavour = plan.head.flavour
@@ -88,6 +86,14 @@ def runs_on(built: EngineSpec, gpu: Gpu) -> bool:
     return gpu.capability in built.capabilities
 
 
+def gpus_of(built: EngineSpec) -> str:
+    """The GPUs that an engine was built for, in words."""
+    gpus = "every GPU from Ampere on"
+    if not built.hardware_compatible:
+        gpus = f"compute capability {', '.join(built.capabilities or CAPABILITIES)}"
+    return show(gpus + (f" ({built.gpu})" if built.gpu else ""))
+
+
 def require_runs_here(plan: ModelFile, version: str, gpu: Gpu) -> None:
     """Raise ArtefactError where a plan was built for another GPU, or by another version of its TensorRT."""
     by, built, hint = _version(plan), engine_of(plan), rebuild_hint(plan, gpu)
@@ -99,12 +105,8 @@ def require_runs_here(plan: ModelFile, version: str, gpu: Gpu) -> None:
     if built is None:
         return
     if not runs_on(built, gpu):
-        wanted = ", ".join(
-            built.capabilities or (CAPABILITIES if built.flavour == "tensorrt-rtx" else ["8.0 and up"])
-        )
-        where = f" ({built.gpu})" if built.gpu else ""
         raise ArtefactError(
-            f"{plan.name} was built for compute capability {show(wanted + where)}, and this is {show(gpu.name)} "
+            f"{plan.name} was built for {gpus_of(built)}, and this is {show(gpu.name)} "
             f"({gpu.capability}): {hint}"
         )
     if built.gpu and built.gpu != gpu.name and not built.hardware_compatible:

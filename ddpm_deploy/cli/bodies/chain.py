@@ -14,7 +14,7 @@ from ddpm_deploy.cli.bodies.outputs import check_outputs, require_apart
 from ddpm_deploy.cli.bodies.progress import duration, peak_memory, plural, stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import ArtefactError, OutputError, SettingError
-from ddpm_deploy.files import quoted, show
+from ddpm_deploy.files import quoted, require_suffix, show
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.images import Destination
 from ddpm_deploy.runtime.network import time_call
@@ -71,8 +71,7 @@ def checked_outputs(
 
 def _require_snapshot(path: Path) -> None:
     """Refuse to replace a file that is no snapshot."""
-    if path.suffix.lower() != ".npz":
-        raise SettingError(f"{show(path)}: the snapshot's name must end in .npz")
+    require_suffix(path, "a snapshot", ".npz")
     if path.exists():
         try:
             Snapshot.load(path)

@@ -21,6 +21,7 @@ from ddpm_deploy.engine.build import (
 )
 from ddpm_deploy.engine.cache import with_timing_cache
 from ddpm_deploy.engine.layers import Layers
+from ddpm_deploy.engine.load import gpus_of
 from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, SettingError
 from ddpm_deploy.files import atomic, quoted, show
 from ddpm_deploy.model_file import ModelFile, open_model
@@ -163,10 +164,6 @@ def built_for(engine: EngineSpec | None) -> str:
     """Write what an engine was built by and for."""
     if engine is None:
         return "for an unknown GPU"
-    gpus = "every GPU from Ampere on" if engine.hardware_compatible else "every GPU that it supports"
-    if engine.capabilities:
-        gpus = f"compute capability {', '.join(engine.capabilities)}"
-    where = f" ({engine.gpu})" if engine.gpu else ""
     batches = ", ".join(str(low) if low == high else f"{low} to {high}" for low, _, high in engine.batches)
     name = "TensorRT-RTX" if engine.flavour == "tensorrt-rtx" else "TensorRT"
-    return show(f"{name} {engine.version} for {gpus}{where}, batch {batches}")
+    return f"{name} {show(engine.version)} for {gpus_of(engine)}, batch {batches}"

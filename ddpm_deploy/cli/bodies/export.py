@@ -17,10 +17,10 @@ from ddpm_deploy.cli.bodies.engine import (
     require_same_engine,
     why_no_engine,
 )
-from ddpm_deploy.cli.bodies.outputs import check_outputs, require_report, require_same_model
+from ddpm_deploy.cli.bodies.outputs import check_outputs, require_same_model
 from ddpm_deploy.dependencies import require, require_onnxruntime
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
-from ddpm_deploy.files import quoted, show
+from ddpm_deploy.files import quoted, require_suffix, show
 from ddpm_deploy.gpu import visible_gpu
 from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, ONNX_SUFFIX, ModelFile, open_model
 from ddpm_deploy.plan import PLAN_SUFFIX
@@ -106,8 +106,7 @@ def _from_onnx(wanted: _Wanted) -> None:
         )
     settings = engine_settings(options, spec, tf32=wanted.tf32)
     plan = wanted.output or wanted.plan_of(onnx.path)
-    if plan.suffix.lower() != PLAN_SUFFIX:
-        raise SettingError(f"{show(plan)}: the name of an engine must end in .plan")
+    require_suffix(plan, "an engine", PLAN_SUFFIX)
     own = proof_path(onnx.path)
     *files, proof = engine_files(plan)
     proofs = [proof] if os.path.realpath(proof) != os.path.realpath(own) else []
@@ -133,7 +132,8 @@ def _from_checkpoint(wanted: _Wanted, weights: Weights, every: bool, report: Pat
         raise click.UsageError(
             f"{' '.join(words)}: an option for engines, and -o names an .onnx; add --engine, or leave it out"
         )
-    require_report(report)
+    if report:
+        require_suffix(report, "a report", ".json")
     written = [onnx, proof_path(onnx), *(engine_files(plan) if plan else []), options["timing_cache"], report]
     check_outputs(dict.fromkeys(written), [wanted.model.path])
     settings = missing = None
@@ -175,8 +175,7 @@ def _names(wanted: _Wanted, graph: GraphPrecision) -> tuple[Path, Path | None]:
         return output.with_suffix(ONNX_SUFFIX), output
     tag = "" if graph == "fp32" else f".{graph}"
     onnx = output or wanted.model.path.with_suffix(f"{tag}{ONNX_SUFFIX}")
-    if onnx.suffix.lower() != ONNX_SUFFIX:
-        raise SettingError(f"{show(onnx)}: the output's name must end in .onnx or .plan")
+    require_suffix(onnx, "the output", ONNX_SUFFIX, PLAN_SUFFIX)
     return onnx, wanted.plan_of(onnx) if wanted.insists or output is None else None
 
 

@@ -28,12 +28,6 @@ def require_apart(output: Path, others: Iterable[Path]) -> None:
         )
 
 
-def require_report(path: Path | None) -> None:
-    """Refuse a report whose name does not end in .json: it would replace what is there."""
-    if path and path.suffix.lower() != ".json":
-        raise SettingError(f"{show(path)}: the name of a report must end in .json")
-
-
 def require_same_model(output: Path, digest: str, precision: Precision) -> None:
     """Refuse to replace a file that holds another model or precision."""
 

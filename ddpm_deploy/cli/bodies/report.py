@@ -9,13 +9,11 @@ from typing import Any, Final
 
 from ddpm_deploy.cli.bodies.progress import plural
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import OutputError
-from ddpm_deploy.files import atomic, show
+from ddpm_deploy.files import atomic, require_suffix
 from ddpm_deploy.runtime.parity import Comparison, StepErrors, Trajectory, summarise
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.version import __version__
 
-_PLOT_SUFFIXES: Final = (".png", ".svg", ".pdf")
 _AS_FAST: Final = 1.05  # timings differ by more than this from run to run
 
 
@@ -145,8 +143,7 @@ def finite(values: Iterable[float]) -> list[float | None]:
 
 def require_plotting(path: Path) -> None:
     """Raise an error where `write_plot` could not write its plot: call this before long work."""
-    if path.suffix.lower() not in _PLOT_SUFFIXES:
-        raise OutputError(f"{show(path)}: a plot is written as {', '.join(_PLOT_SUFFIXES)}")
+    require_suffix(path, "a plot", ".png", ".svg", ".pdf")
     require("matplotlib", "plot")
 
 

@@ -10,7 +10,7 @@ import msgspec
 from ddpm_deploy.cli.bodies.progress import progress, stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import OutputError, SettingError, SpecError, first_line
-from ddpm_deploy.files import quoted, require_output, show
+from ddpm_deploy.files import quoted, require_output, require_suffix, show
 from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, open_model
 from ddpm_deploy.schedule import SCHEDULES
 from ddpm_deploy.spec import ModelSpec
@@ -108,8 +108,7 @@ def _typed(**options: Any) -> dict[str, Any]:
 def _checked_output(output: Path | None, resume: Path | None, force: bool) -> Path:
     """The checkpoint to write. Refuses one that cannot be written, or that would be replaced unasked."""
     output = output or resume or Path("model.pt")
-    if output.suffix.lower() not in CHECKPOINT_SUFFIXES:
-        raise SettingError(f"{show(output)}: the output's name must end in .pt")
+    require_suffix(output, "a checkpoint", *CHECKPOINT_SUFFIXES)
     require_output(output)
     if output.exists() and not resume and not force:
         raise OutputError(

@@ -9,12 +9,12 @@ import click
 
 from ddpm_deploy.cli.bodies import report as reporting
 from ddpm_deploy.cli.bodies.models import Place, open_network
-from ddpm_deploy.cli.bodies.outputs import check_outputs, require_report
+from ddpm_deploy.cli.bodies.outputs import check_outputs
 from ddpm_deploy.cli.bodies.progress import duration, plural, stage
 from ddpm_deploy.cli.bodies.report import Rung
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import ArtefactError, SettingError
-from ddpm_deploy.files import show
+from ddpm_deploy.files import require_suffix, show
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.parity import Trajectory, judge, record
@@ -40,7 +40,8 @@ def verify(
 ) -> None:
     """Compare models with a reference, or one with its proof; exit with 1 where one is past tolerance."""
     check_outputs([report, plot], filter(None, [*models, *map(proof_path, models), proof]))
-    require_report(report)
+    if report:
+        require_suffix(report, "a report", ".json")
     if plot:
         reporting.require_plotting(plot)
     opened = [_opened(path) for path in models]
