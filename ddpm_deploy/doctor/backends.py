@@ -59,10 +59,8 @@ PACKAGES: Final = (
 _CUDNN: Final = "libcudnn.so.9"  # which onnxruntime-gpu loads
 _OLDEST_CUDA: Final = (12, 2)
 _CUDA_13: Final = (13, 0)
-_DRIVERS: Final = {
-    12: (_OLDEST_CUDA, 535),
-    13: (_CUDA_13, 580),
-}  # the CUDA that each major needs, and who brings it
+# What packages of each CUDA need the driver to run, and the release that brings it.
+_DRIVERS: Final = {12: (_OLDEST_CUDA, 535), 13: (_CUDA_13, 580)}
 _OLDEST_CAPABILITY: Final = (7, 5)  # of TensorRT 11
 _UPDATE: Final = "update the NVIDIA driver to r{} or newer"
 _NO_GPU: Final = "needs an NVIDIA GPU, and none is visible"
@@ -151,11 +149,8 @@ def _without_libraries(packages: Installed, driver: Driver) -> Iterator[Finding]
             says = f"{bindings} is installed without {libraries}, which pip takes from NVIDIA's own index"
             mend = f"pip install {libraries}=={packages[bindings]}  (or use NVIDIA's container, which has it)"
             yield Finding("tensorrt", "broken", says, mend)
-    if "onnxruntime-gpu" in packages and not packages.keys() & {
-        _CUDNN,
-        "nvidia-cudnn-cu13",
-        "nvidia-cudnn-cu12",
-    }:
+    cudnn = {_CUDNN, "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"}
+    if "onnxruntime-gpu" in packages and not cudnn & packages.keys():
         says = f"onnxruntime-gpu is installed without cuDNN ({_CUDNN}): it falls back to the CPU"
         # Its own extras bring what its build is of.
         mend = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
@@ -179,7 +174,7 @@ def _on_onnxruntime(model: ModelFile, packages: Installed, driver: Driver) -> Fi
     name = "ONNX Runtime, CPU"
     if not {"onnxruntime", "onnxruntime-gpu"} & packages.keys():
         return Finding(name, "absent", "is not installed", "pip install 'ddpm-deploy[cpu]'")
-    for both in _both_onnxruntimes(packages):
+    if both := next(_both_onnxruntimes(packages), None):
         return replace(both, name=name)
     return _chain_finding(name, "pip install --force-reinstall onnxruntime", lambda: load_network(model))
 

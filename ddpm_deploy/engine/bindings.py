@@ -90,7 +90,7 @@ class Log:
         if level == logging.ERROR:
             self.errors.append(" ".join(message.split()))
             return
-        repeated = message in self._seen or len(self._seen) == _REPEATED
+        repeated = message in self._seen or len(self._seen) >= _REPEATED
         if level == logging.WARNING and not repeated and _KNOWN not in message:
             self._seen.add(message)
         else:
