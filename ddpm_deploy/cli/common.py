@@ -44,7 +44,7 @@ def command(
         params=[*params, *_LOGGING],
         help=about,
         short_help=summary,
-        epilog=f"\b\nExamples:\n{examples.strip(chr(10)).rstrip()}",
+        epilog="\b\nExamples:\n" + examples.strip("\n"),
         context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
     )
     return click.version_option(__version__, prog_name="ddpm-deploy")(made)

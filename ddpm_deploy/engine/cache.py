@@ -112,11 +112,16 @@ def built_on_arrival(
 
 
 def _if_there(plan: Path, load: Callable[[ModelFile], Loaded], level: int) -> Loaded | None:
-    """What is in the cache, if it can be used; where it cannot that is said at `level`."""
+    """What is in the cache, if it can be used; where it cannot that is said at `level`.
+
+    Raises OutputError for an engine that somebody else may have put there while the cache was open to them.
+    """
     if not os.path.lexists(plan):
         return None
     _require_own(plan.parent)
-    _require_own_engine(plan)
+    status = plan.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:  # which every link is
+        raise OutputError(f"{show(plan)}, in the cache of engines, may be somebody else's: remove it")
     try:
         return load(open_model(plan))
     except ArtefactError as error:
@@ -169,10 +174,3 @@ def _require_own(folder: Path) -> None:
             f"others may write to the cache of engines {show(folder)}, and what is in it is run: empty it, then "
             f"chmod go-w {quoted(folder)}; or set XDG_CACHE_HOME to a folder of your own"
         )
-
-
-def _require_own_engine(plan: Path) -> None:
-    """Raise OutputError for an engine that somebody else may have put there while the cache was open to them."""
-    status = plan.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:  # which every link is
-        raise OutputError(f"{show(plan)}, in the cache of engines, may be somebody else's: remove it")
