@@ -138,10 +138,8 @@ def _from_checkpoint(wanted: _Wanted, weights: Weights, every: bool, report: Pat
     check_outputs(dict.fromkeys(written), [wanted.model.path])
     settings = missing = None
     if plan:
-        settings, missing = (
-            engine_settings(options, wanted.model.spec, tf32=wanted.tf32),
-            why_no_engine(options),
-        )
+        settings = engine_settings(options, wanted.model.spec, tf32=wanted.tf32)
+        missing = why_no_engine(options)
         if not missing:
             require_fits(wanted.model.spec, settings)
         elif wanted.insists:
@@ -188,8 +186,9 @@ def _instead(wanted: _Wanted, words: list[str]) -> str:
         *["-o with a .plan"] * wanted.names_plan,
     ]
     here = f"Leave out {' '.join(typed)} to make the .onnx here, and build its engine where that is possible"
-    if any(
-        wanted.options[name] for name in ("rtx", "hardware_compatible", "timing_cache")
-    ):  # of one TensorRT alone
+    options = wanted.options
+    if (
+        options["rtx"] or options["hardware_compatible"] or options["timing_cache"]
+    ):  # the last two are of TensorRT
         return here
     return f"{here}; or build one of TensorRT-RTX here, with --rtx"
