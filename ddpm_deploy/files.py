@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError
+from ddpm_deploy.errors import ArtefactError, DdpmDeployError, OutputError, SettingError
 from ddpm_deploy.signals import signals_held
 
 
@@ -61,11 +61,17 @@ def _near_misses(path: Path) -> str:
     return ""
 
 
+def require_suffix(path: Path, what: str, *suffixes: str) -> None:
+    """Raise SettingError unless a name ends as that of such a file must."""
+    if path.suffix.lower() not in suffixes:
+        raise SettingError(f"{show(path)}: the name of {what} must end in {' or '.join(suffixes)}")
+
+
 def require_output(path: Path) -> None:
     """Raise OutputError unless a file can be written at `path`: ask this before long work."""
     _require_text(path, OutputError)
     folder = path.parent
-    try:
+    with _naming(path, (OSError, ValueError)):
         with suppress(FileNotFoundError, NotADirectoryError):
             path.stat()  # which tells of links that go round in circles
         if path.is_dir():
@@ -77,8 +83,6 @@ def require_output(path: Path) -> None:
                 f"the folder {show(folder)} does not exist: create it, or choose another output"
             )
         _create_beside(path).unlink()
-    except (OSError, ValueError) as problem:
-        raise _unwritable(path, problem) from problem
 
 
 @contextmanager
@@ -98,12 +102,14 @@ def atomic_together(*paths: Path) -> Iterator[list[Path]]:
     temporaries: dict[Path, Path] = {}  # of each file that is replaced in the end
     try:
         for path in paths:
-            temporaries.update(_beside_its_target(path))
+            with _naming(path, (OSError, ValueError)):
+                target = Path(os.path.realpath(path))
+                temporaries[target] = _create_beside(target)
         with _naming(paths[0]):
             yield list(temporaries.values())
         for target, temporary in temporaries.items():
-            with _naming(target):
-                _sync(temporary)
+            with _naming(target), temporary.open("rb") as file:
+                os.fsync(file.fileno())
         with signals_held(lambda: None):
             for target, temporary in temporaries.items():
                 with _naming(target):
@@ -113,22 +119,14 @@ def atomic_together(*paths: Path) -> Iterator[list[Path]]:
             temporary.unlink(missing_ok=True)
 
 
-def _beside_its_target(path: Path) -> dict[Path, Path]:
-    """The file that a path stands for, and a new one beside it."""
-    try:
-        target = Path(os.path.realpath(path))
-        return {target: _create_beside(target)}
-    except (OSError, ValueError) as problem:
-        raise _unwritable(path, problem) from problem
-
-
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file that an error of the system is about."""
+def _naming(path: Path, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Name the file that an error is about."""
     try:
         yield
-    except OSError as problem:
-        raise _unwritable(path, problem) from problem
+    except errors as problem:
+        hint = ": free some space there" if getattr(problem, "errno", None) == errno.ENOSPC else ""
+        raise OutputError(f"{show(path)} cannot be written: {_reason(problem)}{hint}") from problem
 
 
 def _create_beside(path: Path) -> Path:
@@ -136,16 +134,6 @@ def _create_beside(path: Path) -> Path:
     temporary = path.with_name(f".ddpm-{secrets.token_hex(8)}{path.suffix}")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return temporary
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _unwritable(path: Path, problem: Exception) -> OutputError:
-    hint = ": free some space there" if getattr(problem, "errno", None) == errno.ENOSPC else ""
-    return OutputError(f"{show(path)} cannot be written: {_reason(problem)}{hint}")
 
 
 def _reason(problem: Exception) -> str:

@@ -38,23 +38,22 @@ class Driver:
 def driver() -> Driver:
     """Ask the driver; it does not raise."""
     version = _driver_version()
+    number, count, reason = c_int(), c_int(), c_char_p()
     try:
         cuda = ctypes.CDLL(_LIBRARY)
+        cuda.cuDriverGetVersion(byref(number))
+        newest = f"{number.value // 1000}.{number.value % 1000 // 10}"
+        if code := cuda.cuInit(0):
+            cuda.cuGetErrorString(code, byref(reason))
+            says = reason.value.decode(errors="replace") if reason.value else f"error {code}"
+            return Driver(version, newest, problem=f"the NVIDIA driver says {says}")
+        cuda.cuDeviceGetCount(byref(count))
+        gpus = tuple(_device(cuda, index) for index in range(count.value))
+        return Driver(version, newest, gpus, "" if gpus else "the NVIDIA driver shows no device")
     except OSError:
         return Driver(version, problem=f"no NVIDIA driver is installed ({_LIBRARY} is not there)")
-    try:
-        return _ask(cuda, version)
     except AttributeError as error:
         return Driver(version, problem=f"{_LIBRARY} is no NVIDIA driver: {error}")
-
-
-def _ask(cuda: ctypes.CDLL, version: str) -> Driver:
-    if code := cuda.cuInit(0):
-        return Driver(version, _cuda_version(cuda), problem=f"the NVIDIA driver says {_reason(cuda, code)}")
-    count = c_int()
-    cuda.cuDeviceGetCount(byref(count))
-    gpus = tuple(_device(cuda, index) for index in range(count.value))
-    return Driver(version, _cuda_version(cuda), gpus, "" if gpus else "the NVIDIA driver shows no device")
 
 
 def visible_gpu(index: int = 0) -> Gpu | None:
@@ -74,12 +73,6 @@ def _device(cuda: ctypes.CDLL, index: int) -> Gpu:
     return Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}", memory.value)
 
 
-def _cuda_version(cuda: ctypes.CDLL) -> str:
-    number = c_int()
-    cuda.cuDriverGetVersion(byref(number))
-    return f"{number.value // 1000}.{number.value % 1000 // 10}"
-
-
 def _driver_version() -> str:
     """Of the kernel module, from its own file: "NVRM version: … Kernel Module  580.65.06  …"."""
     try:
@@ -87,9 +80,3 @@ def _driver_version() -> str:
     except (OSError, IndexError):
         return ""
     return next((word for word in words if word[:1].isdigit() and "." in word), "")
-
-
-def _reason(cuda: ctypes.CDLL, code: int) -> str:
-    text = c_char_p()
-    cuda.cuGetErrorString(code, byref(text))
-    return text.value.decode(errors="replace") if text.value else f"error {code}"

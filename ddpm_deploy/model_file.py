@@ -51,18 +51,16 @@ class ModelFile:
 
     def __init__(self, path: Path, spec: ModelSpec | None = None) -> None:
         require_file(path)
-        self.path, self.name, self.kind = path, show(path), kind_of(path)
-        self._given = spec
+        self.path, self.name, self._given = path, show(path), spec
+        suffix = path.suffix.lower()
+        if suffix not in _KINDS:
+            raise ArtefactError(
+                f"{self.name} is not a model file by its name: a .pt, .onnx or .plan file is needed"
+            )
+        self.kind = _KINDS[suffix]
         try:
             self._text = self._find_spec()
-        except (
-            OSError,
-            ValueError,
-            EOFError,
-            zipfile.BadZipFile,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, RuntimeError) as error:
             raise ArtefactError(
                 f"{self.name} is not a whole {path.suffix} file ({error}): it may be truncated or of another kind"
             ) from error
@@ -111,8 +109,7 @@ class ModelFile:
 
     def require_finite(self) -> None:
         """Raise ArtefactError where a tensor of an ONNX file holds NaN or infinity."""
-        broken = self.onnx and self.onnx.non_finite
-        if broken:
+        if broken := self.onnx and self.onnx.non_finite:
             raise ArtefactError(
                 f"{self.name} has numbers that are not finite in {show(broken)}: export it again"
             )
@@ -130,27 +127,15 @@ _ARTICLES: Final[dict[Kind, str]] = {
 }
 
 
-def kind_of(path: Path) -> Kind:
-    """What a file is by its name. Raises ArtefactError where that is no model."""
-    kind = _KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise ArtefactError(
-            f"{show(path)} is not a model file by its name: a .pt, .onnx or .plan file is needed"
-        )
-    return kind
-
-
 def _spec_in_checkpoint(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
         pickles = [info for info in archive.infolist() if info.filename.endswith("data.pkl")]
         if len(pickles) != 1:
             raise ValueError("it holds no PyTorch pickle")
-        info = pickles[0]
+        (info,) = pickles
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > _MAX_PICKLE_BYTES:
             raise ValueError("its pickle is not stored as PyTorch stores one")
         data = archive.read(info)
     strings = (arg for _, arg, _ in pickletools.genops(data) if isinstance(arg, str))
-    for string in strings:
-        if string == SPEC_KEY:
-            return next(strings, None)
-    return None
+    found = SPEC_KEY in strings  # read up to it
+    return next(strings, None) if found else None

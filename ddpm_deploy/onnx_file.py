@@ -1,13 +1,13 @@
 """An .onnx file as bytes: its metadata, its seal and its tensors, found field by field without onnx or the weights."""
 
 import hashlib
-import json
 import mmap
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from ddpm_deploy.errors import ArtefactError
@@ -31,11 +31,15 @@ class OnnxFile:
         self._path = path
         self.properties: dict[str, bytes] = {}
         self._seal: int | None = None  # where its entry starts
-        # To the end, so that a file that was cut is told as such.
-        for start, key, value in _metadata(self._mapped()):
-            self.properties[key] = value
-            if key == SEAL_KEY:
-                self._seal = start
+        # To the end, so that a file that was cut is told as such. Of ModelProto, metadata_props is field 14: a key (1)
+        # and a value (2). An entry that is far too long is a stranger's.
+        for field, start, payload in _fields(self._mapped()):
+            if field == 14 and len(payload) <= _MAX_PROPERTY_BYTES:
+                entry = {number: bytes(value) for number, _, value in _fields(payload)}
+                key = entry.get(1, b"").decode(errors="replace")
+                self.properties[key] = entry.get(2, b"")
+                if key == SEAL_KEY:
+                    self._seal = start
 
     def _mapped(self) -> memoryview:
         """Its bytes, for as long as they are looked at: a mapped file that somebody cuts ends the process."""
@@ -64,14 +68,11 @@ class OnnxFile:
         if text is None:
             return None
         try:
-            names = json.loads(text)
-        except (ValueError, RecursionError):
-            names = None
-        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            return msgspec.json.decode(text, type=list[str])
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise ArtefactError(
                 f"{show(self._path)}: its {ISLANDS_KEY} is no list of names: export it again with ddpm-export"
-            )
-        return names
+            ) from error
 
     @cached_property
     def non_finite(self) -> str | None:
@@ -82,7 +83,8 @@ class OnnxFile:
         Raises ArtefactError where the graph is broken.
         """
         try:
-            for tensor in _within(self._mapped(), 7, 5):
+            tensors = (t for graph in _payloads(self._mapped(), 7) for t in _payloads(graph, 5))
+            for tensor in tensors:
                 parts = {field: payload for field, _, payload in _fields(tensor)}
                 if 2 in parts and 9 in parts and not _is_finite(parts[2], parts[9]):
                     return bytes(parts.get(8, b"")).decode(errors="replace")
@@ -108,24 +110,9 @@ def _is_finite(data_type: memoryview, raw: memoryview) -> bool:
     return dtype is None or bool(np.isfinite(np.frombuffer(raw, dtype)).all())
 
 
-def _within(message: memoryview, *path: int) -> Iterator[memoryview]:
-    """The payloads of the fields at a path of field numbers."""
-    if not path:
-        yield message
-        return
-    for field, _, payload in _fields(message):
-        if field == path[0]:
-            yield from _within(payload, *path[1:])
-
-
-def _metadata(model: memoryview) -> Iterator[tuple[int, str, bytes]]:
-    """Where each entry of ModelProto.metadata_props (field 14) starts, its key (1) and its value (2)."""
-    for field, start, payload in _fields(model):
-        if field == 14:
-            if len(payload) > _MAX_PROPERTY_BYTES:  # a stranger's: none of ours is as long
-                continue
-            entry = {number: bytes(value) for number, _, value in _fields(payload)}
-            yield start, entry.get(1, b"").decode(errors="replace"), entry.get(2, b"")
+def _payloads(message: memoryview, number: int) -> Iterator[memoryview]:
+    """Of the fields of one number."""
+    return (payload for field, _, payload in _fields(message) if field == number)
 
 
 def protobuf_field(number: int, payload: bytes) -> bytes:

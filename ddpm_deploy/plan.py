@@ -52,8 +52,8 @@ def read_plan_head(path: Path) -> PlanHead:
         raise ArtefactError(
             f"{show(path)} is not whole: it has {has} bytes, and says that it has {says}; copy or build it again"
         )
-    known = head[4:8] == bytes(4)  # of another serialization the rest of the head may mean something else
-    return PlanHead(flavour, ".".join(map(str, head[24:28])) if known else "")
+    # Of another serialization the rest of the head may mean something else.
+    return PlanHead(flavour, ".".join(map(str, head[24:28])) if head[4:8] == bytes(4) else "")
 
 
 def spec_in_plan(path: Path) -> str | None:
@@ -72,9 +72,8 @@ def spec_place(plan: bytes | mmap.mmap) -> slice | None:
     start = plan.find(_SPEC_START)
     if start < 0:
         return None
-    text = plan[start : start + MAX_SPEC_BYTES + 1].decode(
-        "latin-1"
-    )  # a character a byte, whatever follows the name
+    # A character a byte, whatever follows the name.
+    text = plan[start : start + MAX_SPEC_BYTES + 1].decode("latin-1")
     _, end = json.JSONDecoder().raw_decode(text)  # the name has no end of its own in the bytes
     return slice(start, start + end)
 
@@ -84,17 +83,17 @@ def digest_path(plan: Path) -> Path:
     return plan.with_name(plan.name + ".sha256")
 
 
+def digest_beside(plan: Path) -> str:
+    """What is written there: of a digest, its 64 digits."""
+    with digest_path(plan).open("rb") as file:
+        return file.read(64).decode(errors="replace")
+
+
 def write_plan(path: Path, plan: bytes | memoryview) -> None:
     """Write an engine with its digest beside it. Raises OutputError where it cannot be written."""
     with atomic_together(path, digest_path(path)) as (temporary, digest):
         temporary.write_bytes(plan)
-        digest.write_text(digest_line(temporary, path.name))
-
-
-def digest_line(plan: Path, name: str) -> str:
-    """The digest of a file as `sha256sum` writes it, under the name it will have."""
-    with plan.open("rb") as file:
-        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n"
+        digest.write_text(f"{hashlib.sha256(plan).hexdigest()}  {path.name}\n")  # as sha256sum writes it
 
 
 def trusted(plan: Path) -> bytes:
@@ -107,10 +106,8 @@ def trusted(plan: Path) -> bytes:
             f"you built it yourself: sha256sum {quoted(plan)} > {quoted(beside)}"
         )
     require_file(beside)
-    with beside.open("rb") as file:
-        wanted = file.read(64).decode(errors="replace")
     content = plan.read_bytes()
-    if hashlib.sha256(content).hexdigest() != wanted:
+    if hashlib.sha256(content).hexdigest() != digest_beside(plan):
         raise ArtefactError(
             f"{show(plan)} is not the engine that {show(beside.name)} is of: it was damaged, edited or replaced; copy "
             "both again, or build it again with ddpm-export"

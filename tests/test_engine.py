@@ -615,9 +615,13 @@ def test_without_a_gpu_the_engine_is_skipped_or_insisted_on(
     refused(call("export", "model.pt", "--compute-capability", "8.6"), 2, "are of TensorRT-RTX")
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
     refused(call("export", "model.pt", "--report", "model.pt"), 1, "the name of a report must end in .json")
-    result = call("export", "model.pt", "-q", "--timing-cache", "my timing.cache", "--batch-buckets", "1,8")
+    typed = ("--timing-cache", "my timing.cache", "--batch-buckets", "1,8", "--optimization-level", 0)
+    result = call("export", "model.pt", "-q", *typed)
     assert result.exit_code == 0
-    again = "ddpm-export model.onnx --batch-buckets 1,8 --timing-cache 'my timing.cache' -o engine.plan"
+    again = (
+        "ddpm-export model.onnx --batch-buckets 1,8 --optimization-level 0 --timing-cache 'my timing.cache' "
+        "-o engine.plan"
+    )
     assert (
         result.stdout.splitlines()[-1]
         == f"engine.plan skipped: no NVIDIA GPU is visible. On the target: {again}"

@@ -8,13 +8,13 @@ import importlib
 
 import click
 
-from ddpm_deploy.cli.common import Group
+from ddpm_deploy.cli.common import Command
 from ddpm_deploy.version import __version__
 
 _COMMANDS = ("train", "export", "verify", "run", "resume", "replay", "inspect", "doctor")
 
 
-class _LazyGroup(Group):
+class _LazyGroup(Command, click.Group):
     """Imports the declaration of a command when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -1,10 +1,9 @@
 """What all command lines share: how one is declared, its one-line errors, and its log."""
 
-import errno
 import importlib
 import logging
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -25,16 +24,17 @@ def command(
     *,
     examples: str,
     params: Sequence[click.Parameter],
-    needs: Mapping[str, str] | None = None,
+    needs: Sequence[str] = (),
+    extra: str = "",
 ) -> click.Command:
     """Declare a command, with -v, -q and --version; what it does is the function of its name in `cli.bodies`.
 
     summary: its line in the help of the group. about: the first paragraphs of its own help. needs: packages without
-    which the body cannot be imported, each with the extra that brings it.
+    which the body cannot be imported; extra: brings them.
     """
 
     def run_body(**values: Any) -> Any:
-        for module, extra in (needs or {}).items():
+        for module in needs:
             require(module, extra)
         return getattr(importlib.import_module(f"ddpm_deploy.cli.bodies.{name}"), name)(**values)
 
@@ -44,7 +44,7 @@ def command(
         params=[*params, *_LOGGING],
         help=about,
         short_help=summary,
-        epilog=f"\b\nExamples:\n{examples.strip(chr(10)).rstrip()}",
+        epilog="\b\nExamples:\n" + examples.strip("\n"),
         context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
     )
     return click.version_option(__version__, prog_name="ddpm-deploy")(made)
@@ -62,12 +62,13 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with one_line_errors(ctx.command_path), _terminated():
+
+        def interrupt(number: int, frame: object) -> None:
+            raise KeyboardInterrupt
+
+        # SIGTERM ends the work as Ctrl-C does, so that no temporary file stays behind.
+        with one_line_errors(ctx.command_path), handled([signal.SIGTERM], interrupt):
             return super().invoke(ctx)
-
-
-class Group(Command, click.Group):
-    """A click group whose errors are one line."""
 
 
 class Refusal(click.ClickException):
@@ -89,29 +90,16 @@ def one_line_errors(command: str) -> Iterator[None]:
         raise
     except click.UsageError as error:
         raise Refusal(f"{error.format_message()} (see {command} --help)", 2) from error
-    except DdpmDeployError as error:
-        raise Refusal(str(error), 1) from error
     except KeyboardInterrupt as error:
         raise Refusal("interrupted: no file was left half-written", 130) from error
-    except OSError as error:
-        if error.errno == errno.EPIPE:  # `| head` closed our output: click ends quietly
-            raise
+    except BrokenPipeError:  # `| head` closed our output: click ends quietly
+        raise
+    except (DdpmDeployError, OSError) as error:
         raise Refusal(str(error), 1) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # PyTorch's own error says it so
             raise
         raise Refusal("out of memory: choose a smaller --batch, --batch-size or --count", 1) from error
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does, so that no temporary file stays behind."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    with handled([signal.SIGTERM], interrupt):
-        yield
 
 
 class _Echo(logging.Handler):
@@ -133,19 +121,10 @@ def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], N
     return set_level
 
 
-_LOGGING: Final = (
-    click.Option(
-        ["-v", "--verbose"],
-        is_flag=True,
-        expose_value=False,
-        callback=_verbosity(logging.DEBUG),
-        help="Show more messages.",
-    ),
-    click.Option(
-        ["-q", "--quiet"],
-        is_flag=True,
-        expose_value=False,
-        callback=_verbosity(logging.WARNING),
-        help="Show warnings and results only.",
-    ),
-)
+_LOGGING: Final = [
+    click.Option(names, is_flag=True, expose_value=False, callback=_verbosity(level), help=text)
+    for names, level, text in (
+        (["-v", "--verbose"], logging.DEBUG, "Show more messages."),
+        (["-q", "--quiet"], logging.WARNING, "Show warnings and results only."),
+    )
+]

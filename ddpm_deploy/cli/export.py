@@ -4,64 +4,56 @@ import click
 
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
-from ddpm_deploy.cli.options import BatchSize, FilePath, Option, Sizes
+from ddpm_deploy.cli.options import BatchSize, FilePath, Option, flag, sizes
 from ddpm_deploy.words import CAPABILITIES, PRECISIONS
 
 # None or False where they were not typed: `cli.bodies.engine` has the defaults.
 _OF_ENGINES = [
+    flag("--rtx", "Build an engine of TensorRT-RTX: for GeForce and RTX GPUs, and built without a GPU."),
     Option(
-        ["--rtx"],
-        is_flag=True,
-        help="Build an engine of TensorRT-RTX: for GeForce and RTX GPUs, and built without a GPU.",
-    ),
-    Option(
-        ["--compute-capability"],
+        "--compute-capability",
+        "A kind of GPU that an --rtx engine is built for; give several for several kinds.",
+        click.Choice(CAPABILITIES),
         multiple=True,
-        type=click.Choice(CAPABILITIES),
         show_default="all, compiled when first loaded",
-        help="A kind of GPU that an --rtx engine is built for; give several for several kinds.",
     ),
     Option(
-        ["--max-batch"],
-        type=BatchSize,
+        "--max-batch",
+        "The most images that the engine runs at the same time.",
+        BatchSize,
         show_default="64, fewer for images over 64×64",
-        help="The most images that the engine runs at the same time.",
     ),
     Option(
-        ["--opt-batch"],
-        type=BatchSize,
+        "--opt-batch",
+        "The number of images that the engine is fastest for.",
+        BatchSize,
         show_default="--max-batch",
-        help="The number of images that the engine is fastest for.",
     ),
     Option(
-        ["--batch-buckets"],
-        type=Sizes(),
-        help="Make the engine fast for each of several batch sizes, as 1,8,64, in place of --max-batch and "
+        "--batch-buckets",
+        "Make the engine fast for each of several batch sizes, as 1,8,64, in place of --max-batch and "
         "--opt-batch.",
+        sizes,
     ),
     Option(
-        ["--workspace"],
-        type=float,
+        "--workspace",
+        "GiB of GPU memory that TensorRT may use while it builds.",
+        float,
         show_default="all there is",
-        help="GiB of GPU memory that TensorRT may use while it builds.",
     ),
     Option(
-        ["--optimization-level"],
-        type=click.IntRange(0, 5),
+        "--optimization-level",
+        "How hard TensorRT tries: higher levels build longer.",
+        click.IntRange(0, 5),
         show_default="3",
-        help="How hard TensorRT tries: higher levels build longer.",
     ),
     Option(
-        ["--timing-cache"],
-        type=FilePath,
+        "--timing-cache",
+        "The .cache file that keeps TensorRT's measurements from build to build.",
+        FilePath,
         show_default="in the user's cache folder",
-        help="The .cache file that keeps TensorRT's measurements from build to build.",
     ),
-    Option(
-        ["--hardware-compatible"],
-        is_flag=True,
-        help="Build an engine for every GPU from Ampere on, which costs some speed.",
-    ),
+    flag("--hardware-compatible", "Build an engine for every GPU from Ampere on, which costs some speed."),
 ]
 
 main = command(
@@ -86,28 +78,25 @@ main = command(
     params=[
         options.MODEL,
         Option(
-            ["-o", "--output"],
-            type=FilePath,
+            "-o --output",
+            "The .onnx or .plan file to write; a proof for ddpm-verify is written beside it.",
+            FilePath,
             show_default="MODEL with .onnx, .fp16.onnx, … and with .plan",
-            help="The .onnx or .plan file to write; a proof for ddpm-verify is written beside it.",
         ),
-        options.weights(default=None),
+        options.WEIGHTS,
         Option(
-            ["--precision"],
-            type=click.Choice(PRECISIONS),
+            "--precision",
+            "Precision inside the network; its inputs and outputs are always float32. tf32 is for engines.",
+            click.Choice(PRECISIONS),
             show_default="fp32",
-            help="Precision inside the network; its inputs and outputs are always float32. tf32 is for engines.",
         ),
-        Option(["--fp16"], is_flag=True, help="The same as --precision fp16."),
-        Option(
-            ["--all", "every"],
-            is_flag=True,
-            help="For bf16 and fp16: check a large network at every timestep, which takes minutes to hours.",
+        flag("--fp16", "The same as --precision fp16."),
+        flag(
+            "--all every",
+            "For bf16 and fp16: check a large network at every timestep, which takes minutes to hours.",
         ),
         options.report("what was found"),
-        Option(
-            ["--engine"], is_flag=True, help="Require the engine: exit with 1 where it cannot be built here."
-        ),
+        flag("--engine", "Require the engine: exit with 1 where it cannot be built here."),
         *_OF_ENGINES,
         options.force("files that hold another model"),
     ],

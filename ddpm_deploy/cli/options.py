@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import click
 
-from ddpm_deploy.words import BACKENDS, MAX_BATCH, WEIGHTS
+from ddpm_deploy import words
 
 # --- types --------------------------------------------------------------------------------------------------
 
@@ -28,37 +28,32 @@ class Words(click.Choice[str]):
         return super().normalize_choice(str(choice), ctx).replace("-", "_")
 
 
-class Sizes(click.ParamType[tuple[int, ...]]):
-    """Batch sizes that rise, as 1,8,64."""
-
-    name = "sizes"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Check and convert."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            sizes = tuple(int(size) for size in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not of the form 1,8,64", param, ctx)
-        if list(sizes) != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= MAX_BATCH:
-            self.fail(
-                f"{value!r}: give sizes from 1 to {MAX_BATCH}, each larger than the one before", param, ctx
-            )
-        return sizes
+def sizes(text: str) -> tuple[int, ...]:
+    """Read batch sizes that rise, as 1,8,64."""
+    try:
+        found = tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not of the form 1,8,64") from error
+    if list(found) != sorted(set(found)) or not 1 <= found[0] <= found[-1] <= words.MAX_BATCH:
+        raise click.BadParameter(
+            f"{text!r}: give sizes from 1 to {words.MAX_BATCH}, each larger than the one before"
+        )
+    return found
 
 
 FilePath: Final = _FilePath(path_type=Path)
-BatchSize: Final = click.IntRange(1, MAX_BATCH)
+BatchSize: Final = click.IntRange(1, words.MAX_BATCH)
 
 
 class Option(click.Option):
     """A click option whose help is for people.
 
+    names: as "--all every": what is typed, then the parameter of the body where that has another name.
     show_default: may be a text, for a default that only the command's body knows.
     """
+
+    def __init__(self, names: str, text: str, type: Any = None, **attributes: Any) -> None:
+        super().__init__(names.split(), help=text, type=type, **attributes)
 
     def make_metavar(self, ctx: click.Context) -> str:
         """Return the word for its value: INTEGER, and not INTEGER RANGE."""
@@ -80,87 +75,83 @@ class Option(click.Option):
 
 _LARGEST_SHOWN: Final = 100
 
+
+def flag(names: str, text: str, **attributes: Any) -> Option:
+    """Make an option without a value."""
+    return Option(names, text, is_flag=True, **attributes)
+
+
 # --- options of one form ------------------------------------------------------------------------------------
 
 MODEL: Final = click.Argument(["model"], type=FilePath)
 DEVICE: Final = Option(
-    ["--device"],
+    "--device",
+    "Where to run: cpu, cuda, or cuda:1 for the second GPU; a checkpoint runs on any device of PyTorch.",
     show_default="cpu; for an engine, cuda",
-    help="Where to run: cpu, cuda, or cuda:1 for the second GPU; a checkpoint runs on any device of PyTorch.",
 )
 BACKEND: Final = Option(
-    ["--backend"],
-    type=click.Choice(BACKENDS),
+    "--backend",
+    "The library that runs the network.",
+    click.Choice(words.BACKENDS),
     show_default="by the file and the device",
-    help="The library that runs the network.",
 )
 THREADS: Final = Option(
-    ["--threads"], type=click.IntRange(1, 1024), show_default="one per core", help="CPU threads to use."
+    "--threads", "CPU threads to use.", click.IntRange(1, 1024), show_default="one per core"
 )
+WEIGHTS: Final = Option(
+    "--weights",
+    "The weights of a checkpoint to use: averaged (ema) or as trained (raw).",
+    click.Choice(words.WEIGHTS),
+    show_default="ema",
+)
+PLACE: Final = (DEVICE, BACKEND, WEIGHTS, THREADS)
 BATCH: Final = Option(
-    ["--batch"],
-    type=BatchSize,
+    "--batch",
+    "Images to sample at the same time.",
+    BatchSize,
     show_default="64, fewer for images over 16×16; for an engine, its largest",
-    help="Images to sample at the same time.",
 )
 IMAGES: Final = Option(
-    ["-o", "--output"],
-    type=FilePath,
+    "-o --output",
+    "Where to write the images: a .png (one grid), an .npz, or a folder (one PNG for each).",
+    FilePath,
     default=Path("samples.png"),
-    help="Where to write the images: a .png (one grid), an .npz, or a folder (one PNG for each).",
 )
-AS_FLOAT: Final = Option(
-    ["--float", "as_float"],
-    is_flag=True,
-    help="Write unrounded images to the .npz: `samples`, float32 (N, C, H, W).",
+AS_FLOAT: Final = flag(
+    "--float as_float", "Write unrounded images to the .npz: `samples`, float32 (N, C, H, W)."
 )
 PROGRESS: Final = Option(
-    ["--progress"],
-    type=FilePath,
-    help="Show how the first images appear, in a .gif (animated) or a .png (a film strip).",
+    "--progress", "Show how the first images appear, in a .gif (animated) or a .png (a film strip).", FilePath
 )
 
 # --- options whose default or meaning is each command's own -------------------------------------------------
 
 
-def weights(default: str | None = "ema") -> click.Option:
-    """Make --weights; default: None for a body that must know whether it was typed."""
-    return Option(
-        ["--weights"],
-        type=click.Choice(WEIGHTS),
-        default=default,
-        show_default="ema",
-        help="The weights of a checkpoint to use: averaged (ema) or as trained (raw).",
-    )
-
-
-def steps(default: str) -> click.Option:
+def steps(default: str) -> Option:
     """Make --steps, of a chain."""
-    return Option(
-        ["--steps"], type=click.IntRange(min=1), show_default=default, help="Steps of the reverse chain."
-    )
+    return Option("--steps", "Steps of the reverse chain.", click.IntRange(min=1), show_default=default)
 
 
-def seed(default: str) -> click.Option:
+def seed(default: str) -> Option:
     """Make --seed, of the noise."""
     return Option(
-        ["--seed"],
-        type=click.IntRange(0, 2**64 - 1),
+        "--seed",
+        "Seed of the noise: the same seed gives the same images.",
+        click.IntRange(0, 2**64 - 1),
         show_default=default,
-        help="Seed of the noise: the same seed gives the same images.",
     )
 
 
-def report(content: str) -> click.Option:
+def report(content: str) -> Option:
     """Make --report; content: what it writes."""
-    return Option(["--report"], type=FilePath, help=f"Write {content} to this .json file.")
+    return Option("--report", f"Write {content} to this .json file.", FilePath)
 
 
-def force(target: str) -> click.Option:
+def force(target: str) -> Option:
     """Make --force; target: what it replaces."""
-    return Option(["--force"], is_flag=True, help=f"Replace {target}.")
+    return flag("--force", f"Replace {target}.")
 
 
-def as_json(content: str) -> click.Option:
+def as_json(content: str) -> Option:
     """Make --json; content: what it prints."""
-    return Option(["--json", "as_json"], is_flag=True, help=f"Print {content} as JSON.")
+    return flag("--json as_json", f"Print {content} as JSON.")

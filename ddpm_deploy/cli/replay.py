@@ -20,9 +20,6 @@ main = command(
         options.MODEL,
         click.Argument(["picture"], type=FilePath),
         options.BATCH,
-        options.DEVICE,
-        options.BACKEND,
-        options.weights(),
-        options.THREADS,
+        *options.PLACE,
     ],
 )

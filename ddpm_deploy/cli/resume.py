@@ -23,9 +23,6 @@ main = command(
         options.IMAGES,
         options.AS_FLOAT,
         options.PROGRESS,
-        options.DEVICE,
-        options.BACKEND,
-        options.weights(),
-        options.THREADS,
+        *options.PLACE,
     ],
 )

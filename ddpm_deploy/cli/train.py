@@ -4,143 +4,109 @@ import click
 
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
-from ddpm_deploy.cli.options import FilePath, Option, Words
+from ddpm_deploy.cli.options import FilePath, Option, Words, flag
 from ddpm_deploy.words import LOSSES, PREDICTIONS, PRESETS, SCHEDULES, VARIANCES
 
 _OF_ANY_TRAINING = [
     Option(
-        ["-o", "--output"],
-        type=FilePath,
+        "-o --output",
+        "The checkpoint to write.",
+        FilePath,
         show_default="model.pt, or the checkpoint of --resume",
-        help="The checkpoint to write.",
     ),
+    Option("--resume", "Continue the training of this checkpoint, with the settings in it.", FilePath),
+    Option("--steps", "Training steps in all.", click.IntRange(1, 10**9), show_default="the preset's"),
     Option(
-        ["--resume"], type=FilePath, help="Continue the training of this checkpoint, with the settings in it."
-    ),
-    Option(
-        ["--steps"],
-        type=click.IntRange(1, 10**9),
-        show_default="the preset's",
-        help="Training steps in all.",
-    ),
-    Option(
-        ["--device"],
+        "--device",
+        "Where to train: cpu, cuda, or any device of PyTorch; auto uses a GPU where there is one.",
         default="auto",
-        help="Where to train: cpu, cuda, or any device of PyTorch; auto uses a GPU where there is one.",
+    ),
+    flag(
+        "--compile compiled",
+        "Compile the network (torch.compile): the first step takes longer, the others less.",
+    ),
+    Option("--workers", "Threads that read the images.", click.IntRange(1, 256), show_default="one per core"),
+    Option(
+        "--save-every", "Steps from one checkpoint to the next.", click.IntRange(min=1), show_default="1000"
     ),
     Option(
-        ["--compile", "compiled"],
-        is_flag=True,
-        help="Compile the network (torch.compile): the first step takes longer, the others less.",
-    ),
-    Option(
-        ["--workers"],
-        type=click.IntRange(1, 256),
-        show_default="one per core",
-        help="Threads that read the images.",
-    ),
-    Option(
-        ["--save-every"],
-        type=click.IntRange(min=1),
+        "--sample-every",
+        "Steps from one picture of samples to the next; 0 for no pictures.",
+        click.IntRange(min=0),
         show_default="1000",
-        help="Steps from one checkpoint to the next.",
     ),
-    Option(
-        ["--sample-every"],
-        type=click.IntRange(min=0),
-        show_default="1000",
-        help="Steps from one picture of samples to the next; 0 for no pictures.",
-    ),
-    Option(["--skip-broken"], is_flag=True, help="Leave out images that cannot be read."),
+    flag("--skip-broken", "Leave out images that cannot be read."),
     options.force("an output that exists"),
 ]
 # None where they were not typed: the preset decides, or, with --resume, the checkpoint.
 _OF_A_NEW_TRAINING = [
     Option(
-        ["--preset"],
-        type=click.Choice(PRESETS),
+        "--preset",
+        "Settings of the network and its training that go well together.",
+        click.Choice(PRESETS),
         show_default="digits for the digits, else small",
-        help="Settings of the network and its training that go well together.",
     ),
     Option(
-        ["--image-size"],
-        type=click.IntRange(1, 4096),
+        "--image-size",
+        "Height and width to scale and crop the images to.",
+        click.IntRange(1, 4096),
         show_default="the preset's",
-        help="Height and width to scale and crop the images to.",
     ),
     Option(
-        ["--channels"],
-        type=click.Choice(["grey", "rgb"]),
+        "--channels",
+        "Colours of the images.",
+        click.Choice(["grey", "rgb"]),
         show_default="the preset's, or the images' own",
-        help="Colours of the images.",
     ),
+    Option("--batch-size", "Images in each training step.", options.BatchSize, show_default="the preset's"),
     Option(
-        ["--batch-size"],
-        type=options.BatchSize,
+        "--learning-rate",
+        "The largest learning rate of the training.",
+        click.FloatRange(0, 1, min_open=True),
         show_default="the preset's",
-        help="Images in each training step.",
     ),
     Option(
-        ["--learning-rate"],
-        type=click.FloatRange(0, 1, min_open=True),
-        show_default="the preset's",
-        help="The largest learning rate of the training.",
-    ),
-    Option(
-        ["--prediction"],
-        type=Words(PREDICTIONS),
+        "--prediction",
+        "What the network predicts: the noise, v, the image, or the mean of the next step.",
+        Words(PREDICTIONS),
         show_default="epsilon",
-        help="What the network predicts: the noise, v, the image, or the mean of the next step.",
     ),
     Option(
-        ["--loss"],
-        type=Words(LOSSES),
-        show_default="simple",
-        help="What training minimises: simple is the squared error, vlb the variational bound, hybrid both (it learns "
+        "--loss",
+        "What training minimises: simple is the squared error, vlb the variational bound, hybrid both (it learns "
         "the variance too).",
+        Words(LOSSES),
+        show_default="simple",
     ),
     Option(
-        ["--variance"],
-        type=Words(VARIANCES),
+        "--variance",
+        "Variance of the reverse steps.",
+        Words(VARIANCES),
         show_default="learned_range for the hybrid loss, else fixed_large",
-        help="Variance of the reverse steps.",
     ),
-    Option(["--schedule"], type=Words(SCHEDULES), show_default="linear", help="Noise schedule (β)."),
+    Option("--schedule", "Noise schedule (β).", Words(SCHEDULES), show_default="linear"),
+    flag("--labels", "Train a class-conditional model: each folder in DATA is a class.", default=None),
     Option(
-        ["--labels"],
-        is_flag=True,
-        default=None,
-        help="Train a class-conditional model: each folder in DATA is a class.",
-    ),
-    Option(
-        ["--label-dropout"],
-        type=click.FloatRange(0, 1, max_open=True),
+        "--label-dropout",
+        "Share of the images that are shown without their label, which guidance needs.",
+        click.FloatRange(0, 1, max_open=True),
         show_default="0.1 with --labels",
-        help="Share of the images that are shown without their label, which guidance needs.",
     ),
     Option(
-        ["--accumulate"],
-        type=click.IntRange(1, 65_536),
+        "--accumulate",
+        "Compute each batch in this many parts, to save memory.",
+        click.IntRange(1, 65_536),
         show_default="1",
-        help="Compute each batch in this many parts, to save memory.",
+    ),
+    flag("--amp", "Train in mixed precision (bfloat16), which new GPUs and CPUs do faster.", default=None),
+    Option(
+        "--flip/--no-flip", "Mirror half of the images, at random.", default=None, show_default="the preset's"
     ),
     Option(
-        ["--amp"],
-        is_flag=True,
-        default=None,
-        help="Train in mixed precision (bfloat16), which new GPUs and CPUs do faster.",
-    ),
-    Option(
-        ["--flip/--no-flip"],
-        default=None,
-        show_default="the preset's",
-        help="Mirror half of the images, at random.",
-    ),
-    Option(
-        ["--seed"],
-        type=click.IntRange(0, 2**63 - 1),
+        "--seed",
+        "Seed of all random numbers: the same seed gives the same model.",
+        click.IntRange(0, 2**63 - 1),
         show_default="0",
-        help="Seed of all random numbers: the same seed gives the same model.",
     ),
 ]
 
@@ -168,5 +134,6 @@ main = command(
                                                  follows the schedule of the longer training)
 """,
     params=[click.Argument(["data"], required=False), *_OF_ANY_TRAINING, *_OF_A_NEW_TRAINING],
-    needs={"torch": "train", "PIL.Image": "train"},
+    needs=["torch", "PIL.Image"],
+    extra="train",
 )

@@ -4,7 +4,7 @@ import click
 
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
-from ddpm_deploy.cli.options import FilePath, Option
+from ddpm_deploy.cli.options import FilePath, Option, flag
 
 main = command(
     "verify",
@@ -26,33 +26,20 @@ main = command(
     params=[
         click.Argument(["models"], type=FilePath, nargs=-1, required=True),
         Option(
-            ["--count"],
-            type=click.IntRange(1, 64),
-            show_default="4, or the proof's",
-            help="Number of images to compare.",
+            "--count", "Number of images to compare.", click.IntRange(1, 64), show_default="4, or the proof's"
         ),
         options.steps("all the model's, or the proof's"),
         options.seed("0, or the proof's"),
+        flag("--all every", "Compare predictions at every timestep of the chain, and not at 50 of them."),
         Option(
-            ["--all", "every"],
-            is_flag=True,
-            help="Compare predictions at every timestep of the chain, and not at 50 of them.",
-        ),
-        Option(
-            ["--proof"],
-            type=FilePath,
-            show_default="MODEL.proof.npz",
-            help="The proof to compare a single model with.",
+            "--proof", "The proof to compare a single model with.", FilePath, show_default="MODEL.proof.npz"
         ),
         options.report("every figure"),
         Option(
-            ["--plot"],
-            type=FilePath,
-            help="Plot the error and the tolerance against the timestep in this .png, .svg or .pdf.",
+            "--plot",
+            "Plot the error and the tolerance against the timestep in this .png, .svg or .pdf.",
+            FilePath,
         ),
-        options.DEVICE,
-        options.BACKEND,
-        options.weights(),
-        options.THREADS,
+        *options.PLACE,
     ],
 )

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -47,8 +47,6 @@ PACKAGES: Final = (
     "onnxscript",
     "pillow",
     "matplotlib",
-)
-_PARTS: Final = (
     "tensorrt-cu13-bindings",
     "tensorrt-cu13-libs",
     "tensorrt-cu12-bindings",
@@ -59,12 +57,14 @@ _PARTS: Final = (
     "nvidia-cudnn-cu12",
 )
 _CUDNN: Final = "libcudnn.so.9"  # which onnxruntime-gpu loads
-_OLDEST_CUDA: Final = (12, 2)  # which driver r535 brings
+_OLDEST_CUDA: Final = (12, 2)
+_CUDA_13: Final = (13, 0)
+# What packages of each CUDA need the driver to run, and the release that brings it.
+_DRIVERS: Final = {12: (_OLDEST_CUDA, 535), 13: (_CUDA_13, 580)}
 _OLDEST_CAPABILITY: Final = (7, 5)  # of TensorRT 11
 _UPDATE: Final = "update the NVIDIA driver to r{} or newer"
 _NO_GPU: Final = "needs an NVIDIA GPU, and none is visible"
 _COUNT: Final = 64
-_BATCHES: Final = ((1, _COUNT, _COUNT),)
 _SIGMAS: Final = 5.0
 Installed = Mapping[str, str]
 State = Literal["works", "builds", "absent", "broken"]
@@ -86,11 +86,9 @@ class Finding:
 def installed() -> dict[str, str]:
     """The version of each package that matters here and is installed."""
     found = {}
-    for name in (*PACKAGES, *_PARTS):
-        try:
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     with suppress(OSError):
         ctypes.CDLL(_CUDNN)
         found[_CUDNN] = "9"
@@ -104,100 +102,70 @@ def about() -> str:
 
 def problems(packages: Installed, driver: Driver) -> list[Finding]:
     """What cannot work together: packages that exclude each other, or that this driver cannot run."""
-    found = [
-        _both_onnxruntimes(packages),
-        *(_driver_too_old(packages, driver, major) for major in (12, 13)),
+    return [
+        *_both_onnxruntimes(packages),
+        *_driver_too_old(packages, driver),
+        *_both_cudas(packages, driver),
+        *_without_libraries(packages, driver),
     ]
-    for first, second in (("tensorrt-cu13", "tensorrt-cu12"), ("cupy-cuda13x", "cupy-cuda12x")):
-        found.append(_both_cudas(packages, driver, first, second))
-    found += [_without_libraries(packages, major) for major in (12, 13)]
-    found.append(_without_cudnn(packages, driver))
-    return [finding for finding in found if finding]
 
 
-def _both_onnxruntimes(packages: Installed) -> Finding | None:
-    if not {"onnxruntime", "onnxruntime-gpu"} <= packages.keys():
-        return None
-    return Finding(
-        "onnxruntime",
-        "broken",
-        "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other's files",
-        "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'ddpm-deploy[cpu]'  (or [gpu])",
-    )
-
-
-def _both_cudas(packages: Installed, driver: Driver, newer: str, older: str) -> Finding | None:
-    if not {newer, older} <= packages.keys():
-        return None
-    wrong = older if not driver.cuda or _number(driver.cuda) >= (13, 0) else newer
-    says = f"{newer} and {older} are both installed, and hold the same modules"
-    kept = newer if wrong == older else older
-    return Finding(
-        newer.split("-")[0], "broken", says, f"pip uninstall -y {newer} {older} && pip install {kept}"
-    )
-
-
-def _driver_too_old(packages: Installed, driver: Driver, major: int) -> Finding | None:
-    """CUDA 13 needs driver r580; CUDA 12 runs from r535 on."""
-    needs = [name for name in packages if f"cu{major}" in name or f"cuda{major}" in name]
-    if not needs or not driver.cuda or _number(driver.cuda) >= (_OLDEST_CUDA if major == 12 else (13, 0)):
-        return None
-    says = f"the driver {driver.version} runs CUDA {driver.cuda} and older, and {needs[0]} is of CUDA {major}"
-    if major == 13 and _number(driver.cuda) >= _OLDEST_CUDA:
-        old = " ".join(needs)
-        mend = (
-            f"pip uninstall -y {old} && pip install 'ddpm-deploy[gpu-cu12]'  (or update the driver to r580)"
+def _both_onnxruntimes(packages: Installed) -> Iterator[Finding]:
+    if {"onnxruntime", "onnxruntime-gpu"} <= packages.keys():
+        yield Finding(
+            "onnxruntime",
+            "broken",
+            "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other's files",
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'ddpm-deploy[cpu]'  (or [gpu])",
         )
-    else:
-        mend = _UPDATE.format(535 if major == 12 else 580)
-    return Finding("driver", "broken", says, mend)
 
 
-def _without_libraries(packages: Installed, major: int) -> Finding | None:
-    bindings, libraries = f"tensorrt-cu{major}-bindings", f"tensorrt-cu{major}-libs"
-    if bindings not in packages or libraries in packages:
-        return None
-    return Finding(
-        "tensorrt",
-        "broken",
-        f"{bindings} is installed without {libraries}, which pip takes from NVIDIA's own index",
-        f"pip install {libraries}=={packages[bindings]}  (or use NVIDIA's container, which has it)",
-    )
+def _driver_too_old(packages: Installed, driver: Driver) -> Iterator[Finding]:
+    for major, (oldest, release) in _DRIVERS.items():
+        needs = [name for name in packages if f"cu{major}" in name or f"cuda{major}" in name]
+        if not needs or not _older(driver, oldest):
+            continue
+        mend = _UPDATE.format(release)
+        if major == 13 and not _older(driver, _OLDEST_CUDA):
+            old = " ".join(needs)
+            mend = f"pip uninstall -y {old} && pip install 'ddpm-deploy[gpu-cu12]'  (or {mend})"
+        says = f"the driver {driver.version} runs CUDA {driver.cuda} and older, and {needs[0]} is of CUDA {major}"
+        yield Finding("driver", "broken", says, mend)
 
 
-def _without_cudnn(packages: Installed, driver: Driver) -> Finding | None:
-    if (
-        "onnxruntime-gpu" not in packages
-        or {_CUDNN, "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"} & packages.keys()
-    ):
-        return None
-    says = f"onnxruntime-gpu is installed without cuDNN ({_CUDNN}): it falls back to the CPU"
-    # Its own extras bring what its build is of.
-    return Finding(
-        "cudnn", "broken" if driver.gpus else "absent", says, "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-    )
+def _both_cudas(packages: Installed, driver: Driver) -> Iterator[Finding]:
+    for newer, older in (("tensorrt-cu13", "tensorrt-cu12"), ("cupy-cuda13x", "cupy-cuda12x")):
+        if {newer, older} <= packages.keys():
+            kept = older if _older(driver, _CUDA_13) else newer
+            says = f"{newer} and {older} are both installed, and hold the same modules"
+            mend = f"pip uninstall -y {newer} {older} && pip install {kept}"
+            yield Finding(newer.split("-")[0], "broken", says, mend)
 
 
-def run_backends(
-    packages: Installed, driver: Driver, tell: Callable[[Finding], None] = lambda finding: None
-) -> list[Finding]:
-    """Run the known chain on each backend that is here; each finding is told as it is found."""
-    findings = []
-    with _quiet_builds(), gaussian.onnx_model() as model:
-        for look in (_on_onnxruntime, _on_onnxruntime_cuda, _on_tensorrt, _on_tensorrt_rtx):
-            findings.append(look(model, packages, driver))
-            tell(findings[-1])
-    return findings
+def _without_libraries(packages: Installed, driver: Driver) -> Iterator[Finding]:
+    for major in _DRIVERS:
+        bindings, libraries = f"tensorrt-cu{major}-bindings", f"tensorrt-cu{major}-libs"
+        if bindings in packages and libraries not in packages:
+            says = f"{bindings} is installed without {libraries}, which pip takes from NVIDIA's own index"
+            mend = f"pip install {libraries}=={packages[bindings]}  (or use NVIDIA's container, which has it)"
+            yield Finding("tensorrt", "broken", says, mend)
+    cudnn = {_CUDNN, "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"}
+    if "onnxruntime-gpu" in packages and not cudnn & packages.keys():
+        says = f"onnxruntime-gpu is installed without cuDNN ({_CUDNN}): it falls back to the CPU"
+        # Its own extras bring what its build is of.
+        mend = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        yield Finding("cudnn", "broken" if driver.gpus else "absent", says, mend)
 
 
-@contextmanager
-def _quiet_builds() -> Iterator[None]:
-    """The engines that are built here are of no interest to anybody."""
+def run_backends(packages: Installed, driver: Driver) -> Iterator[Finding]:
+    """Run the known chain on each backend that is here, one after another."""
     log = logging.getLogger("ddpm_deploy.engine")
     level = log.level
-    log.setLevel(logging.WARNING)
+    log.setLevel(logging.WARNING)  # the engines that are built here are of no interest to anybody
     try:
-        yield
+        with gaussian.onnx_model() as model:
+            for look in (_on_onnxruntime, _on_onnxruntime_cuda, _on_tensorrt, _on_tensorrt_rtx):
+                yield look(model, packages, driver)
     finally:
         log.setLevel(level)
 
@@ -206,53 +174,41 @@ def _on_onnxruntime(model: ModelFile, packages: Installed, driver: Driver) -> Fi
     name = "ONNX Runtime, CPU"
     if not {"onnxruntime", "onnxruntime-gpu"} & packages.keys():
         return Finding(name, "absent", "is not installed", "pip install 'ddpm-deploy[cpu]'")
-    if both := _both_onnxruntimes(packages):
+    if both := next(_both_onnxruntimes(packages), None):
         return replace(both, name=name)
     return _chain_finding(name, "pip install --force-reinstall onnxruntime", lambda: load_network(model))
 
 
 def _on_onnxruntime_cuda(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
-    name, mend = "ONNX Runtime, CUDA", f"pip install 'ddpm-deploy[{_extra(driver)}]'"
+    name, mend = "ONNX Runtime, CUDA", _install_for(driver)
     if not driver.gpus:
         return Finding(name, "absent", _NO_GPU, _get_a_gpu(driver))
     if "onnxruntime-gpu" not in packages:
-        return Finding(
-            name, "absent", "onnxruntime-gpu is not installed", f"pip uninstall -y onnxruntime && {mend}"
-        )
-    return _chain_finding(
-        name, mend, lambda: load_network(model, LoadSettings(device="cuda"), backend="onnxruntime")
-    )
+        mend = f"pip uninstall -y onnxruntime && {mend}"
+        return Finding(name, "absent", "onnxruntime-gpu is not installed", mend)
+    settings = LoadSettings(device="cuda")
+    return _chain_finding(name, mend, lambda: load_network(model, settings, backend="onnxruntime"))
 
 
-def _extra(driver: Driver) -> str:
-    """The one for this driver."""
-    return "gpu" if not driver.cuda or _number(driver.cuda) >= (13, 0) else "gpu-cu12"
+def _install_for(driver: Driver) -> str:
+    """The line that installs what this driver runs."""
+    return f"pip install 'ddpm-deploy[{'gpu-cu12' if _older(driver, _CUDA_13) else 'gpu'}]'"
 
 
 def _on_tensorrt(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
-    name = "TensorRT"
+    name, mend = "TensorRT", _install_for(driver)
     if not driver.gpus:
         return Finding(name, "absent", _NO_GPU, _get_a_gpu(driver))
-    gpu = driver.gpus[0]
-    if _number(gpu.capability) < _OLDEST_CAPABILITY:
-        return Finding(
-            name, "absent", f"does not know compute capability {gpu.capability}", "use ONNX Runtime"
-        )
-    if driver.cuda and _number(driver.cuda) < _OLDEST_CUDA:
-        return Finding(
-            name, "absent", f"needs CUDA 12.2, and the driver runs {driver.cuda}", _UPDATE.format(535)
-        )
-    mend = f"pip install 'ddpm-deploy[{_extra(driver)}]'"
+    capability = driver.gpus[0].capability
+    if _number(capability) < _OLDEST_CAPABILITY:
+        return Finding(name, "absent", f"does not know compute capability {capability}", "use ONNX Runtime")
+    if _older(driver, _OLDEST_CUDA):
+        says = f"needs CUDA 12.2, and the driver runs {driver.cuda}"
+        return Finding(name, "absent", says, _UPDATE.format(535))
     if problem := _import_problem(name, "tensorrt", packages, mend):
         return problem
     with tempfile.TemporaryDirectory() as folder:
-        plan = Path(folder) / "gaussian.plan"
-
-        def load() -> Network:
-            build_engine(model, plan, EngineSettings(batches=_BATCHES))
-            return load_network(open_model(plan))
-
-        return _chain_finding(name, mend, load)
+        return _chain_finding(name, mend, lambda: load_network(_built(model, folder, "tensorrt")))
 
 
 def _on_tensorrt_rtx(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
@@ -261,27 +217,30 @@ def _on_tensorrt_rtx(model: ModelFile, packages: Installed, driver: Driver) -> F
     if problem := _import_problem(name, "tensorrt-rtx", packages, mend):
         return problem
     with tempfile.TemporaryDirectory() as folder:
-        return _built_by_rtx(model, Path(folder) / "gaussian.rtx.plan", driver, name, mend)
+        start = time.perf_counter()
+        try:
+            plan = _built(model, folder, "tensorrt-rtx")
+        except Exception as error:
+            again = "pip install -U --force-reinstall tensorrt-rtx"
+            return Finding(name, "broken", f"builds no engine: {one_line(error)}", again)
+        built = f"builds engines here (a tiny one in {time.perf_counter() - start:.1f} s)"
+        if not driver.gpus:
+            says = f"{built}; none is run, as no NVIDIA GPU is visible"
+            return Finding(name, "builds", says, _get_a_gpu(driver))
+        capability = driver.gpus[0].capability
+        if capability not in CAPABILITIES:
+            says = f"{built}; none for compute capability {capability}, which is this GPU's"
+            new = _number(capability) >= _OLDEST_CAPABILITY
+            other = "use TensorRT on this GPU: pip install 'ddpm-deploy[gpu]'" if new else "use ONNX Runtime"
+            return Finding(name, "builds", says, other)
+        return _chain_finding(name, mend, lambda: load_network(plan))
 
 
-def _built_by_rtx(model: ModelFile, plan: Path, driver: Driver, name: str, mend: str) -> Finding:
-    start = time.perf_counter()
-    try:
-        build_engine(model, plan, EngineSettings(flavour="tensorrt-rtx", batches=_BATCHES))
-    except Exception as error:
-        again = "pip install -U --force-reinstall tensorrt-rtx"
-        return Finding(name, "broken", f"builds no engine: {one_line(error)}", again)
-    built = f"builds engines here (a tiny one in {time.perf_counter() - start:.1f} s)"
-    if not driver.gpus:
-        return Finding(
-            name, "builds", f"{built}; none is run, as no NVIDIA GPU is visible", _get_a_gpu(driver)
-        )
-    if driver.gpus[0].capability not in CAPABILITIES:
-        says = f"{built}; none for compute capability {driver.gpus[0].capability}, which is this GPU's"
-        new = _number(driver.gpus[0].capability) >= _OLDEST_CAPABILITY
-        other = "use TensorRT on this GPU: pip install 'ddpm-deploy[gpu]'" if new else "use ONNX Runtime"
-        return Finding(name, "builds", says, other)
-    return _chain_finding(name, mend, lambda: load_network(open_model(plan)))
+def _built(model: ModelFile, folder: str, flavour: Flavour) -> ModelFile:
+    """The engine of the known model."""
+    plan = Path(folder) / "gaussian.plan"
+    build_engine(model, plan, EngineSettings(flavour=flavour, batches=((1, _COUNT, _COUNT),)))
+    return open_model(plan)
 
 
 def _chain_finding(name: str, mend: str, load: Callable[[], Network]) -> Finding:
@@ -290,9 +249,7 @@ def _chain_finding(name: str, mend: str, load: Callable[[], Network]) -> Finding
         with Sampler(load()) as sampler:
             images = sampler.sample(_COUNT, seed=0).astype(np.float64)
             where = sampler.network.device.name
-    except (
-        Exception
-    ) as error:  # a backend that is broken may raise anything, and the others are yet to be tried
+    except Exception as error:  # one that is broken may raise anything, and the others are yet to be tried
         says, _, own = one_line(error).partition(": pip install ")  # of a package that is missing
         return Finding(name, "broken", says, f"pip install {own}" if own else mend)
     mean, variance = gaussian.moments()
@@ -310,15 +267,14 @@ def _chain_finding(name: str, mend: str, load: Callable[[], Network]) -> Finding
 
 def _import_problem(name: str, flavour: Flavour, packages: Installed, mend: str) -> Finding | None:
     """Of a TensorRT that does not import: absent where it is not installed, broken where it is."""
-    module, _ = MODULES[flavour]
     try:
         load_tensorrt(flavour)
     except Exception as error:
-        says = one_line(error).partition(": pip install")[0].removeprefix(module).strip()
+        says = one_line(error).partition(": pip install")[0].removeprefix(MODULES[flavour][0]).strip()
         broken = any(package.startswith(f"{flavour}-cu") or package == flavour for package in packages)
-        if not broken:
-            return Finding(name, "absent", says, mend)
-        return Finding(name, "broken", says, mend.replace("pip install", "pip install --force-reinstall"))
+        if broken:
+            mend = mend.replace("pip install", "pip install --force-reinstall")
+        return Finding(name, "broken" if broken else "absent", says, mend)
     return None
 
 
@@ -330,3 +286,8 @@ def _get_a_gpu(driver: Driver) -> str:
 
 def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _older(driver: Driver, cuda: tuple[int, int]) -> bool:
+    """Whether a driver runs no CUDA as new as this."""
+    return bool(driver.cuda) and _number(driver.cuda) < cuda

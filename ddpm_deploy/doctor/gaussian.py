@@ -67,7 +67,8 @@ def exact_images(count: int, seed: int) -> NDArray[np.float64]:
 
 def _steps() -> list[tuple[float, float, float]]:
     """x ← slope·x + shift + σ·z of each step from t = T-1 to 0: Ho's equation 11, with σ² = β and none at t = 0."""
-    betas, ac = SPEC.make_schedule().betas, SPEC.make_schedule().alphas_cumprod
+    schedule = SPEC.make_schedule()
+    betas, ac = schedule.betas, schedule.alphas_cumprod
     p, q = coefficients()
     steps = []
     for t in reversed(range(SPEC.timesteps)):

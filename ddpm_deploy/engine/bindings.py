@@ -18,7 +18,7 @@ MODULES: Final[dict[Flavour, tuple[str, str]]] = {  # and the extra that brings 
     "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
 }
 _OLDEST: Final[dict[Flavour, tuple[int, int]]] = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 3)}
-_KNOWN: Final = ("has Int64 binding",)  # warnings about what is as it should be: y
+_KNOWN: Final = "has Int64 binding"  # a warning about what is as it should be: y
 _MEMORY_HINT: Final = " (smaller batches take less memory, and a workspace may be too small)"
 _REPEATED: Final = 2000  # messages of which it is known that they were shown
 
@@ -28,7 +28,11 @@ def load_tensorrt(flavour: Flavour) -> Any:
     module, extra = MODULES[flavour]
     trt: Any = require(module, extra)
     oldest = _OLDEST[flavour]
-    if _version(trt) < oldest:
+    try:
+        version = tuple(int(part) for part in str(trt.__version__).split(".")[:2])
+    except (AttributeError, ValueError):
+        version = (0,)
+    if version < oldest:
         raise DependencyError(
             f"{module} {getattr(trt, '__version__', '')} is too old or broken, and {oldest[0]}.{oldest[1]} is needed: "
             f"pip install -U 'ddpm-deploy[{extra}]'"
@@ -69,39 +73,35 @@ class Log:
             severity.ERROR: logging.ERROR,
             severity.WARNING: logging.WARNING,
         }
-        self.handle: Any = _handle(trt, self)
+        log = self
+
+        class Handle(trt.ILogger):  # type: ignore[misc]  # it can only be made once TensorRT is there
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                log.hear(severity, message)
+
+        self.handle: Any = Handle()
 
     def hear(self, severity: Any, message: str) -> None:
         """One message. It must not raise: C++ calls it."""
         level = self._levels.get(severity, logging.DEBUG)
         if level == logging.ERROR:
             self.errors.append(" ".join(message.split()))
-        elif level == logging.WARNING and any(known in message for known in _KNOWN):
-            logger.debug("TensorRT: %s", message)
-        elif level == logging.WARNING and message not in self._seen and len(self._seen) < _REPEATED:
+            return
+        repeated = message in self._seen or len(self._seen) >= _REPEATED
+        if level == logging.WARNING and not repeated and _KNOWN not in message:
             self._seen.add(message)
-            logger.warning("TensorRT: %s", message)
         else:
-            logger.debug("TensorRT: %s", message)
+            level = logging.DEBUG
+        logger.log(level, "TensorRT: %s", message)
 
-    def reason(self, otherwise: str) -> str:
+    def reason(self, otherwise: str = "it does not say why") -> str:
         """The first error since the last time it was asked, or `otherwise`."""
         errors, self.errors = self.errors, []
         reason = errors[0] if errors else otherwise
         return reason + (_MEMORY_HINT if "OutOfMemory" in reason else "")
-
-
-def _handle(trt: Any, log: Log) -> Any:
-    """The object that TensorRT calls; its class can only be made once TensorRT is there."""
-
-    class Handle(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            log.hear(severity, message)
-
-    return Handle()
 
 
 @cache
@@ -120,7 +120,7 @@ def made(what: str, log: Log, make: Any, *arguments: Any) -> Any:
     except TypeError as error:
         raise BackendError(f"TensorRT could not make {what}: {log.reason(first_line(error))}") from error
     if result is None:
-        raise BackendError(f"TensorRT could not make {what}: {log.reason('it does not say why')}")
+        raise BackendError(f"TensorRT could not make {what}: {log.reason()}")
     return result
 
 
@@ -135,11 +135,3 @@ def in_words(say: Callable[[], str]) -> str:
 def name_of(thing: Any) -> str:
     """The name of a layer or a tensor, for a message."""
     return in_words(lambda: str(thing.name))
-
-
-def _version(trt: Any) -> tuple[int, ...]:
-    """(0,) where it tells none."""
-    try:
-        return tuple(int(part) for part in str(trt.__version__).split(".")[:2])
-    except (AttributeError, ValueError):
-        return (0,)

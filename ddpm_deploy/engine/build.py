@@ -6,7 +6,7 @@ GPU that it runs on, and needs one; TensorRT-RTX builds for any that it is told,
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ddpm_deploy.engine.bindings import Log, in_words, log_of, made, name_of, re
 from ddpm_deploy.engine.layers import Layers, inspected, layers_of, require_precision
 from ddpm_deploy.engine.load import deserialized, runs_on
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
-from ddpm_deploy.files import atomic, require_output, show
+from ddpm_deploy.files import atomic, require_output, require_suffix, show
 from ddpm_deploy.gpu import driver, visible_gpu
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.plan import digest_path, write_plan
@@ -32,6 +32,22 @@ logger = logging.getLogger(__name__)
 DEFAULT_LEVEL: Final = 3  # TensorRT's own
 # Where a graph is said to be, so that the parser finds no other file that it may name.
 NOWHERE: Final = "/dev/null/model.onnx"
+# Settings that one TensorRT alone has.
+_OF_ONE: Final = {
+    "capabilities": (
+        "tensorrt-rtx",
+        "compute capabilities are of TensorRT-RTX: TensorRT builds for the GPU it runs on",
+    ),
+    "timing_cache": (
+        "tensorrt",
+        "timing caches are of TensorRT: TensorRT-RTX measures nothing when it builds",
+    ),
+    "hardware_compatible": (
+        "tensorrt",
+        "hardware compatibility is of TensorRT: an engine of TensorRT-RTX runs on all the compute capabilities that it "
+        "names",
+    ),
+}
 _TYPES: Final = {"float32": "FLOAT", "int64": "INT64"}  # as TensorRT names them
 
 
@@ -70,20 +86,11 @@ class EngineSettings:
             raise SettingError(
                 f"TensorRT-RTX builds for the compute capabilities {', '.join(CAPABILITIES)}, not for {unknown[0]}"
             )
-        rtx = self.flavour == "tensorrt-rtx"
-        if self.capabilities and not rtx:
-            raise SettingError(
-                "compute capabilities are of TensorRT-RTX: TensorRT builds for the GPU it runs on"
-            )
-        if self.timing_cache and rtx:
-            raise SettingError("timing caches are of TensorRT: TensorRT-RTX measures nothing when it builds")
-        if self.timing_cache and self.timing_cache.suffix != ".cache":
-            raise SettingError(f"{show(self.timing_cache)}: the name of a timing cache must end in .cache")
-        if self.hardware_compatible and rtx:
-            raise SettingError(
-                "hardware compatibility is of TensorRT: an engine of TensorRT-RTX runs on all the compute "
-                "capabilities that it names"
-            )
+        for name, (flavour, says) in _OF_ONE.items():
+            if getattr(self, name) and self.flavour != flavour:
+                raise SettingError(says)
+        if self.timing_cache:
+            require_suffix(self.timing_cache, "a timing cache", ".cache")
 
 
 def default_engine_batch(spec: ModelSpec) -> int:
@@ -108,8 +115,8 @@ def build_engine(onnx: ModelFile, path: Path, settings: EngineSettings, *, stage
             f"tf32 rounds what float32 layers multiply, and {onnx.name} is in {onnx.spec.precision}"
         )
     onnx.require_finite()
-    require_output(path)
-    require_output(digest_path(path))
+    for output in (path, digest_path(path)):
+        require_output(output)
     stopped = threading.Event()
     with signals_held(stopped.set, "stopping at the next chance, with nothing written"):
         layers, plan = _build(onnx, settings, stopped, stages)
@@ -143,29 +150,26 @@ def _build(
     if stopped.is_set():
         raise BackendError("the build was stopped by a signal")
     if plan is None:
-        raise BackendError(f"TensorRT built no engine: {log.reason('it does not say why')}")
+        raise BackendError(f"TensorRT built no engine: {log.reason()}")
     _inspect(trt, plan, spec, log)
     return layers, memoryview(plan)
 
 
 def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> ModelSpec:
     """The spec of the engine that is built of a model with these settings, here."""
-    found = driver()
-    if settings.flavour == "tensorrt-rtx":
-        capabilities, where = settings.capabilities, ""
-    else:
-        gpu = found.gpus[0]
-        capabilities, where = (() if settings.hardware_compatible else (gpu.capability,)), gpu.name
     largest = default_engine_batch(spec)
     engine = EngineSpec(
         flavour=settings.flavour,
         version=version,
-        capabilities=capabilities,
+        capabilities=settings.capabilities,
         hardware_compatible=settings.hardware_compatible,
-        gpu=where,
-        driver=found.version if where else "",
         batches=settings.batches or ((1, largest, largest),),
     )
+    if settings.flavour == "tensorrt":  # which builds for the GPU that it runs on
+        found = driver()
+        gpu = found.gpus[0]
+        only = () if settings.hardware_compatible else (gpu.capability,)
+        engine = msgspec.structs.replace(engine, capabilities=only, gpu=gpu.name, driver=found.version)
     return msgspec.structs.replace(spec, engine=engine, precision="tf32" if settings.tf32 else spec.precision)
 
 
@@ -191,18 +195,18 @@ def _require_interface(network: Any, onnx: ModelFile) -> None:
         {tensor.name: (_TYPES[tensor.dtype], (-1, *tensor.shape)) for tensor in side}
         for side in (onnx.spec.inputs, [onnx.spec.output])
     )
-    inputs = _tensors(network.get_input(index) for index in range(network.num_inputs))
-    outputs = _tensors(network.get_output(index) for index in range(network.num_outputs))
+    inputs, outputs = (
+        {name_of(tensor): (tensor.dtype.name, tuple(tensor.shape)) for tensor in map(get, range(count))}
+        for get, count in (
+            (network.get_input, network.num_inputs),
+            (network.get_output, network.num_outputs),
+        )
+    )
     if (inputs, outputs) != (wanted, result):
         raise ArtefactError(
             f"{onnx.name} does not fit its ModelSpec: it has {show(f'{inputs} → {outputs}')}, and "
             f"{wanted} → {result} is needed: export it again with ddpm-export"
         )
-
-
-def _tensors(tensors: Iterable[Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The type and shape of each, by name; one that is no text is told as such."""
-    return {name_of(tensor): (tensor.dtype.name, tuple(tensor.shape)) for tensor in tensors}
 
 
 def _set_name(network: Any, spec: ModelSpec) -> None:
@@ -229,26 +233,18 @@ def _configure(trt: Any, builder: Any, settings: EngineSettings, spec: ModelSpec
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(settings.capabilities)
         for index, capability in enumerate(settings.capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, _member(capability)), index)
+            name = "SM" + capability.replace(".", "")
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
     elif settings.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     assert spec.engine is not None
     for batches in spec.engine.batches:
-        _add_profile(builder, config, spec, batches, log)
+        profile = made("a profile", log, builder.create_optimization_profile)
+        for tensor in spec.inputs:
+            profile.set_shape(tensor.name, *((batch, *tensor.shape) for batch in batches))
+        if config.add_optimization_profile(profile) < 0:
+            raise BackendError(f"TensorRT refuses the batches {batches}: {log.reason()}")
     return config
-
-
-def _member(capability: str) -> str:
-    """Of trt.ComputeCapability: 8.6 is SM86."""
-    return "SM" + capability.replace(".", "")
-
-
-def _add_profile(builder: Any, config: Any, spec: ModelSpec, batches: tuple[int, int, int], log: Log) -> None:
-    profile = made("a profile", log, builder.create_optimization_profile)
-    for tensor in spec.inputs:
-        profile.set_shape(tensor.name, *((batch, *tensor.shape) for batch in batches))
-    if config.add_optimization_profile(profile) < 0:
-        raise BackendError(f"TensorRT refuses the batches {batches}: {log.reason('it does not say why')}")
 
 
 @contextmanager
@@ -264,13 +260,13 @@ def _timing_cache(config: Any, path: Path | None, log: Log) -> Iterator[None]:
         known = path.read_bytes() if path.exists() else b""
     except OSError as error:
         logger.warning(
-            "the timing cache %s cannot be read (%s): building without it", show(path), error.strerror
+            f"the timing cache {show(path)} cannot be read ({error.strerror}): building without it"
         )
         known = b""
     cache = config.create_timing_cache(known)
     if (cache is None or not config.set_timing_cache(cache, False)) and known:
         logger.warning(
-            "the timing cache %s is of another TensorRT or GPU, or damaged: it starts anew", show(path)
+            f"the timing cache {show(path)} is of another TensorRT or GPU, or damaged: it starts anew"
         )
         log.errors.clear()
         cache = config.create_timing_cache(b"")
@@ -287,7 +283,7 @@ def _timing_cache(config: Any, path: Path | None, log: Log) -> Iterator[None]:
 def _monitor(trt: Any, stopped: threading.Event, stages: Stages) -> Any:
     """TensorRT's progress as bars of ours, one for each of its outermost phases.
 
-    Its methods are called from C++, on other threads too: they must not raise.
+    Its methods are called from C++, on other threads too: they must not raise, as for want of an inner phase's bar.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -302,15 +298,13 @@ def _monitor(trt: Any, stopped: threading.Event, stages: Stages) -> Any:
                     self._bars[phase_name] = bar, bar.enter_context(stages(phase_name.lower(), num_steps))
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self._bars:
-                with suppress(Exception):
-                    self._bars[phase_name][1](1)
+            with suppress(Exception):
+                self._bars[phase_name][1](1)
             return not stopped.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
-            if phase_name in self._bars:
-                with suppress(Exception):
-                    self._bars.pop(phase_name)[0].close()
+            with suppress(Exception):
+                self._bars.pop(phase_name)[0].close()
 
     return Monitor()
 
@@ -321,7 +315,9 @@ def _inspect(trt: Any, plan: memoryview, spec: ModelSpec, log: Log) -> None:
     if gpu is None or spec.engine is None or not runs_on(spec.engine, gpu):
         return
     try:
-        cuda_engine = deserialized(trt, log, plan, spec)
+        cuda_engine = deserialized(trt, log, plan, "the new engine")
+        if ModelSpec.from_json(cuda_engine.name, "the new engine") != spec:
+            raise ArtefactError("TensorRT does not keep the ModelSpec of the new engine as its name")
     except ArtefactError as error:
         if spec.engine.flavour == "tensorrt":  # which was built for this very machine
             raise

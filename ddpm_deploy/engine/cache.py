@@ -54,10 +54,9 @@ def with_timing_cache(settings: EngineSettings) -> EngineSettings:
     gpu = visible_gpu()
     if settings.timing_cache or settings.flavour != "tensorrt" or gpu is None:
         return settings
-    version = load_tensorrt(settings.flavour).__version__
-    return replace(
-        settings, timing_cache=cache_folder() / f"timing-{version}-{'-'.join(gpu.name.split())}.cache"
-    )
+    version = load_tensorrt("tensorrt").__version__
+    name = f"timing-{version}-{'-'.join(gpu.name.split())}.cache"
+    return replace(settings, timing_cache=cache_folder() / name)
 
 
 def flavour_here(gpu: Gpu) -> Flavour | None:
@@ -75,13 +74,8 @@ def settings_here(spec: ModelSpec, max_batch: int | None, gpu: Gpu) -> EngineSet
     flavour = flavour_here(gpu) or "tensorrt"
     load_tensorrt(flavour)  # with the line that installs it
     largest = max(max_batch or 1, default_engine_batch(spec))
-    return with_timing_cache(
-        EngineSettings(
-            flavour=flavour,
-            batches=((1, largest, largest),),
-            capabilities=(gpu.capability,) if flavour == "tensorrt-rtx" else (),
-        )
-    )
+    own = (gpu.capability,) if flavour == "tensorrt-rtx" else ()
+    return with_timing_cache(EngineSettings(flavour, ((1, largest, largest),), capabilities=own))
 
 
 def built_on_arrival(
@@ -102,16 +96,13 @@ def built_on_arrival(
     write to it: nothing is loaded from such a one.
     """
     plan = (folder or cache_folder() / "engines") / f"{_key(onnx, settings)}.plan"
-    loaded = _if_there(plan, load, logging.DEBUG)  # without the lock: others may be reading it too
-    if loaded is not None:
+    # First without the lock, as others may be reading it too; then another process may have built it by now.
+    if (loaded := _if_there(plan, load, logging.DEBUG)) is not None:
         return loaded
     with _locked(plan.with_suffix(".lock")):
-        loaded = _if_there(plan, load, logging.WARNING)  # another process may have built it by now
-        if loaded is not None:
+        if (loaded := _if_there(plan, load, logging.WARNING)) is not None:
             return loaded
-        logger.info(
-            "no engine of %s is kept for this machine: one is built, once, as %s", onnx.name, show(plan)
-        )
+        logger.info(f"no engine of {onnx.name} is kept for this machine: one is built, once, as {show(plan)}")
         try:
             build_engine(onnx, plan, settings, stages=stages)
             plan.chmod(0o600)  # whatever the umask
@@ -121,11 +112,16 @@ def built_on_arrival(
 
 
 def _if_there(plan: Path, load: Callable[[ModelFile], Loaded], level: int) -> Loaded | None:
-    """What is in the cache, if it can be used; where it cannot that is said at `level`."""
+    """What is in the cache, if it can be used; where it cannot that is said at `level`.
+
+    Raises OutputError for an engine that somebody else may have put there while the cache was open to them.
+    """
     if not os.path.lexists(plan):
         return None
     _require_own(plan.parent)
-    _require_own_engine(plan)
+    status = plan.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:  # which every link is
+        raise OutputError(f"{show(plan)}, in the cache of engines, may be somebody else's: remove it")
     try:
         return load(open_model(plan))
     except ArtefactError as error:
@@ -178,10 +174,3 @@ def _require_own(folder: Path) -> None:
             f"others may write to the cache of engines {show(folder)}, and what is in it is run: empty it, then "
             f"chmod go-w {quoted(folder)}; or set XDG_CACHE_HOME to a folder of your own"
         )
-
-
-def _require_own_engine(plan: Path) -> None:
-    """Raise OutputError for an engine that somebody else may have put there while the cache was open to them."""
-    status = plan.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:  # which every link is
-        raise OutputError(f"{show(plan)}, in the cache of engines, may be somebody else's: remove it")

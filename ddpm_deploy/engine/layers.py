@@ -5,7 +5,7 @@ precision and is not would be slow and nobody told, and one that is so in the wr
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -38,16 +38,16 @@ class Layers:
 
 def layers_of(trt: Any, network: Any) -> Layers:
     """The layers of a parsed INetworkDefinition."""
-    kinds = trt.LayerType
-    products: dict[str, str] = {}
-    norms: dict[str, str] = {}
+    kinds, found = trt.LayerType, Layers({}, {})
+    groups = {
+        **dict.fromkeys((kinds.CONVOLUTION, kinds.MATRIX_MULTIPLY), found.products),
+        **dict.fromkeys((kinds.SOFTMAX, kinds.NORMALIZATION), found.norms),
+    }
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.type in (kinds.CONVOLUTION, kinds.MATRIX_MULTIPLY):
-            products[name_of(layer)] = layer.get_input(0).dtype.name
-        elif layer.type in (kinds.SOFTMAX, kinds.NORMALIZATION):
-            norms[name_of(layer)] = layer.get_input(0).dtype.name
-    return Layers(products, norms)
+        if layer.type in groups:
+            groups[layer.type][name_of(layer)] = layer.get_input(0).dtype.name
+    return found
 
 
 def require_precision(layers: Layers, precision: Precision, meant: Collection[str] | None) -> None:
@@ -65,8 +65,8 @@ def require_precision(layers: Layers, precision: Precision, meant: Collection[st
     wrong = [name for name, kind in layers.products.items() if kind not in (wanted, _FULL)]
     if wanted != _FULL:
         wrong += [name for name in layers.in_float32 if name not in (meant or ())]
-    if wanted != _FULL and wanted not in layers.products.values():
-        wrong = list(layers.products)  # whatever was meant
+        if wanted not in layers.products.values():
+            wrong = list(layers.products)  # whatever was meant
     if wrong:
         raise ParityError(
             f"{len(wrong)} of {len(layers.products)} convolutions and matrix products are not in {precision}, which "
@@ -80,7 +80,11 @@ def inspected(information: str, precision: Precision) -> tuple[int, int]:
     information: its JSON, of an engine built with detailed profiling. Raises ParityError where a reduced precision
     was asked for and no kernel touches it.
     """
-    kernels = [text for text in _kernels(information) if "Format/Datatype" in text]
+    try:
+        entries = json.loads(information)["Layers"]
+    except (ValueError, KeyError, TypeError):
+        entries = []
+    kernels = [text for text in map(json.dumps, entries) if "Format/Datatype" in text]
     spellings = _INSPECTED.get(precision, ())
     narrow = sum(any(word in text for word in spellings) for text in kernels)
     if spellings and kernels and not narrow:
@@ -91,14 +95,5 @@ def inspected(information: str, precision: Precision) -> tuple[int, int]:
     return narrow, len(kernels)
 
 
-def _kernels(information: str) -> Iterator[str]:
-    """The entry of each kernel, as text."""
-    try:
-        entries = json.loads(information)["Layers"]
-    except (ValueError, KeyError, TypeError):
-        return
-    yield from (json.dumps(entry) for entry in entries)
-
-
 def _named(names: list[str]) -> str:
-    return ", ".join(map(show, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(map(show, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ddpm_deploy.engine.bindings import Log, load_tensorrt, log_of, made
-from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, SpecError
+from ddpm_deploy.engine.bindings import Log, load_tensorrt, log_of, made, require_gpu
+from ddpm_deploy.errors import ArtefactError, DependencyError, SpecError
 from ddpm_deploy.files import quoted, show
-from ddpm_deploy.gpu import Gpu, visible_gpu
+from ddpm_deploy.gpu import Gpu
 from ddpm_deploy.model_file import ONNX_SUFFIX, ModelFile
 from ddpm_deploy.plan import trusted
 from ddpm_deploy.spec import EngineSpec, ModelSpec
@@ -39,9 +39,7 @@ def load_engine(
     Raises ArtefactError where it is damaged, not trusted, of another GPU or version, or TensorRT cannot load it,
     DependencyError where its TensorRT is not installed, BackendError where no GPU is visible.
     """
-    gpu = visible_gpu(index)
-    if gpu is None:
-        raise BackendError(f"{plan.name} needs a GPU, and no NVIDIA GPU is visible: {_on_the_cpu(plan)}")
+    gpu = require_gpu(f"{_on_the_cpu(plan)} ({plan.name} needs a GPU)", index)
     content = trusted(plan.path)
     assert plan.head is not None
     flavour = plan.head.flavour
@@ -54,22 +52,19 @@ def load_engine(
     require_runs_here(plan, str(trt.__version__), gpu)
     log = log_of(flavour)
     with here():
-        return LoadedEngine(plan, trt, deserialized(trt, log, content, plan), log)
+        return LoadedEngine(plan, trt, deserialized(trt, log, content, plan.name), log)
 
 
-def deserialized(trt: Any, log: Log, plan: bytes | memoryview, of: ModelFile | ModelSpec) -> Any:
-    """The ICudaEngine of a plan, on the GPU; of: its file, or the spec that its name must be.
+def deserialized(trt: Any, log: Log, plan: bytes | memoryview, name: str) -> Any:
+    """The ICudaEngine of a plan, on the GPU; name: for messages.
 
     Raises ArtefactError where TensorRT cannot load it.
     """
     log.errors.clear()
     runtime = made("a runtime", log, trt.Runtime, log.handle)  # engine_host_code_allowed stays off
     cuda_engine = runtime.deserialize_cuda_engine(plan)
-    what = of.name if isinstance(of, ModelFile) else "the new engine"
     if cuda_engine is None:
-        raise ArtefactError(f"TensorRT cannot load {what}: {log.reason('it does not say why')}")
-    if isinstance(of, ModelSpec) and ModelSpec.from_json(cuda_engine.name, what) != of:
-        raise ArtefactError(f"TensorRT does not keep the ModelSpec of {what} as its name")
+        raise ArtefactError(f"TensorRT cannot load {name}: {log.reason()}")
     return cuda_engine
 
 
@@ -95,38 +90,38 @@ def runs_on(built: EngineSpec, gpu: Gpu) -> bool:
     return gpu.capability in built.capabilities
 
 
+def gpus_of(built: EngineSpec) -> str:
+    """The GPUs that an engine was built for, in words."""
+    gpus = "every GPU from Ampere on"
+    if not built.hardware_compatible:
+        gpus = f"compute capability {', '.join(built.capabilities or CAPABILITIES)}"
+    return show(gpus + (f" ({built.gpu})" if built.gpu else ""))
+
+
 def require_runs_here(plan: ModelFile, version: str, gpu: Gpu) -> None:
     """Raise ArtefactError where a plan was built for another GPU, or by another version of its TensorRT."""
-    by, built = _version(plan), engine_of(plan)
-    if by and _release(by) != _release(version):
+    by, built, hint = _version(plan), engine_of(plan), rebuild_hint(plan, gpu)
+    if by and by.split(".")[:3] != version.split(".")[:3]:  # 11.4.0 of 11.4.0.106
         assert plan.head is not None
         raise ArtefactError(
-            f"{plan.name} was built by {plan.head.flavour} {show(by)}, and {version} is installed here: "
-            f"{rebuild_hint(plan, gpu)}"
+            f"{plan.name} was built by {plan.head.flavour} {show(by)}, and {version} is installed here: {hint}"
         )
     if built is None:
         return
     if not runs_on(built, gpu):
-        wanted = ", ".join(
-            built.capabilities or (CAPABILITIES if built.flavour == "tensorrt-rtx" else ["8.0 and up"])
-        )
-        where = f" ({built.gpu})" if built.gpu else ""
         raise ArtefactError(
-            f"{plan.name} was built for compute capability {show(wanted + where)}, and this is {show(gpu.name)} "
-            f"({gpu.capability}): {rebuild_hint(plan, gpu)}"
+            f"{plan.name} was built for {gpus_of(built)}, and this is {show(gpu.name)} "
+            f"({gpu.capability}): {hint}"
         )
     if built.gpu and built.gpu != gpu.name and not built.hardware_compatible:
         logger.warning(
-            "%s was built on %s, and this is %s: it may be slow or fail; %s",
-            *(plan.name, show(built.gpu), show(gpu.name), rebuild_hint(plan, gpu)),
+            f"{plan.name} was built on {show(built.gpu)}, and this is {show(gpu.name)}: it may be slow or fail; {hint}"
         )
 
 
 def rebuild_hint(plan: ModelFile, gpu: Gpu) -> str:
     """The command that builds an engine again on a machine with this GPU, as it was built."""
-    options: list[str] = []
-    with suppress(SpecError):
-        options = _options_of(plan.spec, gpu)
+    options = _options_of(plan.spec, gpu) if engine_of(plan) else []
     onnx = source_of(plan.path)
     command = ["ddpm-export", quoted(onnx), *options, "-o", quoted(plan.path), "--force"]
     return f"build it again here, with {' '.join(command)}{_whether_there(onnx)}"
@@ -139,17 +134,20 @@ def _whether_there(onnx: Path) -> str:
 def _options_of(spec: ModelSpec, gpu: Gpu) -> list[str]:
     """Of ddpm-export, to build such an engine."""
     built = spec.engine
-    if built is None:
-        return []
+    assert built is not None
     rtx = built.flavour == "tensorrt-rtx" and gpu.capability in CAPABILITIES
-    options = ["--rtx"] if rtx else []
-    options += ["--precision", "tf32"] if spec.precision == "tf32" else []
-    if len(built.batches) > 1:
-        options += ["--batch-buckets", ",".join(str(high) for _, _, high in built.batches)]
-    else:
-        _, best, largest = built.batches[0]
-        options += ["--max-batch", str(largest)] + (["--opt-batch", str(best)] if best != largest else [])
-    return options + (["--hardware-compatible"] if built.hardware_compatible and not rtx else [])
+    _, best, largest = built.batches[0]
+    buckets = ",".join(str(high) for _, _, high in built.batches)
+    several = len(built.batches) > 1
+    options = {
+        "--rtx": rtx,
+        "--precision tf32": spec.precision == "tf32",
+        f"--batch-buckets {buckets}": several,
+        f"--max-batch {largest}": not several,
+        f"--opt-batch {best}": not several and best != largest,
+        "--hardware-compatible": built.hardware_compatible and not rtx,
+    }
+    return [option for option, given in options.items() if given]
 
 
 def source_of(plan: Path) -> Path:
@@ -171,8 +169,3 @@ def _on_the_cpu(plan: ModelFile) -> str:
         f"on this machine's CPU run the model it was built of, ddpm-run {quoted(onnx)}{_whether_there(onnx)}"
     )
     return f"{run}; {doctor}"
-
-
-def _release(version: str) -> tuple[str, ...]:
-    """What an engine is tied to: 11.4.0 of 11.4.0.106."""
-    return tuple(version.split(".")[:3])

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -14,7 +14,7 @@ from ddpm_deploy.cli.bodies.outputs import check_outputs, require_apart
 from ddpm_deploy.cli.bodies.progress import duration, peak_memory, plural, stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import ArtefactError, OutputError, SettingError
-from ddpm_deploy.files import quoted, show
+from ddpm_deploy.files import quoted, require_suffix, show
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.images import Destination
 from ddpm_deploy.runtime.network import time_call
@@ -53,15 +53,16 @@ def checked_outputs(
     first: the step that the chain starts at.
     """
     read = [model.path, proof_path(model.path)]
-    if snapshot:
-        check_outputs([snapshot], read)
-        _require_snapshot(snapshot)
     if progress and os.path.realpath(progress.parent) == os.path.realpath(output):
         raise SettingError(f"{show(progress)} is among the images of this run: choose another folder for it")
-    check_outputs([progress], [*read, *filter(None, [snapshot])])
-    require_apart(output, [*read, *filter(None, [progress, snapshot])])
-    preview = Preview(progress, model.spec, len(request.table_for(model.spec)), first) if progress else None
-    if preview:
+    beside = [path for path in (snapshot, progress) if path]
+    check_outputs(beside, read)
+    require_apart(output, [*read, *beside])
+    if snapshot:
+        _require_snapshot(snapshot)
+    preview = None
+    if progress:
+        preview = Preview(progress, model.spec, len(request.table_for(model.spec)), first)
         preview.check()
     destination = Destination(output, request, model.spec, as_float)
     destination.check()
@@ -70,8 +71,7 @@ def checked_outputs(
 
 def _require_snapshot(path: Path) -> None:
     """Refuse to replace a file that is no snapshot."""
-    if path.suffix.lower() != ".npz":
-        raise SettingError(f"{show(path)}: the snapshot's name must end in .npz")
+    require_suffix(path, "a snapshot", ".npz")
     if path.exists():
         try:
             Snapshot.load(path)
@@ -90,16 +90,8 @@ class Watch:
     ) -> None:
         self.sampler, self.request, self.outputs, self.first = sampler, request, outputs, first
         self.steps = len(request.table_for(model.spec))
-        self._model = model
-        self._saved = time.monotonic()
-        self._stopped = False
+        self._model, self._saved, self._stopped = model, time.monotonic(), False
         self.advance: Callable[[int], None] = lambda steps: None
-
-    def signals(self) -> AbstractContextManager[None]:
-        """Let Ctrl-C end the chain after the current step, where a snapshot keeps it."""
-        if not self.outputs.snapshot:
-            return nullcontext()
-        return stop_on_signals(self.stop, "with the chain saved")
 
     def stop(self) -> None:
         """End the chain after the current step."""
@@ -138,21 +130,16 @@ class Watch:
         except OutputError as error:
             if self._stopped:
                 raise
-            logger.warning("%s; the chain goes on without a snapshot", error)
+            logger.warning(f"{error}; the chain goes on without a snapshot")
         self._saved = time.monotonic()
-        if self._stopped:
-            self._tell_how_to_resume(snapshot.step, path)
-            raise click.exceptions.Exit(130)
-
-    def _tell_how_to_resume(self, step: int, path: Path) -> None:
-        destination = self.outputs.destination
-        command = (
-            f"ddpm-deploy resume {quoted(self._model.path)} {quoted(path)} -o {quoted(destination.path)}"
-        )
-        command += " --float" if destination.as_float else ""
-        if self._model.kind == "checkpoint" and self.sampler.spec.provenance.weights == "raw":
-            command += " --weights raw"
-        click.echo(f"stopped after step {step} of {self.steps}; finish it with: {command}")
+        if not self._stopped:
+            return
+        model, output = self._model, self.outputs.destination
+        raw = model.kind == "checkpoint" and self.sampler.spec.provenance.weights == "raw"
+        command = f"ddpm-deploy resume {quoted(model.path)} {quoted(path)} -o {quoted(output.path)}"
+        command += " --float" * output.as_float + " --weights raw" * raw
+        click.echo(f"stopped after step {snapshot.step} of {self.steps}; finish it with: {command}")
+        raise click.exceptions.Exit(130)
 
 
 def write_images(images: Iterable[Array], watch: Watch) -> None:
@@ -165,11 +152,14 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
     forecast = time_call(sampler.network, request[:together].rows) * steps * request.count / together
     count, chain = plural(request.count, "image"), plural(watch.steps, "step")
     from_step = f" from step {watch.first}" if watch.first else ""
-    logger.info("%s · %s%s · about %s%s", count, chain, from_step, duration(forecast), peak_memory())
+    logger.info(f"{count} · {chain}{from_step} · about {duration(forecast)}{peak_memory()}")
     if request.guidance:
         logger.info("guidance takes two rows of the batch for each image: %d images at a time", together)
     start = time.perf_counter()
-    with watch.signals(), stage("sampling", batches * steps) as watch.advance, destination.open() as write:
+    # Ctrl-C ends the chain after the current step, where a snapshot keeps it.
+    kept = watch.outputs.snapshot
+    signals = stop_on_signals(watch.stop, "with the chain saved") if kept else nullcontext()
+    with signals, stage("sampling", batches * steps) as watch.advance, destination.open() as write:
         for samples in images:
             write(samples)
     if preview:

@@ -1,7 +1,6 @@
 """ddpm-deploy doctor: look at this machine, and say what works on it."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -18,19 +17,24 @@ _MARKS: Final = {"works": "works", "builds": "builds", "absent": "-", "broken": 
 def doctor(as_json: bool) -> None:
     """Print what is installed and visible, what each backend made of a known chain, and a verdict."""
     packages, driver = installed(), ask_driver()
+    found: dict[str, Any] = {"about": about(), "packages": packages, "driver": driver}
     if not as_json:
-        _show_machine(about(), packages, driver)
+        _show_machine(**found)
     wrong = problems(packages, driver)
-    backends = run_backends(packages, driver, (lambda finding: None) if as_json else _show)
+    backends = []
+    for finding in run_backends(packages, driver):
+        backends.append(finding)
+        if not as_json:
+            _show(finding)
     runs = [finding.name for finding in backends if finding.state == "works"]
     broken = [finding.name for finding in (*wrong, *backends) if finding.state == "broken"]
     if as_json:
-        _print_json(about(), packages, driver, wrong, backends)
+        found |= {"problems": wrong, "backends": backends}
+        click.echo(json.dumps(found, indent=2, default=asdict))
     else:
         for finding in wrong:
             _show(finding)
-        click.echo()
-        click.echo(f"models run here on: {', '.join(runs) or 'nothing yet'}")
+        click.echo(f"\nmodels run here on: {', '.join(runs) or 'nothing yet'}")
         if broken:
             click.echo(f"broken: {', '.join(dict.fromkeys(broken))}")
     if broken or not runs:
@@ -38,37 +42,18 @@ def doctor(as_json: bool) -> None:
 
 
 def _show_machine(about: str, packages: dict[str, str], driver: Driver) -> None:
-    click.echo(about)
-    click.echo(f"  packages   {', '.join(f'{name} {version}' for name, version in packages.items())}")
+    lines = [about, f"  packages   {', '.join(f'{name} {version}' for name, version in packages.items())}"]
     if driver.cuda:
-        click.echo(f"  driver     NVIDIA {driver.version or '?'}, for CUDA up to {driver.cuda}")
+        lines.append(f"  driver     NVIDIA {driver.version or '?'}, for CUDA up to {driver.cuda}")
     for gpu in driver.gpus:
-        click.echo(
-            f"  GPU        {show(gpu.name)}, compute capability {gpu.capability}, {gpu.memory / 2**30:.0f} GiB"
-        )
+        what = f"{show(gpu.name)}, compute capability {gpu.capability}, {gpu.memory / 2**30:.0f} GiB"
+        lines.append(f"  GPU        {what}")
     if driver.problem:
-        click.echo(f"  GPU        none: {show(driver.problem)}")
-    click.echo()
+        lines.append(f"  GPU        none: {show(driver.problem)}")
+    click.echo("\n".join(lines) + "\n")
 
 
 def _show(finding: Finding) -> None:
     click.echo(f"  {_MARKS[finding.state]:<7} {finding.name:<18} {show(finding.says)}")
     if finding.mend:
         click.echo(f"  {'':<7} {'':<18} → {show(finding.mend)}")
-
-
-def _print_json(
-    about: str,
-    packages: dict[str, str],
-    driver: Driver,
-    problems: Sequence[Finding],
-    backends: Sequence[Finding],
-) -> None:
-    content: dict[str, Any] = {
-        "about": about,
-        "packages": packages,
-        "driver": asdict(driver),
-        "problems": [asdict(finding) for finding in problems],
-        "backends": [asdict(finding) for finding in backends],
-    }
-    click.echo(json.dumps(content, indent=2))

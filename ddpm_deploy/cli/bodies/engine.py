@@ -1,13 +1,14 @@
 """What ddpm-export does about engines: their settings and names, building one, and telling why there is none."""
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Final, TypedDict
 
 import click
 
-from ddpm_deploy.cli.bodies.outputs import require_same_model
+from ddpm_deploy.cli.bodies.outputs import require_same, require_same_model
 from ddpm_deploy.cli.bodies.progress import plural, stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.engine.bindings import load_tensorrt, require_builder
@@ -20,11 +21,11 @@ from ddpm_deploy.engine.build import (
 )
 from ddpm_deploy.engine.cache import with_timing_cache
 from ddpm_deploy.engine.layers import Layers
-from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, OutputError, SettingError
+from ddpm_deploy.engine.load import gpus_of
+from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, SettingError
 from ddpm_deploy.files import atomic, quoted, show
-from ddpm_deploy.gpu import visible_gpu
 from ddpm_deploy.model_file import ModelFile, open_model
-from ddpm_deploy.plan import digest_path
+from ddpm_deploy.plan import digest_beside, digest_path
 from ddpm_deploy.runtime.proof import load_proof, proof_path
 from ddpm_deploy.spec import EngineSpec, ModelSpec
 from ddpm_deploy.words import Flavour, Precision
@@ -73,12 +74,13 @@ def engine_settings(options: EngineOptions, spec: ModelSpec, *, tf32: bool = Fal
 
 def _batches(options: EngineOptions, spec: ModelSpec) -> tuple[tuple[int, int, int], ...]:
     """The smallest, best and largest batch of each profile."""
-    if options["batch_buckets"]:
-        if options["max_batch"] or options["opt_batch"]:
-            raise click.UsageError("--batch-buckets is given in place of --max-batch and --opt-batch")
-        return tuple((size, size, size) for size in options["batch_buckets"])
-    largest = options["max_batch"] or default_engine_batch(spec)
-    best = options["opt_batch"] or largest
+    buckets, largest, best = options["batch_buckets"], options["max_batch"], options["opt_batch"]
+    if buckets and (largest or best):
+        raise click.UsageError("--batch-buckets is given in place of --max-batch and --opt-batch")
+    if buckets:
+        return tuple((size, size, size) for size in buckets)
+    largest = largest or default_engine_batch(spec)
+    best = best or largest
     if best > largest:
         raise click.UsageError(f"--opt-batch {best} is more than --max-batch {largest}")
     return ((1, best, largest),)
@@ -88,22 +90,13 @@ def engine_words(options: EngineOptions) -> list[str]:
     """Write the options that were typed, to be pasted into a shell."""
     words: list[str] = []
     for name in EngineOptions.__annotations__:
-        value, flag = options[name], "--" + name.replace("_", "-")  # type: ignore[literal-required]
-        if value is True:
-            words.append(flag)
-        elif name == "batch_buckets" and value:
-            words += [flag, ",".join(map(str, value))]
-        elif isinstance(value, tuple):
-            words += [word for item in value for word in (flag, str(item))]
-        elif value not in (None, False):
-            words += [flag, str(value)]
-    return [shlex.quote(word) for word in words]
-
-
-def engine_name(onnx: Path, options: EngineOptions, *, tf32: bool) -> Path:
-    """Return the default name: model.fp16.onnx → model.fp16.plan, model.fp16.rtx.plan, model.tf32.plan."""
-    tags = (".tf32" if tf32 else "") + (".rtx" if options["rtx"] else "")
-    return onnx.with_name(onnx.stem + tags + ".plan")
+        value: object = options[name]  # type: ignore[literal-required]
+        if name == "batch_buckets" and options["batch_buckets"]:
+            value = ",".join(map(str, options["batch_buckets"]))
+        for item in value if isinstance(value, tuple) else [value]:
+            if item is not None and item is not False:
+                words += ["--" + name.replace("_", "-"), *([] if item is True else [shlex.quote(str(item))])]
+    return words
 
 
 def engine_files(plan: Path) -> list[Path]:
@@ -128,59 +121,36 @@ def require_fits(spec: ModelSpec, settings: EngineSettings) -> None:
 def require_same_engine(plan: Path, digest: str, precision: Precision) -> None:
     """Refuse to replace an engine, a digest or a proof that belongs to another model."""
     require_same_model(plan, digest, precision)
-    _require_digest(digest_path(plan))
-    _require_same_proof(proof_path(plan), digest)
-
-
-def _require_digest(path: Path) -> None:
-    """Refuse to replace a file that has the name of an engine's digest, and holds something else."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        head = file.read(64)
-    if len(head) < 64 or head.strip(b"0123456789abcdef"):
-        raise OutputError(f"{show(path)} exists and is no digest: choose another --output, or pass --force")
-
-
-def _require_same_proof(path: Path, digest: str) -> None:
-    """Refuse to replace the proof of another model."""
-    if not path.exists():
-        return
-    try:
-        same = load_proof(path).spec.provenance.digest == digest
-    except ArtefactError:
-        same = False
-    if not same:
-        raise OutputError(
-            f"{show(path)} exists and is not the proof of this model: choose another --output, or pass --force"
-        )
+    require_same(
+        digest_path(plan), lambda: bool(re.fullmatch("[0-9a-f]{64}", digest_beside(plan))), "is no digest"
+    )
+    proof = proof_path(plan)
+    require_same(
+        proof,
+        lambda: load_proof(proof).spec.provenance.digest == digest,
+        "is not the proof of this model",
+    )
 
 
 def build(onnx: ModelFile, plan: Path, settings: EngineSettings) -> None:
     """Build an engine, copy the proof of the .onnx file beside it, and tell what was built."""
     layers = build_engine(onnx, plan, with_timing_cache(settings), stages=stage)
-    _copy_proof(onnx.path, plan)
-    _tell(plan, open_model(plan).spec, layers)
-
-
-def _copy_proof(onnx: Path, plan: Path) -> None:
-    """Copy the proof of an .onnx file beside its engine, or warn that it has none."""
-    proof, copy = proof_path(onnx), proof_path(plan)
+    proof, copy = proof_path(onnx.path), proof_path(plan)
     try:
         load_proof(proof)
+        if os.path.realpath(proof) != os.path.realpath(copy):
+            with atomic(copy) as temporary:
+                temporary.write_bytes(proof.read_bytes())
     except ArtefactError as error:
         logger.warning("%s gets no proof: %s", show(plan), error)
-        return
-    if os.path.realpath(proof) != os.path.realpath(copy):
-        with atomic(copy) as temporary:
-            temporary.write_bytes(proof.read_bytes())
+    _tell(plan, open_model(plan).spec, layers)
 
 
 def _tell(plan: Path, spec: ModelSpec, layers: Layers) -> None:
     megabytes = plan.stat().st_size / 1e6
     click.echo(f"wrote {show(plan)} ({spec.precision}, {built_for(spec.engine)}, {megabytes:.1f} MB)")
-    kept = layers.in_float32
     if spec.precision in ("fp16", "bf16"):
+        kept = layers.in_float32
         click.echo(
             f"{len(layers.products) - len(kept)} of {plural(len(layers.products), 'convolution')} and matrix products "
             f"are in {spec.precision}; in float32, as was meant: {', '.join(map(show, kept))}"
@@ -194,17 +164,6 @@ def built_for(engine: EngineSpec | None) -> str:
     """Write what an engine was built by and for."""
     if engine is None:
         return "for an unknown GPU"
-    gpus = "every GPU from Ampere on" if engine.hardware_compatible else "every GPU that it supports"
-    if engine.capabilities:
-        gpus = f"compute capability {', '.join(engine.capabilities)}"
-    where = f" ({engine.gpu})" if engine.gpu else ""
     batches = ", ".join(str(low) if low == high else f"{low} to {high}" for low, _, high in engine.batches)
     name = "TensorRT-RTX" if engine.flavour == "tensorrt-rtx" else "TensorRT"
-    return show(f"{name} {engine.version} for {gpus}{where}, batch {batches}")
-
-
-def tell_skipped(onnx: Path, words: list[str], reason: str) -> None:
-    """Tell why there is no engine, and the command that builds one elsewhere; words: the options of engines."""
-    command = " ".join(["ddpm-export", quoted(onnx), *words, "-o", "engine.plan"])
-    where = "Then" if visible_gpu() else "On the target"
-    click.echo(f"engine.plan skipped: {reason}. {where}: {command}")
+    return f"{name} {show(engine.version)} for {gpus_of(engine)}, batch {batches}"

@@ -11,22 +11,21 @@ from ddpm_deploy.cli.bodies.engine import (
     EngineOptions,
     build,
     engine_files,
-    engine_name,
     engine_settings,
     engine_words,
     require_fits,
     require_same_engine,
-    tell_skipped,
     why_no_engine,
 )
-from ddpm_deploy.cli.bodies.outputs import check_outputs, require_report, require_same_model
+from ddpm_deploy.cli.bodies.outputs import check_outputs, require_same_model
 from ddpm_deploy.dependencies import require, require_onnxruntime
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
-from ddpm_deploy.files import show
+from ddpm_deploy.files import quoted, require_suffix, show
+from ddpm_deploy.gpu import visible_gpu
 from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, ONNX_SUFFIX, ModelFile, open_model
 from ddpm_deploy.plan import PLAN_SUFFIX
 from ddpm_deploy.runtime.proof import proof_path
-from ddpm_deploy.words import Precision, Weights
+from ddpm_deploy.words import GraphPrecision, Precision, Weights
 
 
 def export(
@@ -79,6 +78,11 @@ class _Wanted:
         return self.precision == "tf32"
 
     @property
+    def graph(self) -> GraphPrecision | None:
+        """The precision of the .onnx: an engine alone may be in tf32."""
+        return "fp32" if self.precision == "tf32" else self.precision
+
+    @property
     def names_plan(self) -> bool:
         return self.output is not None and self.output.suffix.lower() == PLAN_SUFFIX
 
@@ -87,27 +91,26 @@ class _Wanted:
         """Whether it is an error that no engine can be built here."""
         return self.names_plan or self.engine or self.options["rtx"] or self.tf32
 
+    def plan_of(self, onnx: Path) -> Path:
+        """The default name of an engine: model.fp16.onnx → model.fp16.plan, model.fp16.rtx.plan, model.tf32.plan."""
+        return onnx.with_suffix(".tf32" * self.tf32 + ".rtx" * self.options["rtx"] + PLAN_SUFFIX)
+
 
 def _from_onnx(wanted: _Wanted) -> None:
     """Build the engine of an .onnx file."""
     onnx, options, spec = wanted.model, wanted.options, wanted.model.spec
-    if wanted.precision not in (None, spec.precision) and (wanted.precision, spec.precision) != (
-        "tf32",
-        "fp32",
-    ):
+    if wanted.graph not in (None, spec.precision):
         raise SettingError(
             f"{onnx.name} is in {spec.precision}, and its engine will be too: for {wanted.precision}, export the "
             f"checkpoint with --precision {wanted.precision}"
         )
     settings = engine_settings(options, spec, tf32=wanted.tf32)
-    plan = wanted.output or engine_name(onnx.path, options, tf32=wanted.tf32)
-    if plan.suffix.lower() != PLAN_SUFFIX:
-        raise SettingError(f"{show(plan)}: the name of an engine must end in .plan")
+    plan = wanted.output or wanted.plan_of(onnx.path)
+    require_suffix(plan, "an engine", PLAN_SUFFIX)
     own = proof_path(onnx.path)
     *files, proof = engine_files(plan)
-    if os.path.realpath(proof) != os.path.realpath(own):
-        files.append(proof)
-    check_outputs([*files, options["timing_cache"]], [onnx.path, own])
+    proofs = [proof] if os.path.realpath(proof) != os.path.realpath(own) else []
+    check_outputs([*files, *proofs, options["timing_cache"]], [onnx.path, own])
     if missing := why_no_engine(options):
         rtx = "" if options["rtx"] else ", or build one of TensorRT-RTX here, with --rtx"
         raise BackendError(
@@ -120,66 +123,72 @@ def _from_onnx(wanted: _Wanted) -> None:
 
 def _from_checkpoint(wanted: _Wanted, weights: Weights, every: bool, report: Path | None) -> None:
     """Write the .onnx, and the engine where it was asked for or can be built."""
-    precision, options = wanted.precision or "fp32", wanted.options
-    if every and precision in ("fp32", "tf32"):
+    graph, options = wanted.graph or "fp32", wanted.options
+    if every and graph == "fp32":
         raise click.UsageError("--all is for exports in bf16 and fp16")
-    onnx, plan = _names(wanted, precision)
+    onnx, plan = _names(wanted, graph)
     words = engine_words(options)
     if words and not plan:
         raise click.UsageError(
             f"{' '.join(words)}: an option for engines, and -o names an .onnx; add --engine, or leave it out"
         )
-    require_report(report)
+    if report:
+        require_suffix(report, "a report", ".json")
     written = [onnx, proof_path(onnx), *(engine_files(plan) if plan else []), options["timing_cache"], report]
     check_outputs(dict.fromkeys(written), [wanted.model.path])
-    settings = engine_settings(options, wanted.model.spec, tf32=wanted.tf32) if plan else None
-    missing = why_no_engine(options) if plan else None
-    if settings and not missing:
-        require_fits(wanted.model.spec, settings)
-    if wanted.insists and missing:
-        raise BackendError(f"{show(plan or '')} cannot be built here: {missing}. {_instead(wanted, words)}")
-    require("torch", "export")
-    require("onnx", "export")
+    settings = missing = None
+    if plan:
+        settings = engine_settings(options, wanted.model.spec, tf32=wanted.tf32)
+        missing = why_no_engine(options)
+        if not missing:
+            require_fits(wanted.model.spec, settings)
+        elif wanted.insists:
+            raise BackendError(f"{show(plan)} cannot be built here: {missing}. {_instead(wanted, words)}")
+    for module in ("torch", "onnx"):
+        require(module, "export")
     require_onnxruntime()
-    from ddpm_deploy.cli.bodies.to_onnx import (
-        to_onnx,  # it imports PyTorch, which building an engine does not need
-    )
+    # It imports PyTorch, which building an engine does not need.
+    from ddpm_deploy.cli.bodies.to_onnx import to_onnx
 
-    def check(digest: str, graph: Precision) -> None:
+    def check(digest: str) -> None:
         """Refuse to replace the files of another model, once the digest of these weights is known."""
         if not wanted.force:
             require_same_model(onnx, digest, graph)
             if plan and not missing:
-                require_same_engine(plan, digest, precision)
+                require_same_engine(plan, digest, wanted.precision or "fp32")
 
-    to_onnx(wanted.model, onnx, weights, precision, every, report, check)
+    to_onnx(wanted.model, onnx, weights, graph, every, report, check)
     if missing:
-        tell_skipped(onnx, words, missing)
+        command = " ".join(["ddpm-export", quoted(onnx), *words, "-o engine.plan"])
+        where = "Then" if visible_gpu() else "On the target"
+        click.echo(f"engine.plan skipped: {missing}. {where}: {command}")
     elif plan and settings:
         build(open_model(onnx), plan, settings)
 
 
-def _names(wanted: _Wanted, precision: Precision) -> tuple[Path, Path | None]:
+def _names(wanted: _Wanted, graph: GraphPrecision) -> tuple[Path, Path | None]:
     """The .onnx and the .plan of a checkpoint; no .plan where -o names an .onnx, and nothing asks for an engine."""
     output = wanted.output
     if output and wanted.names_plan:
         return output.with_suffix(ONNX_SUFFIX), output
-    tag = f".{precision}" if precision in ("bf16", "fp16") else ""
+    tag = "" if graph == "fp32" else f".{graph}"
     onnx = output or wanted.model.path.with_suffix(f"{tag}{ONNX_SUFFIX}")
-    if onnx.suffix.lower() != ONNX_SUFFIX:
-        raise SettingError(f"{show(onnx)}: the output's name must end in .onnx or .plan")
-    plan = engine_name(onnx, wanted.options, tf32=wanted.tf32)
-    return onnx, plan if wanted.insists or output is None else None
+    require_suffix(onnx, "the output", ONNX_SUFFIX, PLAN_SUFFIX)
+    return onnx, wanted.plan_of(onnx) if wanted.insists or output is None else None
 
 
 def _instead(wanted: _Wanted, words: list[str]) -> str:
     """What to do where an engine that was insisted on cannot be built. words: the options of engines."""
-    typed = (["--engine"] if wanted.engine else []) + words
-    typed += ["--precision tf32"] if wanted.tf32 else []
-    typed += ["-o with a .plan"] if wanted.names_plan else []
+    typed = [
+        *["--engine"] * wanted.engine,
+        *words,
+        *["--precision tf32"] * wanted.tf32,
+        *["-o with a .plan"] * wanted.names_plan,
+    ]
     here = f"Leave out {' '.join(typed)} to make the .onnx here, and build its engine where that is possible"
     options = wanted.options
-    only_tensorrt = options["hardware_compatible"] or options["timing_cache"]
-    return (
-        here if options["rtx"] or only_tensorrt else f"{here}; or build one of TensorRT-RTX here, with --rtx"
-    )
+    if (
+        options["rtx"] or options["hardware_compatible"] or options["timing_cache"]
+    ):  # the last two are of TensorRT
+        return here
+    return f"{here}; or build one of TensorRT-RTX here, with --rtx"

@@ -36,19 +36,16 @@ def inspect(model: Path, as_json: bool) -> None:
 def _of_plan(model: ModelFile) -> dict[str, Any]:
     """What can be read of an engine; one that another tool built has no ModelSpec."""
     assert model.head is not None
-    head = {**asdict(model.head), "digest": _digest_state(model.path)}
+    state = "right"
     try:
-        return {**model.spec.to_builtins(), "plan": head}
-    except SpecError as error:
-        return {"spec": f"none: {error}", "plan": head}
-
-
-def _digest_state(plan: Path) -> str:
-    try:
-        trusted(plan)
+        trusted(model.path)
     except ArtefactError:
-        return "wrong" if digest_path(plan).exists() else "missing"
-    return "right"
+        state = "wrong" if digest_path(model.path).exists() else "missing"
+    try:
+        spec = model.spec.to_builtins()
+    except SpecError as error:
+        spec = {"spec": f"none: {error}"}
+    return {**spec, "plan": {**asdict(model.head), "digest": state}}
 
 
 def _text(value: object) -> str:

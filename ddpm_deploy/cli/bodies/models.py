@@ -13,22 +13,18 @@ from ddpm_deploy.words import Backend, Weights
 
 
 class Place(TypedDict):
-    """The options --device, --backend, --weights and --threads."""
+    """The options --device, --backend, --weights and --threads; None where they were not typed."""
 
     device: str | None
     backend: Backend | None
-    weights: Weights
+    weights: Weights | None
     threads: int | None
 
 
 def open_network(model: ModelFile, max_batch: int | None = None, **place: Unpack[Place]) -> Network:
     """Load a model's network, for at most `max_batch` rows (None: as many as are best)."""
     settings = LoadSettings(
-        device=place["device"],
-        threads=place["threads"],
-        max_batch=max_batch,
-        weights=place["weights"],
-        stages=stage,
+        place["device"], place["threads"], max_batch, place["weights"] or "ema", stages=stage
     )
     return load_network(model, settings, backend=place["backend"])
 

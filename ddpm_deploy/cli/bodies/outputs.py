@@ -1,7 +1,8 @@
 """Checks of what a command is to write, made before long work begins."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from ddpm_deploy.errors import ArtefactError, OutputError, SettingError
@@ -27,23 +28,23 @@ def require_apart(output: Path, others: Iterable[Path]) -> None:
         )
 
 
-def require_report(path: Path | None) -> None:
-    """Refuse a report whose name does not end in .json: it would replace what is there."""
-    if path and path.suffix.lower() != ".json":
-        raise SettingError(f"{show(path)}: the name of a report must end in .json")
-
-
 def require_same_model(output: Path, digest: str, precision: Precision) -> None:
-    """Refuse to replace a file that holds another model or precision: there may be no other copy of it."""
-    if not output.exists():
-        return
-    try:
+    """Refuse to replace a file that holds another model or precision."""
+
+    def same() -> bool:
         there = open_model(output).spec
-        same = there.provenance.digest == digest and there.precision == precision
-    except ArtefactError:
-        same = False
-    if not same:
-        raise OutputError(
-            f"{show(output)} exists and holds another model or precision, or is broken: choose another --output, or "
-            "pass --force"
-        )
+        return there.provenance.digest == digest and there.precision == precision
+
+    require_same(output, same, "holds another model or precision, or is broken")
+
+
+def require_same(output: Path, same: Callable[[], bool], otherwise: str) -> None:
+    """Refuse to replace a file that is not what `same` looks for: there may be no other copy of it.
+
+    otherwise: what is said of it; an ArtefactError of `same` is a no.
+    """
+    if output.exists():
+        with suppress(ArtefactError):
+            if same():
+                return
+        raise OutputError(f"{show(output)} exists and {otherwise}: choose another --output, or pass --force")

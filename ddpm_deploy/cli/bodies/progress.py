@@ -15,29 +15,31 @@ from ddpm_deploy.cli.common import logger
 _LOG_SECONDS: Final = 15.0
 
 
-class _Log:
+Advance = Callable[[int, str | None], None]  # steps more that are done, and a note
+
+
+def _logged(label: str, length: int) -> Advance:
     """Progress where there is no terminal: a line in the log every 15 seconds."""
+    done, due = 0, time.monotonic() + _LOG_SECONDS
 
-    def __init__(self, label: str, length: int) -> None:
-        self._label, self._length, self._done = label, length, 0
-        self._next = time.monotonic() + _LOG_SECONDS
+    def advance(steps: int, note: str | None) -> None:
+        nonlocal done, due
+        done += steps
+        if time.monotonic() > due:
+            due = time.monotonic() + _LOG_SECONDS
+            logger.info("%s: %d of %d%s", label, done, length, f" · {note}" if note else "")
 
-    def update(self, steps: int, note: str | None) -> None:
-        """Count the steps, and log them if it is time to."""
-        self._done += steps
-        if time.monotonic() > self._next:
-            self._next = time.monotonic() + _LOG_SECONDS
-            logger.info("%s: %d of %d%s", self._label, self._done, self._length, f" · {note}" if note else "")
+    return advance
 
 
 @contextmanager
-def progress(label: str, length: int) -> Iterator[Callable[[int, str | None], None]]:
+def progress(label: str, length: int) -> Iterator[Advance]:
     """Show the progress of long work; gives the function to call when steps are done, `advance(steps, note)`.
 
     It is a bar on a terminal, with the time left, lines in the log elsewhere, and nothing under --quiet.
     """
     if sys.stderr is None or not sys.stderr.isatty() or logger.level > logging.INFO:
-        yield _Log(label, length).update
+        yield _logged(label, length)
         return
     with click.progressbar(
         length=length, label=label, file=sys.stderr, show_pos=True, item_show_func=lambda note: note

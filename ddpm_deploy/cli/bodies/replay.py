@@ -35,9 +35,9 @@ def replay(model: Path, picture: Path, *, batch: int | None, **place: Unpack[Pla
     made = grid(again) if origin.is_grid else again[0]
     difference = abs(made.astype(int) - pixels)
     differing = int((difference > 0).any(axis=2).sum())
-    verdict = (
-        f"{differing} pixels differ, by up to {difference.max()} of 255" if differing else "the same again"
-    )
+    verdict = "the same again"
+    if differing:
+        verdict = f"{differing} pixels differ, by up to {difference.max()} of 255"
     count, chain = plural(request.count, "image"), plural(len(request.table_for(spec)), "step")
     click.echo(f"{show(picture)}: {count}, {chain}, seed {request.seed}: {verdict}")
     if difference.max() > 1:

@@ -1,6 +1,5 @@
 """ddpm-deploy resume: go on from a snapshot."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
@@ -8,7 +7,6 @@ from ddpm_deploy.cli.bodies.chain import Watch, checked_outputs, write_images
 from ddpm_deploy.cli.bodies.models import Place, open_sampler
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.model_file import open_model
-from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.snapshot import Snapshot
 
 
@@ -29,8 +27,8 @@ def resume(
             "this snapshot is of a table made in Python, which a picture cannot name: finish it with Sampler.resume"
         )
     if (
-        place["weights"] == "ema"
-    ):  # the file's spec is that of the averaged weights; Sampler.resume checks the raw ones
+        place["weights"] != "raw"
+    ):  # the file's spec is of the averaged weights; Sampler.resume checks the raw ones
         saved.require_fits(opened.spec)
     request, first = saved.request.checked(opened.spec), saved.step
     outputs = checked_outputs(
@@ -48,8 +46,4 @@ def resume(
         )
     with open_sampler(opened, request, request.count, place) as sampler:
         watch = Watch(sampler, opened, request, outputs, first)
-
-        def rest() -> Iterator[Array]:
-            yield sampler.resume(saved, callback=watch)
-
-        write_images(rest(), watch)
+        write_images((sampler.resume(chain, callback=watch) for chain in [saved]), watch)

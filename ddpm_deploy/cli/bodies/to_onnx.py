@@ -1,43 +1,41 @@
 """ddpm-export's way from a checkpoint to an .onnx file. This module imports PyTorch."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ddpm_deploy.cli.bodies.progress import stage
-from ddpm_deploy.cli.bodies.report import predictions_json
+from ddpm_deploy.cli.bodies.report import finite, predictions_json, write_json
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.export.graph import Export, export_onnx
 from ddpm_deploy.export.precision import Calibration
-from ddpm_deploy.files import atomic, quoted, show
+from ddpm_deploy.files import quoted, show
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.parity import StepErrors
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import load_network
-from ddpm_deploy.words import GraphPrecision, Precision, Weights
+from ddpm_deploy.words import GraphPrecision, Weights
 
 
 def to_onnx(
     checkpoint: ModelFile,
     onnx: Path,
     weights: Weights,
-    precision: Precision,
+    precision: GraphPrecision,
     every: bool,
     report: Path | None,
-    check: Callable[[str, Precision], None],
+    check: Callable[[str], None],
 ) -> None:
     """Export a checkpoint, and tell what was found.
 
-    check: is called with the digest of the weights and the precision of the graph, before long work.
+    check: is called with the digest of the weights, before long work.
     """
     network, spec = load_network(checkpoint, weights)
-    graph: GraphPrecision = "fp32" if precision == "tf32" else precision
-    check(spec.provenance.digest, graph)
-    logger.info("exporting %s in %s, then checking it in ONNX Runtime", checkpoint.name, graph)
-    export = export_onnx(network, spec, onnx, precision=graph, every=every, stages=stage)
+    check(spec.provenance.digest)
+    logger.info("exporting %s in %s, then checking it in ONNX Runtime", checkpoint.name, precision)
+    export = export_onnx(network, spec, onnx, precision=precision, every=every, stages=stage)
     if report:
         _write_report(export, report)
     _tell(export, checkpoint.path, onnx, spec)
@@ -49,7 +47,13 @@ def _tell(export: Export, checkpoint: Path, output: Path, spec: ModelSpec) -> No
     precision = export.calibration.precision if export.calibration else "fp32"
     size = output.stat().st_size / 1e6
     click.echo(f"wrote {show(output)} ({precision}, {size:.1f} MB, {weights} weights of step {step})")
-    _tell_checks(export)
+    worst, psnr = _largest(export.comparison.steps), export.comparison.psnr.min()
+    click.echo(
+        f"checked against PyTorch in ONNX Runtime: error at most {worst.relative_rms:.1e} of the prediction's RMS "
+        f"(t = {worst.timestep}), images {psnr:.0f} dB"
+    )
+    if export.calibration:
+        _tell_calibration(export.calibration)
     if precision == "bf16":
         click.echo("it is for building engines: ONNX Runtime cannot run bfloat16 on a CPU")
         return
@@ -57,16 +61,6 @@ def _tell(export: Export, checkpoint: Path, output: Path, spec: ModelSpec) -> No
     click.echo("next:")
     click.echo(f"  ddpm-verify {quoted(checkpoint)} {quoted(output)}{raw}")
     click.echo(f"  ddpm-run {quoted(output)} --steps {spec.timesteps} -o samples.png")
-
-
-def _tell_checks(export: Export) -> None:
-    worst, psnr = _largest(export.comparison.steps), float(export.comparison.psnr.min())
-    click.echo(
-        f"checked against PyTorch in ONNX Runtime: error at most {worst.relative_rms:.1e} of the prediction's RMS "
-        f"(t = {worst.timestep}), images {psnr:.0f} dB"
-    )
-    if export.calibration:
-        _tell_calibration(export.calibration)
 
 
 def _tell_calibration(found: Calibration) -> None:
@@ -92,18 +86,17 @@ def _largest(steps: Sequence[StepErrors]) -> StepErrors:
 
 def _write_report(export: Export, path: Path) -> None:
     found = export.calibration
-    content = {
+    content: dict[str, Any] = {
         "within_tolerance": export.comparison.within,
         "onnxruntime": predictions_json(export.comparison.steps),
-        "psnr": [None if value == float("inf") else value for value in export.comparison.psnr.tolist()],
+        "psnr": finite(export.comparison.psnr),
     }
     if found:
         content |= {
             "precision": found.precision,
             "islands": found.islands,
             "convolutions": found.convolutions,
-            "ranges": {name: asdict(seen) for name, seen in found.ranges.items()},
+            "ranges": found.ranges,
             "oracle": predictions_json(found.steps),
         }
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(content, path)

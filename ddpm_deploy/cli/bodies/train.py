@@ -7,10 +7,10 @@ from typing import Any, Final, Literal, TypedDict, Unpack
 import click
 import msgspec
 
-from ddpm_deploy.cli.bodies.progress import progress
+from ddpm_deploy.cli.bodies.progress import progress, stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import OutputError, SettingError, SpecError, first_line
-from ddpm_deploy.files import quoted, require_output, show
+from ddpm_deploy.files import quoted, require_output, require_suffix, show
 from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, open_model
 from ddpm_deploy.schedule import SCHEDULES
 from ddpm_deploy.spec import ModelSpec
@@ -19,13 +19,13 @@ from ddpm_deploy.train.data import DIGITS, Dataset, Source, find_images, read_im
 from ddpm_deploy.train.diffusion import require_trainable
 from ddpm_deploy.train.network import torch_device
 from ddpm_deploy.train.session import Session
-from ddpm_deploy.train.settings import PRESETS, Preset, Settings
+from ddpm_deploy.train.settings import PRESETS, Settings
 from ddpm_deploy.train.trainer import Trainer
 from ddpm_deploy.words import Loss, Prediction, Schedule, Variance
 from ddpm_deploy.words import Preset as PresetName
 
 _LABEL_DROPOUT: Final = 0.1
-_CHANNELS: Final = {"grey": 1, "rgb": 3}
+_CHANNELS: Final[dict[str | None, int]] = {"grey": 1, "rgb": 3}
 _PROVENANCE_BYTES: Final = 300  # what training and export may yet add to a spec
 
 
@@ -72,23 +72,29 @@ def train(
         raise click.UsageError(
             "DATA is missing: a folder of images, an .npy or .npz file, or the word digits"
         )
-    _require_text(data)
+    try:
+        (data or "").encode()
+    except UnicodeEncodeError as error:  # a checkpoint names its data in JSON, which holds valid text alone
+        raise SettingError("the name of DATA is not UTF-8: rename it, or reach it by a link") from error
     target = _checked_output(output, resume, force)
     changes = _typed(
-        steps=steps, save_every=save_every, sample_every=sample_every, skip_broken=skip_broken or None
+        data=data,
+        steps=steps,
+        save_every=save_every,
+        sample_every=sample_every,
+        skip_broken=skip_broken or None,
     )
     place = torch_device(device)
     if resume:
-        if typed := [f"--{name.replace('_', '-')}" for name in _typed(**new)]:
+        if typed := sorted(f"--{name.replace('_', '-')}" for name in _typed(**new)):
             raise click.UsageError(
-                f"{', '.join(sorted(typed))} cannot change on --resume: the checkpoint has its own"
+                f"{', '.join(typed)} cannot change on --resume: the checkpoint has its own"
             )
-        checkpoint, source = _resumed(resume, changes if data is None else changes | {"data": data})
+        checkpoint, source = _resumed(resume, changes)
         images = _read(checkpoint.settings, source, checkpoint.spec, workers)
         trainer = Trainer.resume(checkpoint, images, place, compiled=compiled)
     else:
-        assert data is not None
-        spec, settings, source = _new(data, changes, new)
+        spec, settings, source = _new(changes, new)
         images = _read(settings, source, spec, workers)
         trainer = Trainer(spec, settings, images, place, compiled=compiled)
     _run(trainer, target)
@@ -99,19 +105,10 @@ def _typed(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _require_text(data: str | None) -> None:
-    """A checkpoint names its data in JSON, which holds valid text alone."""
-    try:
-        (data or "").encode()
-    except UnicodeEncodeError as error:
-        raise SettingError("the name of DATA is not UTF-8: rename it, or reach it by a link") from error
-
-
 def _checked_output(output: Path | None, resume: Path | None, force: bool) -> Path:
     """The checkpoint to write. Refuses one that cannot be written, or that would be replaced unasked."""
     output = output or resume or Path("model.pt")
-    if output.suffix.lower() not in CHECKPOINT_SUFFIXES:
-        raise SettingError(f"{show(output)}: the output's name must end in .pt")
+    require_suffix(output, "a checkpoint", *CHECKPOINT_SUFFIXES)
     require_output(output)
     if output.exists() and not resume and not force:
         raise OutputError(
@@ -138,34 +135,28 @@ def _resumed(path: Path, changes: dict[str, Any]) -> tuple[Checkpoint, Source]:
     return replace(checkpoint, settings=settings), source
 
 
-def _new(data: str, changes: dict[str, Any], new: NewTraining) -> tuple[ModelSpec, Settings, Source]:
+def _new(changes: dict[str, Any], new: NewTraining) -> tuple[ModelSpec, Settings, Source]:
     """The spec and the settings of a new training, and its images."""
+    data = changes["data"]
     preset = PRESETS[new["preset"] or ("digits" if data == DIGITS else "small")]
-    labels, dropout = bool(new["labels"]), new["label_dropout"]
+    labels, dropout, loss = bool(new["labels"]), new["label_dropout"], new["loss"] or "simple"
     if dropout is not None and not labels:
         raise click.UsageError("--label-dropout is for a model with --labels")
     if labels and dropout is None:
         dropout = _LABEL_DROPOUT
     source = find_images(data, labels=labels)
-    spec = _spec(data, preset, source, new)
-    require_trainable(spec, new["loss"] or "simple")
-    of_training = {name: value for name, value in _typed(**new).items() if name not in _OF_THE_NETWORK}
-    settings = preset.settings(data, **changes | of_training | _typed(label_dropout=dropout))
-    return _with_classes(spec, source, null_class=bool(dropout)), settings, source
-
-
-def _spec(data: str, preset: Preset, source: Source, new: NewTraining) -> ModelSpec:
-    """The spec of a new model, without its classes."""
-    named = _CHANNELS[new["channels"]] if new["channels"] else preset.channels
-    learned: Variance = "learned_range" if new["loss"] == "hybrid" else "fixed_large"
-    return preset.spec(
+    spec = preset.spec(
         Path(data).name,
-        named or (1 if source.grey() else 3),
+        _CHANNELS.get(new["channels"]) or preset.channels or (1 if source.grey() else 3),
         new["image_size"] or preset.image_size,
         prediction=new["prediction"] or "epsilon",
         schedule=SCHEDULES[new["schedule"] or "linear"],
-        variance=new["variance"] or learned,
+        variance=new["variance"] or ("learned_range" if loss == "hybrid" else "fixed_large"),
     )
+    require_trainable(spec, loss)
+    of_training = {name: value for name, value in _typed(**new).items() if name not in _OF_THE_NETWORK}
+    settings = preset.settings(**changes | of_training | _typed(label_dropout=dropout))
+    return _with_classes(spec, source, null_class=bool(dropout)), settings, source
 
 
 def _with_classes(spec: ModelSpec, source: Source, *, null_class: bool) -> ModelSpec:
@@ -189,16 +180,9 @@ def _with_classes(spec: ModelSpec, source: Source, *, null_class: bool) -> Model
 
 def _read(settings: Settings, source: Source, spec: ModelSpec, workers: int | None) -> Dataset:
     """Read the images, and tell how many there are."""
-    channels, size, _ = spec.image_shape
-    with progress("reading images", length=source.count) as advance:
-        data = read_images(
-            source,
-            size,
-            channels,
-            skip_broken=settings.skip_broken,
-            workers=workers,
-            progress=lambda done: advance(done, None),
-        )
+    (channels, size, _), skip = spec.image_shape, settings.skip_broken
+    with stage("reading images", source.count) as advance:
+        data = read_images(source, size, channels, skip_broken=skip, workers=workers, progress=advance)
     count, classes = len(data.images), f" in {source.num_classes} classes" if source.num_classes else ""
     left_out = f" ({source.count - count} broken ones left out)" if source.count > count else ""
     logger.info("%d images%s%s", count, classes, left_out)
@@ -211,10 +195,10 @@ def _run(trainer: Trainer, output: Path) -> None:
     parameters = sum(p.numel() for p in trainer.network.parameters())
     to_go = settings.steps - trainer.steps_done
     logger.info(
-        "%d steps of %d images %s on %s · %.1f M parameters",
-        *(to_go, settings.batch_size, "×".join(map(str, shape)), trainer.device, parameters / 1e6),
+        f"{to_go} steps of {settings.batch_size} images {'×'.join(map(str, shape))} on {trainer.device} · "
+        f"{parameters / 1e6:.1f} M parameters"
     )
-    with progress("training", length=to_go) as advance:
+    with progress("training", to_go) as advance:
         session = Session(trainer, output, advance)
         finished = session.run()
     if not finished:

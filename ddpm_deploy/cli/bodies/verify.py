@@ -9,12 +9,12 @@ import click
 
 from ddpm_deploy.cli.bodies import report as reporting
 from ddpm_deploy.cli.bodies.models import Place, open_network
-from ddpm_deploy.cli.bodies.outputs import check_outputs, require_report
+from ddpm_deploy.cli.bodies.outputs import check_outputs
 from ddpm_deploy.cli.bodies.progress import duration, plural, stage
 from ddpm_deploy.cli.bodies.report import Rung
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import ArtefactError, SettingError
-from ddpm_deploy.files import show
+from ddpm_deploy.files import require_suffix, show
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.parity import Trajectory, judge, record
@@ -39,13 +39,14 @@ def verify(
     **place: Unpack[Place],
 ) -> None:
     """Compare models with a reference, or one with its proof; exit with 1 where one is past tolerance."""
-    check_outputs([report, plot], [*models, *map(proof_path, models), *([proof] if proof else [])])
-    require_report(report)
+    check_outputs([report, plot], filter(None, [*models, *map(proof_path, models), proof]))
+    if report:
+        require_suffix(report, "a report", ".json")
     if plot:
         reporting.require_plotting(plot)
     opened = [_opened(path) for path in models]
     if len(opened) == 1:
-        if every or any(value is not None for value in (count, steps, seed)):
+        if every or (count, steps, seed) != (None, None, None):
             raise click.UsageError(
                 "a proof has its own count, steps, seed and timesteps: omit --count, --steps, --seed and --all"
             )
@@ -61,7 +62,7 @@ def verify(
     trajectory = trajectory.first(len(rungs[0].comparison.psnr))
     click.echo(reporting.as_table(rungs, trajectory, reference))
     if report:
-        reporting.write_json(rungs, trajectory, report)
+        reporting.write_json(reporting.as_json(rungs, trajectory), report)
     if plot:
         reporting.write_plot(rungs, plot)
     if not all(rung.comparison.within for rung in rungs):
@@ -85,7 +86,7 @@ def _opened(path: Path) -> ModelFile:
 def _proven(model: ModelFile, proof: Path | None) -> Trajectory:
     """The chains recorded in a model's proof."""
     path = proof or proof_path(model.path)
-    if not proof and not path.exists():
+    if not (proof or path.exists()):
         raise ArtefactError(
             f"{model.name} has no proof beside it ({show(path)} does not exist): name a reference, as in "
             "ddpm-verify model.pt model.onnx, or a --proof"
@@ -111,12 +112,10 @@ def _recorded(
 ) -> Trajectory:
     """The chains of the reference, recorded after a message that says how long all comparisons will take."""
     # It runs as it does by default: --device and --backend are for the candidates.
-    reference = open_network(
-        model, count, device=None, backend=None, weights=place["weights"], threads=place["threads"]
-    )
+    by_default: Place = {**place, "device": None, "backend": None}
+    reference = open_network(model, count, **by_default)
     count = _fitting(count, [reference])
-    timesteps = reference.spec.timesteps
-    length = min(steps or timesteps, timesteps)
+    length = min(steps or reference.spec.timesteps, reference.spec.timesteps)
     keep = length if every else min(length, _KEPT)
     forecast = (length + candidates * (length + keep)) * time_call(reference, count)
     images, chains = plural(count, "image"), plural(length, "step")
@@ -145,14 +144,16 @@ def _climb(candidates: Sequence[ModelFile], trajectory: Trajectory, place: Place
             logger.warning("the weights of %s are not the reference's", model.name)
         with stage(model.name, len(trajectory.timesteps) + trajectory.steps) as advance:
             comparisons.append(judge(trajectory, network, advance))
-    times = _milliseconds(networks, trajectory.count)
+    # In turn, so that a busy moment affects all of them.
+    rounds = [[time_call(network, trajectory.count) for network in networks] for _ in range(_ROUNDS)]
+    measured = zip(candidates, networks, comparisons, zip(*rounds, strict=True), strict=True)
     return [
-        Rung(model.name, network.spec, comparison, time, model.path.stat().st_size / 1e6)
-        for model, network, comparison, time in zip(candidates, networks, comparisons, times, strict=True)
+        Rung(
+            model.name,
+            network.spec,
+            comparison,
+            statistics.median(times) * 1e3,
+            model.path.stat().st_size / 1e6,
+        )
+        for model, network, comparison, times in measured
     ]
-
-
-def _milliseconds(networks: Sequence[Network], batch: int) -> list[float]:
-    """The median time of each for a batch, run in turn, so that a busy moment affects all of them."""
-    rounds = [[time_call(network, batch) for network in networks] for _ in range(_ROUNDS)]
-    return [statistics.median(times) * 1e3 for times in zip(*rounds, strict=True)]
