@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ddpm_deploy import noise, reference
 from ddpm_deploy.noise import AddressedNoise
-from ddpm_deploy.tolerances import TOLERANCES
+from tests.tolerances import TOLERANCES
 
 GOLDEN = Path(__file__).parent / "golden" / "noise-v1.npz"
 ALL_ONES = 0xFFFFFFFF
