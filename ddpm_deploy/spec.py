@@ -44,6 +44,10 @@ Text = Annotated[str, msgspec.Meta(max_length=200)]
 Batch = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
 
 
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Read from a file, a field that is not known is an error."""
+
+
 class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Which reverse chain to run.
 
@@ -59,9 +63,7 @@ class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
 DEFAULT_CHAIN: Final = ChainSettings()
 
 
-class UNetConfig(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="unet"
-):
+class UNetConfig(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unet"):
     """The ε-network of the DDPM family; the defaults are the paper's CIFAR-10 network.
 
     channels: width of the first convolution.
@@ -113,7 +115,7 @@ class UNetConfig(
 NetworkConfig = UNetConfig
 
 
-class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Provenance(_Strict, frozen=True, kw_only=True):
     """Where the weights come from.
 
     digest: SHA-256 of the network's parameters, names and values: the model's identity, the same in
@@ -129,7 +131,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     torch: Text = ""
 
 
-class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class EngineSpec(_Strict, frozen=True, kw_only=True):
     """What an engine was built by, and for.
 
     flavour, version: the TensorRT that built it, which must run it too. capabilities: compute capabilities it runs
@@ -159,7 +161,7 @@ class Tensor:
     shape: tuple[int, ...]
 
 
-class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ModelSpec(_Strict, frozen=True, kw_only=True):
     """What the runtime must know of a model.
 
     image_shape: (C, H, W). value_range: of the images the model was trained on.

@@ -25,10 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ParityError
 from ddpm_deploy.runtime.network import default_max_batch
-from ddpm_deploy.runtime.parity import StepErrors, Trajectory, teacher_forced
+from ddpm_deploy.runtime.parity import StepErrors, Trajectory, teacher_forced, worst
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.stages import Stages, silent
-from ddpm_deploy.tolerances import PARITY
 from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.words import GraphPrecision
 
@@ -136,7 +135,12 @@ def calibrate(
         ranges = oracle.ranges()
         found = unsafe(ranges, network, TYPES[precision])
         if not found:
-            _require_tolerance(steps, trajectory.spec.timesteps, precision)
+            most = worst(steps)
+            if not most.within:
+                raise ParityError(
+                    f"hardware that rounds to {precision} would be off by {most.relative_rms:.1e} of the prediction's "
+                    f"RMS at t = {most.timestep}, and {most.limit:.0e} is allowed: export this network in FP32"
+                )
             return Calibration(precision, islands, len(convolutions), ranges, steps)
         if found.keys() <= islands.keys():
             break
@@ -161,17 +165,6 @@ def unsafe(ranges: dict[str, Range], network: nn.Module, dtype: torch.dtype) -> 
             continue
         found |= dict.fromkeys(_convolutions(name, network), reason)
     return found
-
-
-def _require_tolerance(steps: Iterable[StepErrors], timesteps: int, precision: GraphPrecision) -> None:
-    limit = PARITY[precision].limit
-    worst = max(steps, key=lambda step: step.relative_rms / limit(step.timestep, timesteps))
-    allowed = limit(worst.timestep, timesteps)
-    if worst.relative_rms > allowed:
-        raise ParityError(
-            f"hardware that rounds to {precision} would be off by {worst.relative_rms:.1e} of the prediction's RMS at "
-            f"t = {worst.timestep}, and {allowed:.0e} is allowed: export this network in FP32"
-        )
 
 
 def _convolutions(name: str, network: nn.Module) -> list[str]:

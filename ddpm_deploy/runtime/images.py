@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DataError, OutputError, first_line
-from ddpm_deploy.files import atomic, require_file, require_output, show
+from ddpm_deploy.files import atomic, make_folder, require_file, require_output, show
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import ModelSpec
@@ -50,24 +50,24 @@ def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> NDArray[np.ui
     tiles = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
     tile_height, tile_width = height * zoom, width * zoom
     line = _LINE_WIDTH
-    shape = rows * (tile_height + line) + line, columns * (tile_width + line) + line, channels
-    canvas = np.full(shape, _LINE_GREY, np.uint8)
+    canvas = np.full((rows, tile_height + line, columns, tile_width + line, channels), _LINE_GREY, np.uint8)
     for i, tile in enumerate(tiles):
-        top = line + i // columns * (tile_height + line)
-        left = line + i % columns * (tile_width + line)
-        canvas[top : top + tile_height, left : left + tile_width] = tile
-    return canvas
+        canvas[i // columns, line:, i % columns, line:] = tile
+    canvas = canvas.reshape(rows * (tile_height + line), columns * (tile_width + line), channels)
+    return np.pad(canvas, ((0, line), (0, line), (0, 0)), constant_values=_LINE_GREY)
+
+
+def to_pillow(pixels: NDArray[np.uint8]) -> Any:
+    """A PIL.Image of (H, W, C) pixels, C = 1 or 3."""
+    return require("PIL.Image", "cpu").fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def save_png(pixels: NDArray[np.uint8], path: Path, text: Mapping[str, Any]) -> None:
     """Write one (H, W, C) image, C = 1 or 3, with `text` as JSON under the key "ddpm_deploy"."""
-    image_module, png_module = require("PIL.Image", "cpu"), require("PIL.PngImagePlugin", "cpu")
-    info = png_module.PngInfo()
+    info = require("PIL.PngImagePlugin", "cpu").PngInfo()
     info.add_text(PNG_KEY, json.dumps(dict(text)))
     with atomic(path) as temporary:
-        image_module.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
-            temporary, pnginfo=info
-        )
+        to_pillow(pixels).save(temporary, pnginfo=info)
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,8 @@ def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
     Raises DataError where it is no PNG of ours, or is broken.
     """
     require_file(path, DataError)
-    image_module = require("PIL.Image", "cpu")
     try:
-        with image_module.open(path, formats=("PNG",)) as image:
+        with require("PIL.Image", "cpu").open(path, formats=("PNG",)) as image:
             text = image.text.get(PNG_KEY)
             pixels = np.atleast_3d(np.asarray(image))
     except Exception as error:  # Pillow's decoder of a broken file raises nearly anything
@@ -132,16 +131,16 @@ class Destination:
     as_float: bool = False
 
     @property
-    def _is_folder(self) -> bool:
-        return self.path.is_dir() or not self.path.suffix
+    def _suffix(self) -> str:
+        """What the path ends in; nothing where it is a folder."""
+        return "" if self.path.is_dir() else self.path.suffix.lower()
 
     def check(self) -> None:
         """Raise OutputError where the samples could not be written: ask this before long work."""
-        suffix = "" if self._is_folder else self.path.suffix.lower()
-        name = show(self.path)
+        suffix, name = self._suffix, show(self.path)
         if suffix not in ("", ".png", ".npz"):
             raise OutputError(f"{name}: samples go to a .png (one grid), an .npz or a folder, not a {suffix}")
-        if self._is_folder and self.path.is_file():
+        if not suffix and self.path.is_file():
             raise OutputError(f"{name} is a file; a folder of images needs another name")
         require_output(self.path / "x" if self.path.is_dir() else self.path)
         if suffix == ".npz":
@@ -160,9 +159,9 @@ class Destination:
     @contextmanager
     def open(self) -> Iterator[Callable[[Array], None]]:
         """Give the function that takes the samples, (k, C, H, W) in value_range, in order."""
-        if self._is_folder:
+        if not self._suffix:
             yield self._folder_writer()
-        elif self.path.suffix.lower() == ".npz":
+        elif self._suffix == ".npz":
             with self._npz_writer() as write:
                 yield write
         else:
@@ -179,10 +178,7 @@ class Destination:
         return to_uint8(samples, self.spec.value_range)
 
     def _folder_writer(self) -> Callable[[Array], None]:
-        try:
-            self.path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"the folder {show(self.path)} cannot be made: {error.strerror}") from error
+        make_folder(self.path)
         places = itertools.count()
 
         def write(samples: Array) -> None:

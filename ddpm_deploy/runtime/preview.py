@@ -1,7 +1,7 @@
 """Pictures of a chain on its way: how the images appear in x̂0 (Ho et al. 2020, figure 6)."""
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import OutputError
 from ddpm_deploy.files import atomic, require_output, show
-from ddpm_deploy.runtime.images import grid, save_png, to_uint8
+from ddpm_deploy.runtime.images import grid, save_png, to_pillow, to_uint8
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.spec import ModelSpec
 
@@ -62,11 +62,7 @@ class Preview:
             film = np.stack(self._looks, axis=1)  # (k, looks, H, W, C)
             save_png(grid(film.reshape(-1, *film.shape[2:]), columns=film.shape[1]), self.path, {})
             return
-        image_module: Any = require("PIL.Image", "cpu")
-        frames = [grid(look) for look in self._looks]
-        first, *others = [
-            image_module.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames
-        ]
+        first, *others = [to_pillow(grid(look)) for look in self._looks]
         times = [_FRAME_MS] * len(others) + [_LAST_FRAME_MS]
         with atomic(self.path) as temporary:
             first.save(temporary, save_all=True, append_images=others, duration=times, loop=0)

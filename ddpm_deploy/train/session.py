@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import torch
 
-from ddpm_deploy.errors import BackendError, OutputError
-from ddpm_deploy.files import atomic, show
+from ddpm_deploy.errors import BackendError
+from ddpm_deploy.files import atomic, make_folder, show
 from ddpm_deploy.signals import stop_on_signals
 from ddpm_deploy.train.pictures import Pictures
 from ddpm_deploy.train.trainer import Trainer, learning_rate
@@ -45,7 +45,7 @@ class Session:
     def run(self) -> bool:
         """Train and save. Returns whether the last step was reached: not so after SIGINT or SIGTERM."""
         trainer, settings = self.trainer, self.trainer.settings
-        self._make_folder()
+        make_folder(self.folder)
         metrics = _Metrics(self.folder, trainer.steps_done)
         with stop_on_signals(self._stop, "with the checkpoint saved"):
             pictures = Pictures(trainer, lambda: self._stopped) if settings.sample_every else None
@@ -93,12 +93,6 @@ class Session:
         """Whether what is done every so many steps (0: never) is to be done now; always at the last."""
         step = self.trainer.steps_done
         return bool(every) and (step % every == 0 or step == self.trainer.settings.steps)
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"the folder {show(self.folder)} cannot be made: {error.strerror}") from error
 
     def _require_finite(self, losses: list[torch.Tensor]) -> float:
         """The mean of the losses. Raises BackendError where it is not finite, before anything is saved."""

@@ -151,7 +151,7 @@ def write_plot(rungs: Sequence[Rung], path: Path) -> None:
         (line,) = axes.semilogy(
             timesteps, [step.relative_rms for step in comparison.steps], ".-", label=rung.name
         )
-        limits = [comparison.limit(step) for step in comparison.steps]
+        limits = [step.limit for step in comparison.steps]
         axes.step(timesteps, limits, color=line.get_color(), linestyle="--", label="  its tolerance")
     axes.set(xlabel="t", ylabel="RMS error of the prediction ÷ its RMS", title="Error against the reference")
     axes.invert_xaxis()  # as the chain runs
