@@ -121,15 +121,14 @@ def calibrate(
     Raises ParityError where no choice of them brings the oracle within tolerance, or all would have to stay.
     """
     islands, convolutions = standing_islands(network), _inside("", network)
-    largest = default_max_batch(trajectory.spec)
-    together = max(1, min(largest // trajectory.count, len(trajectory.timesteps)))
+    largest = max(trajectory.count, default_max_batch(trajectory.spec))
     for _ in range(_ATTEMPTS):
         if islands.keys() >= set(convolutions):
             raise ParityError(
                 f"nothing of this network fits {precision}: all its convolutions must stay in float32, so export it "
                 "in fp32"
             )
-        oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=together * trajectory.count)
+        oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=largest)
         with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
             steps = teacher_forced(trajectory, oracle, progress)
         ranges = oracle.ranges()
@@ -206,7 +205,10 @@ class Oracle(TorchNetwork):
 
     def ranges(self) -> dict[str, Range]:
         """What was seen so far, by the name of the innermost module that made it."""
-        return self._rounding.ranges()
+        return {
+            name: Range(largest.item(), rounding.sqrt().item())
+            for name, (largest, rounding) in self._rounding.seen.items()
+        }
 
     def predict(self, batch: int) -> None:
         """Predict for the leading rows."""
@@ -224,26 +226,19 @@ class _Rounding(TorchDispatchMode):
         self._modules: list[str] = [""]
         # By module: the largest value and the worst squared relative rounding. Tensors, as reading a
         # number out of each would cost as much as the network.
-        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def follow(self, network: nn.Module, reduced: nn.Module) -> None:
         """Note the rounding of the weights, and from now on which module is at work."""
         for (name, before), after in zip(network.named_modules(), reduced.modules(), strict=True):
             after.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name))
-            after.register_forward_hook(lambda *_: self._leave())
+            after.register_forward_hook(self._leave)
             if isinstance(after, _CONVOLUTIONS) and after.weight.dtype == self._dtype:
                 for whole, rounded in zip(before.parameters(), after.parameters(), strict=True):
                     rounded.data.copy_(self._round(name, whole.data))
 
-    def _leave(self) -> None:
+    def _leave(self, *_: Any) -> None:
         self._modules.pop()
-
-    def ranges(self) -> dict[str, Range]:
-        """What was seen so far."""
-        return {
-            name: Range(largest.item(), rounding.sqrt().item())
-            for name, (largest, rounding) in self._seen.items()
-        }
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -270,12 +265,8 @@ class _Rounding(TorchDispatchMode):
         unit = largest.clamp_min(torch.finfo(torch.float32).tiny)  # so that no square leaves float32
         lost, whole = (rounded.float() - tensor) / unit, tensor / unit
         error = lost.square().sum() / whole.square().sum().clamp_min(1e-30)
-        before = self._seen.get(module)
-        self._seen[module] = (
-            (torch.maximum(before[0], largest), torch.maximum(before[1], error))
-            if before
-            else (largest, error)
-        )
+        largest_before, error_before = self.seen.get(module, (largest, error))
+        self.seen[module] = torch.maximum(largest_before, largest), torch.maximum(error_before, error)
         return rounded
 
 

@@ -94,26 +94,20 @@ def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
     Raises DataError where it is no PNG of ours, or is broken.
     """
     require_file(path, DataError)
+    image_module = require("PIL.Image", "cpu")
     try:
-        with require("PIL.Image", "cpu").open(path, formats=("PNG",)) as image:
+        with image_module.open(path, formats=("PNG",)) as image:
             text = image.text.get(PNG_KEY)
             pixels = np.atleast_3d(np.asarray(image))
     except Exception as error:  # Pillow's decoder of a broken file raises nearly anything
         raise DataError(f"{show(path)} is not a whole PNG: {first_line(error)}") from error
     try:
-        says = msgspec.json.decode(text or "", type=_OriginText)
-        request = Request.from_builtins(says.request, "what it says that it is of")
-    except (msgspec.MsgspecError, RecursionError, DataError) as error:
+        origin = msgspec.json.decode(text or "", type=Origin)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise DataError(f"{show(path)} does not say where it came from: ddpm-run did not make it") from error
-    if request.count > (_LARGEST_GRID if says.is_grid else 1):
-        raise DataError(f"{show(path)} cannot hold the {request.count} images that it says it is of")
-    return Origin(says.model, request, says.is_grid), pixels
-
-
-class _OriginText(msgspec.Struct):
-    model: str
-    request: dict[str, Any]
-    is_grid: bool
+    if origin.request.count > (_LARGEST_GRID if origin.is_grid else 1):
+        raise DataError(f"{show(path)} cannot hold the {origin.request.count} images that it says it is of")
+    return origin, pixels
 
 
 @dataclass(frozen=True)

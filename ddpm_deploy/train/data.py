@@ -19,35 +19,17 @@ from ddpm_deploy.arrays import require_honest
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DataError, first_line
 from ddpm_deploy.files import require_file, show
+from ddpm_deploy.stages import Progress, no_progress
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
-Progress = Callable[[int], None]  # how many images more are done
 
 DIGITS: Final = "digits"
 # What Pillow decodes by itself. It goes by a file's content, and would start Ghostscript for PostScript
 # that calls itself .png.
-_RASTERS: Final = (
-    *(
-        "AVIF",
-        "BMP",
-        "DDS",
-        "DIB",
-        "GIF",
-        "ICNS",
-        "ICO",
-        "JPEG",
-        "JPEG2000",
-        "MPO",
-        "PCX",
-        "PNG",
-        "PPM",
-        "QOI",
-    ),
-    *("SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
-)
+_RASTERS: Final = "AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP XBM XPM"
 Image.init()  # registers its decoders
-_FORMATS: Final = tuple(name for name in _RASTERS if name in Image.OPEN)
+_FORMATS: Final = tuple(name for name in _RASTERS.split() if name in Image.OPEN)
 _ARRAY_SUFFIXES: Final = (".npy", ".npz")
 _IMAGE_ARRAYS: Final = ("images", "arr_0")  # names in an .npz
 _NAMED: Final = 3  # broken files named in an error
@@ -124,7 +106,7 @@ def read_images(
     *,
     skip_broken: bool = False,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Dataset:
     """Read, scale and crop all of them to (channels, image_size, image_size).
 
@@ -151,8 +133,7 @@ def read_images(
         # Of images over 89 megapixels; those over twice that are refused.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for _ in pool.map(read, range(source.count)):
-            if progress:
-                progress(1)
+            progress(1)
     broken.sort(key=lambda item: item[0])
     if broken and (not skip_broken or len(broken) == source.count):
         named = "; ".join(f"{source.name(i)} ({first_line(error)})" for i, error in broken[:_NAMED])
