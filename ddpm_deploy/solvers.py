@@ -153,15 +153,12 @@ def ddim(
     _, _, posterior_variance = posterior(step.here, step.there)
     sigma = eta * np.sqrt(posterior_variance)
     direction = np.sqrt(np.maximum(1 - step.there - sigma**2, 0.0))  # of ε
+    d, c, signal = direction / np.sqrt(1 - step.here), np.sqrt(step.there), np.sqrt(step.here)
     if use_clipped_model_output:  # ε = (x - √ᾱ x̂0)/√(1 - ᾱ)
-        d = direction / np.sqrt(1 - step.here)
-        c = np.sqrt(step.there) - d * np.sqrt(step.here)
-        return step.table(prediction, clip, c=c, d=d, e=sigma)
+        return step.table(prediction, clip, c=c - d * signal, d=d, e=sigma)
     # ε = (x - √ᾱ (a·x + b·out))/√(1 - ᾱ)
     a, b = denoised_coefficients(prediction, schedule, step.t)
-    ratio = direction / np.sqrt(1 - step.here)
-    d, g = ratio * (1 - np.sqrt(step.here) * a), -ratio * np.sqrt(step.here) * b
-    return step.table(prediction, clip, c=np.sqrt(step.there), d=d, e=sigma, g=g)
+    return step.table(prediction, clip, c=c, d=d * (1 - signal * a), e=sigma, g=-d * signal * b)
 
 
 def dpmpp_2m(

@@ -22,23 +22,23 @@ from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.version import __version__
 
+Pixels = NDArray[np.uint8]
+
 PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
 _LARGEST_GRID: Final = 4096  # images
 _LINE_WIDTH, _LINE_GREY = 2, 96  # of a grid
 _SMALLEST_TILE: Final = 64  # pixels: smaller images are enlarged in a grid, so that a person sees them
 
 
-def to_uint8(
-    images: NDArray[np.float32], value_range: tuple[float, float] = (-1.0, 1.0)
-) -> NDArray[np.uint8]:
+def to_uint8(images: Array, value_range: tuple[float, float] = (-1.0, 1.0)) -> Pixels:
     """(N, C, H, W) floats in `value_range` → (N, H, W, C) uint8, rounded to nearest; clipped outside."""
     lo, hi = value_range
     pixels = np.clip((images - lo) * (255.0 / (hi - lo)), 0.0, 255.0)
-    rounded: NDArray[np.uint8] = np.rint(pixels).astype(np.uint8)
+    rounded: Pixels = np.rint(pixels).astype(np.uint8)
     return rounded.transpose(0, 2, 3, 1)
 
 
-def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> NDArray[np.uint8]:
+def grid(pixels: Pixels, columns: int | None = None) -> Pixels:
     """Tile (N, H, W, C) images into one (H', W', C), as near square as can be, on grey lines.
 
     Images under 64 pixels are enlarged by a whole factor, each pixel a square.
@@ -57,12 +57,12 @@ def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> NDArray[np.ui
     return np.pad(canvas, ((0, line), (0, line), (0, 0)), constant_values=_LINE_GREY)
 
 
-def to_pillow(pixels: NDArray[np.uint8]) -> Any:
+def to_pillow(pixels: Pixels) -> Any:
     """A PIL.Image of (H, W, C) pixels, C = 1 or 3."""
     return require("PIL.Image", "cpu").fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
-def save_png(pixels: NDArray[np.uint8], path: Path, text: Mapping[str, Any]) -> None:
+def save_png(pixels: Pixels, path: Path, text: Mapping[str, Any]) -> None:
     """Write one (H, W, C) image, C = 1 or 3, with `text` as JSON under the key "ddpm_deploy"."""
     info = require("PIL.PngImagePlugin", "cpu").PngInfo()
     info.add_text(PNG_KEY, json.dumps(dict(text)))
@@ -88,7 +88,7 @@ class Origin:
         return {"model": self.model, "is_grid": self.is_grid, "request": request, "ddpm_deploy": __version__}
 
 
-def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
+def read_origin(path: Path) -> tuple[Origin, Pixels]:
     """What a PNG says of where it came from, and its pixels (H, W, C).
 
     Raises DataError where it is no PNG of ours, or is broken.
@@ -159,7 +159,7 @@ class Destination:
             with self._npz_writer() as write:
                 yield write
         else:
-            batches: list[NDArray[np.uint8]] = []
+            batches: list[Pixels] = []
             yield lambda samples: batches.append(self._pixels(samples))
             save_png(grid(np.concatenate(batches)), self.path, self._origin(self.request, is_grid=True))
 
@@ -168,7 +168,7 @@ class Destination:
             return {}
         return Origin(self.spec.provenance.digest, request, is_grid).to_text()
 
-    def _pixels(self, samples: Array) -> NDArray[np.uint8]:
+    def _pixels(self, samples: Array) -> Pixels:
         return to_uint8(samples, self.spec.value_range)
 
     def _folder_writer(self) -> Callable[[Array], None]:

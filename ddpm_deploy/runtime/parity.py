@@ -162,7 +162,7 @@ def record(
                 prediction[at] = reference.device.fetch(reference.memory["prediction"][:count])
             progress(1)
         images = chain.images(slots)
-    timesteps = table.timesteps[kept].astype(np.int64)
+    timesteps = table.timesteps[kept]
     return Trajectory(spec, seed, len(table), labels, timesteps, x, prediction, images)
 
 

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import OutputError
 from ddpm_deploy.files import atomic, require_output, show
-from ddpm_deploy.runtime.images import grid, save_png, to_pillow, to_uint8
+from ddpm_deploy.runtime.images import Pixels, grid, save_png, to_pillow, to_uint8
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.spec import ModelSpec
 
@@ -31,7 +30,7 @@ class Preview:
         self._most, looks = _FILM if self._is_film else _ANIMATION
         self._last = steps - 1
         self._wanted = set(np.linspace(first, self._last, looks).round().astype(int).tolist())
-        self._looks: list[NDArray[np.uint8]] = []  # (k, H, W, C) each
+        self._looks: list[Pixels] = []  # (k, H, W, C) each
         self._done = False
 
     def check(self) -> None:
