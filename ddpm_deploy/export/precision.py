@@ -37,18 +37,19 @@ TYPES: Final[dict[GraphPrecision, torch.dtype]] = {
     "fp16": torch.float16,
 }
 
+_ATEN: Final = torch.ops.aten
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HEADROOM: Final = 4.0  # how many times a value may yet grow on other images before it overflows
 _ROUNDING: Final = 4.0  # times the type's own epsilon: more means values too small for it
 _ATTEMPTS: Final = 8
 # Operators that only move numbers: what they give was rounded where it was made.
 _MOVES: Final = (
-    torch.ops.aten.cat.default,
-    torch.ops.aten.clone.default,
-    torch.ops.aten.constant_pad_nd.default,
-    torch.ops.aten.copy_.default,
-    torch.ops.aten.upsample_nearest2d.vec,
-    torch.ops.aten.upsample_nearest2d.default,
+    _ATEN.cat.default,
+    _ATEN.clone.default,
+    _ATEN.constant_pad_nd.default,
+    _ATEN.copy_.default,
+    _ATEN.upsample_nearest2d.vec,
+    _ATEN.upsample_nearest2d.default,
 )
 
 
@@ -246,7 +247,7 @@ class _Rounding(TorchDispatchMode):
         """Run one operator."""
         kwargs = kwargs or {}
         module = self._modules[-1]
-        if func is torch.ops.aten._to_copy.default:
+        if func is _ATEN._to_copy.default:
             narrows = kwargs.get("dtype") == self._dtype
             return self._round(module, args[0].float()) if narrows else func(*args, **kwargs)
         dtypes = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
