@@ -85,14 +85,13 @@ def find_images(data: str, *, labels: bool = False) -> Source:
         return _digits(labels)
     if path.is_dir():
         return _folder_source(path, labels)
-    if path.suffix.lower() in _ARRAY_SUFFIXES:
-        require_file(path, DataError)
-        source = _array_source(_read_array(path, *_IMAGE_ARRAYS), show(path))
-        return replace(source, labels=_array_labels(path, source.count)) if labels else source
     require_file(path, DataError)
-    raise DataError(
-        f"{show(path)} is not a folder of images, nor an .npy or .npz file, nor the word {DIGITS!r}"
-    )
+    if path.suffix.lower() not in _ARRAY_SUFFIXES:
+        raise DataError(
+            f"{show(path)} is not a folder of images, nor an .npy or .npz file, nor the word {DIGITS!r}"
+        )
+    source = _array_source(_read_array(path, *_IMAGE_ARRAYS), show(path))
+    return replace(source, labels=_array_labels(path, source.count)) if labels else source
 
 
 def read_images(
