@@ -201,8 +201,7 @@ class Oracle(TorchNetwork):
     ) -> None:
         reduced = reduce(network, precision, islands)
         super().__init__(reduced, msgspec.structs.replace(spec, precision=precision), max_batch=max_batch)
-        self._rounding = _Rounding(TYPES[precision])
-        self._rounding.follow(network, reduced)
+        self._rounding = _Rounding(network, reduced, TYPES[precision])
 
     def ranges(self) -> dict[str, Range]:
         """What was seen so far, by the name of the innermost module that made it."""
@@ -218,9 +217,9 @@ class Oracle(TorchNetwork):
 
 
 class _Rounding(TorchDispatchMode):
-    """Runs every operator on reduced tensors in float32, and rounds its result."""
+    """Runs every operator of a reduced network in float32, and rounds its result and the weights."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, reduced: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._dtype = dtype
         self._max = torch.finfo(dtype).max
@@ -228,9 +227,6 @@ class _Rounding(TorchDispatchMode):
         # By module: the largest value and the worst squared relative rounding. Tensors, as reading a
         # number out of each would cost as much as the network.
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def follow(self, network: nn.Module, reduced: nn.Module) -> None:
-        """Note the rounding of the weights, and from now on which module is at work."""
         for (name, before), after in zip(network.named_modules(), reduced.modules(), strict=True):
             after.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name))
             after.register_forward_hook(self._leave)

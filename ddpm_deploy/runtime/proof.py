@@ -61,18 +61,18 @@ def load_proof(path: Path) -> Trajectory:
 
 def _require_sound(proof: Trajectory) -> None:
     """Raise ValueError unless the arrays have the shapes, types and ranges that their makers gave them."""
-    shape = proof.count, *proof.spec.image_shape
-    wanted: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
-        "labels": (np.int64, (proof.count,)),
-        "timesteps": (np.int64, (len(proof.timesteps),)),
-        "x": (np.float32, (len(proof.timesteps), *shape)),
-        "prediction": (np.float32, (len(proof.timesteps), proof.count, *proof.spec.prediction_shape)),
-        "images": (np.float32, shape),
-    }
-    for name, (dtype, size) in wanted.items():
+    kept, count = len(proof.timesteps), proof.count
+    shape = count, *proof.spec.image_shape
+    for name, dtype, size in (
+        ("labels", "int64", (count,)),
+        ("timesteps", "int64", (kept,)),
+        ("x", "float32", (kept, *shape)),
+        ("prediction", "float32", (kept, count, *proof.spec.prediction_shape)),
+        ("images", "float32", shape),
+    ):
         array = getattr(proof, name)
         if array.dtype != dtype or array.shape != size or not array.size:
-            raise ValueError(f"{name} is {array.dtype} {array.shape}, and {np.dtype(dtype)} {size} is needed")
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, and {dtype} {size} is needed")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} has numbers that are not finite")
     if not np.isin(proof.timesteps, proof.spec.step_table(ChainSettings(steps=proof.steps)).timesteps).all():

@@ -18,7 +18,7 @@ from ddpm_deploy.arrays import require_honest
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DataError, first_line
 from ddpm_deploy.files import require_file, show
-from ddpm_deploy.runtime.images import Pixels
+from ddpm_deploy.runtime.images import Pixels, to_pillow
 from ddpm_deploy.runtime.protocols import Labels
 from ddpm_deploy.stages import Progress, no_progress
 
@@ -237,13 +237,12 @@ def _array_source(array: NDArray[np.generic], name: str) -> Source:
         raise DataError(
             f"{name} has the shape {array.shape}: images are (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W)"
         )
-    grey = array.shape[-1] == 1
-
-    def load(i: int) -> Image.Image:
-        pixels = np.asarray(array[i])
-        return Image.fromarray(pixels[..., 0] if grey else np.ascontiguousarray(pixels))
-
-    return Source(len(array), load, lambda i: f"image {i} of {name}", lambda: grey)
+    return Source(
+        len(array),
+        load=lambda i: to_pillow(np.ascontiguousarray(array[i], np.uint8)),
+        name=lambda i: f"image {i} of {name}",
+        grey=lambda: array.shape[-1] == 1,
+    )
 
 
 def _folder_source(folder: Path, labels: bool) -> Source:
