@@ -42,6 +42,8 @@ _MAX_EMBEDDING_SIZE: Final = 2**26
 Size = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
 Text = Annotated[str, msgspec.Meta(max_length=200)]
 Batch = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,7 +93,7 @@ class UNetConfig(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unet
     norm_eps: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 1e-6
     padding: Literal["asymmetric", "symmetric"] = "asymmetric"
     scale_shift: bool = False
-    dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
 
     @property
     def size_divisor(self) -> int:
@@ -125,7 +127,7 @@ class Provenance(_Strict, frozen=True, kw_only=True):
 
     digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     weights: Weights = "ema"
-    step: Annotated[int, msgspec.Meta(ge=0)] = 0
+    step: Natural = 0
     data: Text = ""
     ddpm_deploy: Text = ""
     torch: Text = ""

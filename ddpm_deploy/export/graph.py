@@ -28,10 +28,8 @@ from ddpm_deploy.runtime.proof import as_proof, proof_path, write_proof
 from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, ModelSpec
 from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.train.network import TorchNetwork
-from ddpm_deploy.words import GraphPrecision, Precision
+from ddpm_deploy.words import GraphPrecision
 
-# bfloat16 convolutions are ONNX from opset 22 on; engines are best built from 21.
-OPSETS: Final[dict[Precision, int]] = {"fp32": 21, "fp16": 21, "bf16": 22}
 _CHECKED_BATCHES: Final = (1, 3)
 _LARGEST_FILE: Final = 2**31 - 1  # what one protobuf holds
 
@@ -158,7 +156,8 @@ def trace(network: nn.Module, spec: ModelSpec) -> Any:
             tuple(example.values()),
             input_names=list(example),
             output_names=[spec.output.name],
-            opset_version=OPSETS[spec.precision],
+            # bfloat16 convolutions are ONNX from opset 22 on; engines are best built from 21.
+            opset_version=22 if spec.precision == "bf16" else 21,
             dynamo=True,
             dynamic_shapes=tuple({0: batch} for _ in example),
             verbose=False,

@@ -23,6 +23,7 @@ from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.version import __version__
 
 Pixels = NDArray[np.uint8]
+Writer = Callable[[Array], None]  # takes samples (k, C, H, W), in order
 
 PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
 _LARGEST_GRID: Final = 4096  # images
@@ -151,7 +152,7 @@ class Destination:
             )
 
     @contextmanager
-    def open(self) -> Iterator[Callable[[Array], None]]:
+    def open(self) -> Iterator[Writer]:
         """Give the function that takes the samples, (k, C, H, W) in value_range, in order."""
         if not self._suffix:
             yield self._folder_writer()
@@ -171,7 +172,7 @@ class Destination:
     def _pixels(self, samples: Array) -> Pixels:
         return to_uint8(samples, self.spec.value_range)
 
-    def _folder_writer(self) -> Callable[[Array], None]:
+    def _folder_writer(self) -> Writer:
         make_folder(self.path)
         places = itertools.count()
 
@@ -184,7 +185,7 @@ class Destination:
         return write
 
     @contextmanager
-    def _npz_writer(self) -> Iterator[Callable[[Array], None]]:
+    def _npz_writer(self) -> Iterator[Writer]:
         """An .npz written as the samples come, so that any number of them fits in memory."""
         channels, height, width = self.spec.image_shape
         count = self.request.count

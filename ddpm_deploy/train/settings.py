@@ -7,7 +7,7 @@ import msgspec
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import SettingError
-from ddpm_deploy.spec import ModelSpec, Provenance, UNetConfig
+from ddpm_deploy.spec import Batch, ModelSpec, Natural, Provenance, Share, UNetConfig
 from ddpm_deploy.words import Loss
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
@@ -36,20 +36,20 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     skip_broken: bool = False
     loss: Loss = "simple"
     steps: Positive
-    batch_size: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+    batch_size: Batch
     learning_rate: Rate
-    warmup_steps: Annotated[int, msgspec.Meta(ge=0)]
+    warmup_steps: Natural
     decay: Literal["none", "cosine"]
     grad_clip: Rate = 1.0
-    ema_decay: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+    ema_decay: Share
     flip: bool
-    accumulate: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 1
+    accumulate: Batch = 1
     amp: bool = False
     labels: bool = False
-    label_dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
+    label_dropout: Share = 0.0
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     save_every: Positive = 1000
-    sample_every: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    sample_every: Natural = 1000
 
     def __post_init__(self) -> None:
         if self.accumulate > self.batch_size:
