@@ -26,7 +26,7 @@ def measure() -> Iterator[Row]:
     trajectory = record(TorchNetwork(*load_network(open_model(checkpoint))), count=_IMAGES, keep=1000)
     result = judge(trajectory, OrtNetwork(open_model(onnx)))
     worst = result.worst
-    limit = result.limit(worst)
+    limit = worst.limit
     measured = f"{worst.relative_rms:.1e} (t = {worst.timestep})"
     met = worst.relative_rms <= limit
     yield Row(

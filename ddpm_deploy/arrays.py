@@ -3,8 +3,13 @@
 import math
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.errors import ArtefactError, first_line
+from ddpm_deploy.files import require_file, show
 
 
 def require_honest(path: Path, largest: int) -> None:
@@ -27,3 +32,14 @@ def require_honest(path: Path, largest: int) -> None:
                 shape, _, dtype = read(file)
                 if math.prod(shape) * dtype.itemsize > info.file_size:
                     raise ValueError(f"{info.filename} claims the shape {shape}, and is too short for it")
+
+
+def load_arrays(path: Path, largest: int, what: str) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz of ours, by name. Raises ArtefactError where it is missing, broken or not honest."""
+    require_file(path)
+    try:
+        require_honest(path, largest)
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
+        raise ArtefactError(f"{show(path)} is not a whole {what}: {first_line(error)}") from error

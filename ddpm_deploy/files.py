@@ -85,6 +85,14 @@ def require_output(path: Path) -> None:
         _create_beside(path).unlink()
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder, unless it is there. Raises OutputError."""
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {show(path)} cannot be made: {error.strerror}") from error
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, with its suffix; rename it to `path` when the block succeeds.

@@ -132,16 +132,6 @@ class _Philox:
             np.bitwise_xor(high, keyed, even_low)
 
 
-def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Philox4x32-10: counter (..., 4) and key (..., 2) → four random words (..., 4), all uint32."""
-    philox = _Philox(counter.shape[:-1])
-    words = np.moveaxis(counter, -1, 0)
-    philox.even[:], philox.start[:] = words[0::2], words[1::2]
-    philox.run(_round_keys(np.moveaxis(key, -1, 0)))
-    (r0, r2), (r1, r3) = philox.even_low, philox.odd_low
-    return np.stack([r0, r1, r2, r3], axis=-1)
-
-
 class _Tile:
     """Scratch for `slots` × `blocks` Philox blocks, and the normal numbers they make."""
 

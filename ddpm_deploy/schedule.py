@@ -11,57 +11,58 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float64]
 Beta = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
 
 
-class LinearBetas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="linear"):
-    """β rises linearly from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
+class _Betas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+    """What the kinds of schedule have in common: they are told apart by their "kind"."""
+
+
+class _Rising(_Betas, frozen=True):
+    """Those whose β rises from `beta_start` to `beta_end`."""
 
     beta_start: Beta = 1e-4
     beta_end: Beta = 0.02
 
-    def betas(self, timesteps: int) -> NDArray[np.float64]:
+
+class LinearBetas(_Rising, frozen=True, tag="linear"):
+    """β rises linearly from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
+
+    def betas(self, timesteps: int) -> Floats:
         """β_t, (T,)."""
         return np.linspace(self.beta_start, self.beta_end, timesteps, dtype=np.float64)
 
 
-class ScaledLinearBetas(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="scaled_linear"
-):
+class ScaledLinearBetas(_Rising, frozen=True, tag="scaled_linear"):
     """√β rises linearly (Rombach et al. 2022; diffusers' "scaled_linear")."""
 
-    beta_start: Beta = 1e-4
-    beta_end: Beta = 0.02
-
-    def betas(self, timesteps: int) -> NDArray[np.float64]:
+    def betas(self, timesteps: int) -> Floats:
         """β_t, (T,)."""
-        betas: NDArray[np.float64] = np.linspace(self.beta_start**0.5, self.beta_end**0.5, timesteps) ** 2
+        betas: Floats = np.linspace(self.beta_start**0.5, self.beta_end**0.5, timesteps) ** 2
         return betas
 
 
-class SigmoidBetas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="sigmoid"):
+class SigmoidBetas(_Rising, frozen=True, tag="sigmoid"):
     """β rises along a logistic curve from -6 to 6 (diffusers' "sigmoid"; that of lucidrains is another, in ᾱ)."""
 
-    beta_start: Beta = 1e-4
-    beta_end: Beta = 0.02
-
-    def betas(self, timesteps: int) -> NDArray[np.float64]:
+    def betas(self, timesteps: int) -> Floats:
         """β_t, (T,)."""
-        rise: NDArray[np.float64] = 1 / (1 + np.exp(-np.linspace(-6.0, 6.0, timesteps)))
+        rise: Floats = 1 / (1 + np.exp(-np.linspace(-6.0, 6.0, timesteps)))
         return self.beta_start + rise * (self.beta_end - self.beta_start)
 
 
-class CosineBetas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="cosine"):
+class CosineBetas(_Betas, frozen=True, tag="cosine"):
     """ᾱ falls as a squared cosine, β capped at `max_beta` (Nichol & Dhariwal 2021, equation 17)."""
 
     s: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.008
     max_beta: Beta = 0.999
 
-    def betas(self, timesteps: int) -> NDArray[np.float64]:
+    def betas(self, timesteps: int) -> Floats:
         """β_t, (T,)."""
         time = np.arange(timesteps + 1) / timesteps
         alphas_cumprod = np.cos((time + self.s) / (1 + self.s) * np.pi / 2) ** 2
-        betas: NDArray[np.float64] = np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], self.max_beta)
+        betas: Floats = np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], self.max_beta)
         return betas
 
 
@@ -79,7 +80,7 @@ SCHEDULES: Final[dict[str, BetaSchedule]] = {
 class Schedule:
     """A forward process q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I), given by its betas (T,) in float64."""
 
-    betas: NDArray[np.float64]
+    betas: Floats
 
     @property
     def timesteps(self) -> int:
@@ -87,19 +88,17 @@ class Schedule:
         return len(self.betas)
 
     @cached_property
-    def alphas_cumprod(self) -> NDArray[np.float64]:
+    def alphas_cumprod(self) -> Floats:
         """ᾱ_t = ∏ (1 - β_s) for s ≤ t, (T,)."""
         return np.cumprod(1.0 - self.betas, dtype=np.float64)
 
     @cached_property
-    def alphas_cumprod_prev(self) -> NDArray[np.float64]:
+    def alphas_cumprod_prev(self) -> Floats:
         """ᾱ_{t-1}, (T,): 1 at t = 0."""
         return np.append(1.0, self.alphas_cumprod[:-1])
 
 
-def posterior(
-    here: NDArray[np.float64], there: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def posterior(here: Floats, there: Floats) -> tuple[Floats, Floats, Floats]:
     """(k0, kt, variance) of q(x_s | x_t, x_0) = N(k0·x_0 + kt·x_t, variance I), for ᾱ_t = here and ᾱ_s = there.
 
     Ho et al. 2020, equation 7.

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.errors import SettingError
-from ddpm_deploy.schedule import Schedule, posterior
+from ddpm_deploy.schedule import Floats, Schedule, posterior
 from ddpm_deploy.words import PREDICTIONS, VARIANCES, Prediction, Variance
 
 Clip = tuple[float, float] | None
-Column = NDArray[np.float64]
+Timesteps = Sequence[int] | NDArray[np.int64]
 
 # The columns of a row, in the order in which the float32 rows hold them.
 COLUMNS: Final = ("t", "a", "b", "lo", "hi", "c", "d", "e", "f", "g", "ln_var_min", "ln_var_max")
@@ -41,7 +41,7 @@ class StepTable:
     Raises SettingError where the rows have another shape, are none, or hold NaN.
     """
 
-    rows: NDArray[np.float64]
+    rows: Floats
 
     def __post_init__(self) -> None:
         rows = np.array(self.rows, np.float64)
@@ -53,7 +53,7 @@ class StepTable:
         object.__setattr__(self, "rows", rows)
 
     @classmethod
-    def from_columns(cls, **columns: NDArray[np.float64] | NDArray[np.int64] | float) -> Self:
+    def from_columns(cls, **columns: Floats | NDArray[np.int64] | float) -> Self:
         """Build from named columns, (N,) each or one number for all; those not named are zero."""
         length = np.broadcast(*columns.values()).size
         rows = np.zeros((length, len(COLUMNS)))
@@ -64,7 +64,7 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, column: str) -> NDArray[np.float64]:
+    def __getitem__(self, column: str) -> Floats:
         """One column by its name in COLUMNS, (N,)."""
         return self.rows[:, COLUMNS.index(column)]
 
@@ -80,14 +80,13 @@ class StepTable:
 
 def learns_variance(rows: NDArray[Any]) -> NDArray[np.bool_]:
     """Which of the rows (N, len(COLUMNS)) take their variance from the network, (N,)."""
-    least, most = rows[:, COLUMNS.index("ln_var_min")], rows[:, COLUMNS.index("ln_var_max")]
-    learns: NDArray[np.bool_] = (least != 0) | (most != 0)
+    learns: NDArray[np.bool_] = (rows[:, [LN_VAR_MIN, LN_VAR_MAX]] != 0).any(axis=1)
     return learns
 
 
 def ddpm(
     schedule: Schedule,
-    timesteps: Sequence[int] | NDArray[np.int64],
+    timesteps: Timesteps,
     *,
     prediction: Prediction = "epsilon",
     variance: Variance = "fixed_large",
@@ -118,7 +117,7 @@ def ddpm(
     )
 
 
-def _deviation(variance: Variance, smallest: Column, largest: Column) -> dict[str, Column]:
+def _deviation(variance: Variance, smallest: Floats, largest: Floats) -> dict[str, Floats]:
     """The columns of the noise, from the variance's bounds β̃ and β; none on the last step."""
     noise = np.append(np.ones(len(smallest) - 1), 0.0)
     if variance == "learned_range":
@@ -129,7 +128,7 @@ def _deviation(variance: Variance, smallest: Column, largest: Column) -> dict[st
 
 def ddim(
     schedule: Schedule,
-    timesteps: Sequence[int] | NDArray[np.int64],
+    timesteps: Timesteps,
     *,
     prediction: Prediction = "epsilon",
     eta: float = 0.0,
@@ -154,20 +153,17 @@ def ddim(
     _, _, posterior_variance = posterior(step.here, step.there)
     sigma = eta * np.sqrt(posterior_variance)
     direction = np.sqrt(np.maximum(1 - step.there - sigma**2, 0.0))  # of ε
+    d, c, signal = direction / np.sqrt(1 - step.here), np.sqrt(step.there), np.sqrt(step.here)
     if use_clipped_model_output:  # ε = (x - √ᾱ x̂0)/√(1 - ᾱ)
-        d = direction / np.sqrt(1 - step.here)
-        c = np.sqrt(step.there) - d * np.sqrt(step.here)
-        return step.table(prediction, clip, c=c, d=d, e=sigma)
+        return step.table(prediction, clip, c=c - d * signal, d=d, e=sigma)
     # ε = (x - √ᾱ (a·x + b·out))/√(1 - ᾱ)
     a, b = denoised_coefficients(prediction, schedule, step.t)
-    ratio = direction / np.sqrt(1 - step.here)
-    d, g = ratio * (1 - np.sqrt(step.here) * a), -ratio * np.sqrt(step.here) * b
-    return step.table(prediction, clip, c=np.sqrt(step.there), d=d, e=sigma, g=g)
+    return step.table(prediction, clip, c=c, d=d * (1 - signal * a), e=sigma, g=-d * signal * b)
 
 
 def dpmpp_2m(
     schedule: Schedule,
-    timesteps: Sequence[int] | NDArray[np.int64],
+    timesteps: Timesteps,
     *,
     prediction: Prediction = "epsilon",
     clip: Clip = (-1.0, 1.0),
@@ -195,7 +191,7 @@ def dpmpp_2m(
 
 def prediction_coefficients(
     prediction: Prediction, schedule: Schedule, timesteps: NDArray[np.int64]
-) -> tuple[Column, Column]:
+) -> tuple[Floats, Floats]:
     """(p, q) of out = p·x_0 + q·ε: what the network is trained to say at x_t.
 
     v: Salimans & Ho 2022, section 4; the mean, of the full chain's posterior whatever steps are taken: Ho et al.
@@ -220,7 +216,7 @@ def prediction_coefficients(
 
 def denoised_coefficients(
     prediction: Prediction, schedule: Schedule, timesteps: NDArray[np.int64]
-) -> tuple[Column, Column]:
+) -> tuple[Floats, Floats]:
     """(a, b) of x̂0 = a·x + b·out: x_t = √ᾱ·x_0 + √(1 - ᾱ)·ε and out = p·x_0 + q·ε, solved for x_0."""
     here = schedule.alphas_cumprod[timesteps]
     signal, noise = np.sqrt(here), np.sqrt(1 - here)
@@ -238,7 +234,7 @@ class _Steps:
     def __init__(
         self,
         schedule: Schedule,
-        timesteps: Sequence[int] | NDArray[np.int64],
+        timesteps: Timesteps,
         stride: int | None = None,
     ) -> None:
         self._schedule = schedule
@@ -260,7 +256,7 @@ class _Steps:
             before = self.t - stride
             self.there = np.where(before >= 0, schedule.alphas_cumprod[np.maximum(before, 0)], 1.0)
 
-    def table(self, prediction: Prediction, clip: Clip, **columns: Column) -> StepTable:
+    def table(self, prediction: Prediction, clip: Clip, **columns: Floats) -> StepTable:
         """The rows, from the columns of the update."""
         a, b = denoised_coefficients(prediction, self._schedule, self.t)
         lo, hi = clip or (-np.inf, np.inf)

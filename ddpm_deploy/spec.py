@@ -42,6 +42,12 @@ _MAX_EMBEDDING_SIZE: Final = 2**26
 Size = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
 Text = Annotated[str, msgspec.Meta(max_length=200)]
 Batch = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Read from a file, a field that is not known is an error."""
 
 
 class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,9 +65,7 @@ class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
 DEFAULT_CHAIN: Final = ChainSettings()
 
 
-class UNetConfig(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="unet"
-):
+class UNetConfig(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unet"):
     """The ε-network of the DDPM family; the defaults are the paper's CIFAR-10 network.
 
     channels: width of the first convolution.
@@ -89,7 +93,7 @@ class UNetConfig(
     norm_eps: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 1e-6
     padding: Literal["asymmetric", "symmetric"] = "asymmetric"
     scale_shift: bool = False
-    dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
 
     @property
     def size_divisor(self) -> int:
@@ -113,7 +117,7 @@ class UNetConfig(
 NetworkConfig = UNetConfig
 
 
-class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Provenance(_Strict, frozen=True, kw_only=True):
     """Where the weights come from.
 
     digest: SHA-256 of the network's parameters, names and values: the model's identity, the same in
@@ -123,13 +127,13 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     weights: Weights = "ema"
-    step: Annotated[int, msgspec.Meta(ge=0)] = 0
+    step: Natural = 0
     data: Text = ""
     ddpm_deploy: Text = ""
     torch: Text = ""
 
 
-class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class EngineSpec(_Strict, frozen=True, kw_only=True):
     """What an engine was built by, and for.
 
     flavour, version: the TensorRT that built it, which must run it too. capabilities: compute capabilities it runs
@@ -159,7 +163,7 @@ class Tensor:
     shape: tuple[int, ...]
 
 
-class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ModelSpec(_Strict, frozen=True, kw_only=True):
     """What the runtime must know of a model.
 
     image_shape: (C, H, W). value_range: of the images the model was trained on.

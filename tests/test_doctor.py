@@ -69,7 +69,7 @@ def test_theory_and_the_chain_agree(model: ModelFile) -> None:
     assert variance != pytest.approx(gaussian.STD**2, rel=0.1)  # twelve steps are not the data's
     with Sampler.load(model.path) as sampler:
         images = sampler.sample(64, seed=1)
-    assert abs(images - exact[:64]).max() < DOCTOR.limit
+    assert abs(images - exact[:64]).max() < DOCTOR
 
 
 @pytest.mark.parametrize(

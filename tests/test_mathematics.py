@@ -15,9 +15,9 @@ from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import CosineBetas, LinearBetas, Schedule
 from ddpm_deploy.solvers import COLUMNS, IDENTITY, StepTable, ddpm
 from ddpm_deploy.spacings import spaced
-from ddpm_deploy.tolerances import TOLERANCES
 from ddpm_deploy.words import Prediction, Variance
 from tests.models import ArrayNetwork, GaussianNetwork, tiny_spec
+from tests.tolerances import TOLERANCES
 
 LINEAR = Schedule(LinearBetas().betas(1000))
 COSINE = Schedule(CosineBetas().betas(1000))

@@ -428,7 +428,7 @@ def test_nan_is_past_tolerance() -> None:
     result = judge(record(Off(0), count=1, steps=10), Off(float("nan"), below=500))
     assert not result.within
     assert result.first_past == 400
-    assert not spot_check(Off(0), Off(float("nan"), below=500), (1, 2)).within
+    assert not spot_check(Off(0), Off(float("nan"), below=500), 2).within
 
 
 def test_questions_asked_together_have_the_answers_of_those_asked_alone() -> None:

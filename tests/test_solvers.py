@@ -16,10 +16,10 @@ from ddpm_deploy.schedule import CosineBetas, LinearBetas, ScaledLinearBetas, Sc
 from ddpm_deploy.solvers import COLUMNS, StepTable, ddim, ddpm, dpmpp_2m
 from ddpm_deploy.spacings import SPACINGS, spaced
 from ddpm_deploy.spec import ChainSettings
-from ddpm_deploy.tolerances import TOLERANCES
 from ddpm_deploy.words import Prediction, Spacing, Variance
 from tests.golden import improved_diffusion
 from tests.models import GaussianNetwork, tiny_spec
+from tests.tolerances import TOLERANCES
 
 SCHEDULES = {
     "linear": Schedule(LinearBetas().betas(1000)),

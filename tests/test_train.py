@@ -20,10 +20,10 @@ from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import SCHEDULES
 from ddpm_deploy.solvers import denoised_coefficients
 from ddpm_deploy.spec import ModelSpec, UNetConfig
-from ddpm_deploy.tolerances import TOLERANCES
 from ddpm_deploy.words import Prediction, Variance
 from tests.golden import improved_diffusion
 from tests.models import TINY_UNET, tiny_spec
+from tests.tolerances import TOLERANCES
 
 torch = pytest.importorskip("torch")
 

@@ -261,7 +261,7 @@ def _chain_finding(name: str, mend: str, load: Callable[[], Network]) -> Finding
         f"{off_mean:+.1f} standard errors), variance {images.var():.4f} (theory {variance:.4f}, {off_variance:+.1f}), "
         f"at most {worst:.0e} from the exact chain"
     )
-    right = abs(off_mean) < _SIGMAS and abs(off_variance) < _SIGMAS and worst < DOCTOR.limit
+    right = abs(off_mean) < _SIGMAS and abs(off_variance) < _SIGMAS and worst < DOCTOR
     return Finding(name, "works", says) if right else Finding(name, "broken", f"WRONG NUMBERS: {says}", mend)
 
 

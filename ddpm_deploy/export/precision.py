@@ -25,10 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ParityError
 from ddpm_deploy.runtime.network import default_max_batch
-from ddpm_deploy.runtime.parity import StepErrors, Trajectory, teacher_forced
+from ddpm_deploy.runtime.parity import StepErrors, Trajectory, teacher_forced, worst
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.stages import Stages, silent
-from ddpm_deploy.tolerances import PARITY
 from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.words import GraphPrecision
 
@@ -38,18 +37,19 @@ TYPES: Final[dict[GraphPrecision, torch.dtype]] = {
     "fp16": torch.float16,
 }
 
+_ATEN: Final = torch.ops.aten
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HEADROOM: Final = 4.0  # how many times a value may yet grow on other images before it overflows
 _ROUNDING: Final = 4.0  # times the type's own epsilon: more means values too small for it
 _ATTEMPTS: Final = 8
 # Operators that only move numbers: what they give was rounded where it was made.
 _MOVES: Final = (
-    torch.ops.aten.cat.default,
-    torch.ops.aten.clone.default,
-    torch.ops.aten.constant_pad_nd.default,
-    torch.ops.aten.copy_.default,
-    torch.ops.aten.upsample_nearest2d.vec,
-    torch.ops.aten.upsample_nearest2d.default,
+    _ATEN.cat.default,
+    _ATEN.clone.default,
+    _ATEN.constant_pad_nd.default,
+    _ATEN.copy_.default,
+    _ATEN.upsample_nearest2d.vec,
+    _ATEN.upsample_nearest2d.default,
 )
 
 
@@ -122,21 +122,25 @@ def calibrate(
     Raises ParityError where no choice of them brings the oracle within tolerance, or all would have to stay.
     """
     islands, convolutions = standing_islands(network), _inside("", network)
-    largest = default_max_batch(trajectory.spec)
-    together = max(1, min(largest // trajectory.count, len(trajectory.timesteps)))
+    largest = max(trajectory.count, default_max_batch(trajectory.spec))
     for _ in range(_ATTEMPTS):
         if islands.keys() >= set(convolutions):
             raise ParityError(
                 f"nothing of this network fits {precision}: all its convolutions must stay in float32, so export it "
                 "in fp32"
             )
-        oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=together * trajectory.count)
+        oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=largest)
         with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
             steps = teacher_forced(trajectory, oracle, progress)
         ranges = oracle.ranges()
         found = unsafe(ranges, network, TYPES[precision])
         if not found:
-            _require_tolerance(steps, trajectory.spec.timesteps, precision)
+            most = worst(steps)
+            if not most.within:
+                raise ParityError(
+                    f"hardware that rounds to {precision} would be off by {most.relative_rms:.1e} of the prediction's "
+                    f"RMS at t = {most.timestep}, and {most.limit:.0e} is allowed: export this network in FP32"
+                )
             return Calibration(precision, islands, len(convolutions), ranges, steps)
         if found.keys() <= islands.keys():
             break
@@ -161,17 +165,6 @@ def unsafe(ranges: dict[str, Range], network: nn.Module, dtype: torch.dtype) -> 
             continue
         found |= dict.fromkeys(_convolutions(name, network), reason)
     return found
-
-
-def _require_tolerance(steps: Iterable[StepErrors], timesteps: int, precision: GraphPrecision) -> None:
-    limit = PARITY[precision].limit
-    worst = max(steps, key=lambda step: step.relative_rms / limit(step.timestep, timesteps))
-    allowed = limit(worst.timestep, timesteps)
-    if worst.relative_rms > allowed:
-        raise ParityError(
-            f"hardware that rounds to {precision} would be off by {worst.relative_rms:.1e} of the prediction's RMS at "
-            f"t = {worst.timestep}, and {allowed:.0e} is allowed: export this network in FP32"
-        )
 
 
 def _convolutions(name: str, network: nn.Module) -> list[str]:
@@ -208,12 +201,14 @@ class Oracle(TorchNetwork):
     ) -> None:
         reduced = reduce(network, precision, islands)
         super().__init__(reduced, msgspec.structs.replace(spec, precision=precision), max_batch=max_batch)
-        self._rounding = _Rounding(TYPES[precision])
-        self._rounding.follow(network, reduced)
+        self._rounding = _Rounding(network, reduced, TYPES[precision])
 
     def ranges(self) -> dict[str, Range]:
         """What was seen so far, by the name of the innermost module that made it."""
-        return self._rounding.ranges()
+        return {
+            name: Range(largest.item(), rounding.sqrt().item())
+            for name, (largest, rounding) in self._rounding.seen.items()
+        }
 
     def predict(self, batch: int) -> None:
         """Predict for the leading rows."""
@@ -222,35 +217,25 @@ class Oracle(TorchNetwork):
 
 
 class _Rounding(TorchDispatchMode):
-    """Runs every operator on reduced tensors in float32, and rounds its result."""
+    """Runs every operator of a reduced network in float32, and rounds its result and the weights."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, reduced: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._dtype = dtype
         self._max = torch.finfo(dtype).max
         self._modules: list[str] = [""]
         # By module: the largest value and the worst squared relative rounding. Tensors, as reading a
         # number out of each would cost as much as the network.
-        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def follow(self, network: nn.Module, reduced: nn.Module) -> None:
-        """Note the rounding of the weights, and from now on which module is at work."""
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
         for (name, before), after in zip(network.named_modules(), reduced.modules(), strict=True):
             after.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name))
-            after.register_forward_hook(lambda *_: self._leave())
+            after.register_forward_hook(self._leave)
             if isinstance(after, _CONVOLUTIONS) and after.weight.dtype == self._dtype:
                 for whole, rounded in zip(before.parameters(), after.parameters(), strict=True):
                     rounded.data.copy_(self._round(name, whole.data))
 
-    def _leave(self) -> None:
+    def _leave(self, *_: Any) -> None:
         self._modules.pop()
-
-    def ranges(self) -> dict[str, Range]:
-        """What was seen so far."""
-        return {
-            name: Range(largest.item(), rounding.sqrt().item())
-            for name, (largest, rounding) in self._seen.items()
-        }
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -258,7 +243,7 @@ class _Rounding(TorchDispatchMode):
         """Run one operator."""
         kwargs = kwargs or {}
         module = self._modules[-1]
-        if func is torch.ops.aten._to_copy.default:
+        if func is _ATEN._to_copy.default:
             narrows = kwargs.get("dtype") == self._dtype
             return self._round(module, args[0].float()) if narrows else func(*args, **kwargs)
         dtypes = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -277,12 +262,8 @@ class _Rounding(TorchDispatchMode):
         unit = largest.clamp_min(torch.finfo(torch.float32).tiny)  # so that no square leaves float32
         lost, whole = (rounded.float() - tensor) / unit, tensor / unit
         error = lost.square().sum() / whole.square().sum().clamp_min(1e-30)
-        before = self._seen.get(module)
-        self._seen[module] = (
-            (torch.maximum(before[0], largest), torch.maximum(before[1], error))
-            if before
-            else (largest, error)
-        )
+        largest_before, error_before = self.seen.get(module, (largest, error))
+        self.seen[module] = torch.maximum(largest_before, largest), torch.maximum(error_before, error)
         return rounded
 
 

@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DataError, OutputError, first_line
-from ddpm_deploy.files import atomic, require_file, require_output, show
+from ddpm_deploy.files import atomic, make_folder, require_file, require_output, show
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.version import __version__
+
+Pixels = NDArray[np.uint8]
+Writer = Callable[[Array], None]  # takes samples (k, C, H, W), in order
 
 PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
 _LARGEST_GRID: Final = 4096  # images
@@ -28,17 +31,15 @@ _LINE_WIDTH, _LINE_GREY = 2, 96  # of a grid
 _SMALLEST_TILE: Final = 64  # pixels: smaller images are enlarged in a grid, so that a person sees them
 
 
-def to_uint8(
-    images: NDArray[np.float32], value_range: tuple[float, float] = (-1.0, 1.0)
-) -> NDArray[np.uint8]:
+def to_uint8(images: Array, value_range: tuple[float, float] = (-1.0, 1.0)) -> Pixels:
     """(N, C, H, W) floats in `value_range` → (N, H, W, C) uint8, rounded to nearest; clipped outside."""
     lo, hi = value_range
     pixels = np.clip((images - lo) * (255.0 / (hi - lo)), 0.0, 255.0)
-    rounded: NDArray[np.uint8] = np.rint(pixels).astype(np.uint8)
+    rounded: Pixels = np.rint(pixels).astype(np.uint8)
     return rounded.transpose(0, 2, 3, 1)
 
 
-def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> NDArray[np.uint8]:
+def grid(pixels: Pixels, columns: int | None = None) -> Pixels:
     """Tile (N, H, W, C) images into one (H', W', C), as near square as can be, on grey lines.
 
     Images under 64 pixels are enlarged by a whole factor, each pixel a square.
@@ -50,24 +51,24 @@ def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> NDArray[np.ui
     tiles = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
     tile_height, tile_width = height * zoom, width * zoom
     line = _LINE_WIDTH
-    shape = rows * (tile_height + line) + line, columns * (tile_width + line) + line, channels
-    canvas = np.full(shape, _LINE_GREY, np.uint8)
+    canvas = np.full((rows, tile_height + line, columns, tile_width + line, channels), _LINE_GREY, np.uint8)
     for i, tile in enumerate(tiles):
-        top = line + i // columns * (tile_height + line)
-        left = line + i % columns * (tile_width + line)
-        canvas[top : top + tile_height, left : left + tile_width] = tile
-    return canvas
+        canvas[i // columns, line:, i % columns, line:] = tile
+    canvas = canvas.reshape(rows * (tile_height + line), columns * (tile_width + line), channels)
+    return np.pad(canvas, ((0, line), (0, line), (0, 0)), constant_values=_LINE_GREY)
 
 
-def save_png(pixels: NDArray[np.uint8], path: Path, text: Mapping[str, Any]) -> None:
+def to_pillow(pixels: Pixels) -> Any:
+    """A PIL.Image of (H, W, C) pixels, C = 1 or 3."""
+    return require("PIL.Image", "cpu").fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
+def save_png(pixels: Pixels, path: Path, text: Mapping[str, Any]) -> None:
     """Write one (H, W, C) image, C = 1 or 3, with `text` as JSON under the key "ddpm_deploy"."""
-    image_module, png_module = require("PIL.Image", "cpu"), require("PIL.PngImagePlugin", "cpu")
-    info = png_module.PngInfo()
+    info = require("PIL.PngImagePlugin", "cpu").PngInfo()
     info.add_text(PNG_KEY, json.dumps(dict(text)))
     with atomic(path) as temporary:
-        image_module.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
-            temporary, pnginfo=info
-        )
+        to_pillow(pixels).save(temporary, pnginfo=info)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Origin:
         return {"model": self.model, "is_grid": self.is_grid, "request": request, "ddpm_deploy": __version__}
 
 
-def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
+def read_origin(path: Path) -> tuple[Origin, Pixels]:
     """What a PNG says of where it came from, and its pixels (H, W, C).
 
     Raises DataError where it is no PNG of ours, or is broken.
@@ -102,19 +103,15 @@ def read_origin(path: Path) -> tuple[Origin, NDArray[np.uint8]]:
     except Exception as error:  # Pillow's decoder of a broken file raises nearly anything
         raise DataError(f"{show(path)} is not a whole PNG: {first_line(error)}") from error
     try:
-        says = msgspec.json.decode(str(text or ""), type=_OriginText)
-        request = Request.from_builtins(says.request, "what it says that it is of")
-    except (msgspec.MsgspecError, RecursionError, DataError) as error:
+        origin = msgspec.json.decode(str(text or ""), type=Origin)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise DataError(f"{show(path)} does not say where it came from: ddpm-run did not make it") from error
-    if request.seed is None or request.count > (_LARGEST_GRID if says.is_grid else 1):
-        raise DataError(f"{show(path)} cannot hold the {request.count} images that it says it is of")
-    return Origin(says.model, request, says.is_grid), pixels
-
-
-class _OriginText(msgspec.Struct):
-    model: str
-    request: dict[str, Any]
-    is_grid: bool
+    count = origin.request.count
+    if origin.request.seed is None or count > (_LARGEST_GRID if origin.is_grid else 1):
+        raise DataError(
+            f"{show(path)} cannot hold the {count} images that it says it is of, or names no seed"
+        )
+    return origin, pixels
 
 
 @dataclass(frozen=True)
@@ -132,16 +129,16 @@ class Destination:
     as_float: bool = False
 
     @property
-    def _is_folder(self) -> bool:
-        return self.path.is_dir() or not self.path.suffix
+    def _suffix(self) -> str:
+        """What the path ends in; nothing where it is a folder."""
+        return "" if self.path.is_dir() else self.path.suffix.lower()
 
     def check(self) -> None:
         """Raise OutputError where the samples could not be written: ask this before long work."""
-        suffix = "" if self._is_folder else self.path.suffix.lower()
-        name = show(self.path)
+        suffix, name = self._suffix, show(self.path)
         if suffix not in ("", ".png", ".npz"):
             raise OutputError(f"{name}: samples go to a .png (one grid), an .npz or a folder, not a {suffix}")
-        if self._is_folder and self.path.is_file():
+        if not suffix and self.path.is_file():
             raise OutputError(f"{name} is a file; a folder of images needs another name")
         require_output(self.path / "x" if self.path.is_dir() else self.path)
         if suffix == ".npz":
@@ -158,15 +155,15 @@ class Destination:
             )
 
     @contextmanager
-    def open(self) -> Iterator[Callable[[Array], None]]:
+    def open(self) -> Iterator[Writer]:
         """Give the function that takes the samples, (k, C, H, W) in value_range, in order."""
-        if self._is_folder:
+        if not self._suffix:
             yield self._folder_writer()
-        elif self.path.suffix.lower() == ".npz":
+        elif self._suffix == ".npz":
             with self._npz_writer() as write:
                 yield write
         else:
-            batches: list[NDArray[np.uint8]] = []
+            batches: list[Pixels] = []
             yield lambda samples: batches.append(self._pixels(samples))
             save_png(grid(np.concatenate(batches)), self.path, self._origin(self.request, is_grid=True))
 
@@ -175,14 +172,11 @@ class Destination:
             return {}
         return Origin(self.spec.provenance.digest, request, is_grid).to_text()
 
-    def _pixels(self, samples: Array) -> NDArray[np.uint8]:
+    def _pixels(self, samples: Array) -> Pixels:
         return to_uint8(samples, self.spec.value_range)
 
-    def _folder_writer(self) -> Callable[[Array], None]:
-        try:
-            self.path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"the folder {show(self.path)} cannot be made: {error.strerror}") from error
+    def _folder_writer(self) -> Writer:
+        make_folder(self.path)
         places = itertools.count()
 
         def write(samples: Array) -> None:
@@ -194,7 +188,7 @@ class Destination:
         return write
 
     @contextmanager
-    def _npz_writer(self) -> Iterator[Callable[[Array], None]]:
+    def _npz_writer(self) -> Iterator[Writer]:
         """An .npz written as the samples come, so that any number of them fits in memory."""
         channels, height, width = self.spec.image_shape
         count = self.request.count

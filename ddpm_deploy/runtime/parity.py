@@ -6,7 +6,7 @@ here or, as a proof that travels (`runtime.proof`), where there is no reference 
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
@@ -19,6 +19,7 @@ from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.network import ask
 from ddpm_deploy.runtime.protocols import Array, Labels, Network
 from ddpm_deploy.runtime.request import Request
+from ddpm_deploy.schedule import Floats
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.stages import Progress, no_progress
 from ddpm_deploy.tolerances import MEAN_PSNR, PARITY, Parity
@@ -27,31 +28,18 @@ _SPOTS: Final = 2  # timesteps of a spot check
 
 
 @dataclass(frozen=True)
-class SpotCheck:
-    """The worst prediction of a quick comparison, by its share of what is allowed there."""
-
-    relative_rms: float
-    limit: float
-    timestep: int
-    batch: int
-
-    @property
-    def within(self) -> bool:
-        """Whether it is within tolerance."""
-        return self.relative_rms <= self.limit
-
-
-@dataclass(frozen=True)
 class StepErrors:
     """The candidate's prediction at one timestep, at the reference's own x_t.
 
-    rms, max: of the error over the batch. reference_rms: of the reference's prediction.
+    rms, max: of the error over the batch. reference_rms: of the reference's prediction. limit: what its relative
+    RMS is allowed.
     """
 
     timestep: int
     rms: float
     max: float
     reference_rms: float
+    limit: float
 
     @property
     def relative_rms(self) -> float:
@@ -64,6 +52,11 @@ class StepErrors:
         ratio = self.rms / self.reference_rms if self.reference_rms else math.inf
         return ratio if math.isfinite(ratio) else math.inf
 
+    @property
+    def within(self) -> bool:
+        """Whether it is within tolerance."""
+        return self.relative_rms <= self.limit
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -74,23 +67,19 @@ class Comparison:
     """
 
     steps: Sequence[StepErrors]
-    psnr: NDArray[np.float64]
+    psnr: Floats
     tolerance: Parity
     timesteps: int
-
-    def limit(self, step: StepErrors) -> float:
-        """What the prediction at this timestep is allowed."""
-        return self.tolerance.limit(step.timestep, self.timesteps)
 
     @property
     def first_past(self) -> int | None:
         """The first timestep, in the order of the chain, whose prediction is past tolerance."""
-        return next((step.timestep for step in self.steps if step.relative_rms > self.limit(step)), None)
+        return next((step.timestep for step in self.steps if not step.within), None)
 
     @property
     def worst(self) -> StepErrors:
         """The prediction with the largest share of what it is allowed."""
-        return max(self.steps, key=lambda step: step.relative_rms / self.limit(step))
+        return worst(self.steps)
 
     @property
     def within(self) -> bool:
@@ -173,7 +162,7 @@ def record(
                 prediction[at] = reference.device.fetch(reference.memory["prediction"][:count])
             progress(1)
         images = chain.images(slots)
-    timesteps = table.timesteps[kept].astype(np.int64)
+    timesteps = table.timesteps[kept]
     return Trajectory(spec, seed, len(table), labels, timesteps, x, prediction, images)
 
 
@@ -186,19 +175,16 @@ def judge(trajectory: Trajectory, candidate: Network, progress: Progress = no_pr
     require_comparable(trajectory.spec, candidate.spec)
     trajectory = trajectory.first(candidate.max_batch)
     errors = teacher_forced(trajectory, candidate, progress)
-    request = _request(trajectory.spec, trajectory.labels, trajectory.seed, trajectory.steps)
+    spec = trajectory.spec
+    request = _request(spec, trajectory.labels, trajectory.seed, trajectory.steps)
     with _running(candidate, request) as chain:
         for _ in range(trajectory.steps):
             chain.step()
             progress(1)
         images = chain.images(np.arange(trajectory.count))
-    lo, hi = trajectory.spec.value_range
-    return Comparison(
-        errors,
-        psnr(images, trajectory.images, hi - lo),
-        tolerance(trajectory.spec, candidate.spec),
-        trajectory.spec.timesteps,
-    )
+    lo, hi = spec.value_range
+    near = psnr(images, trajectory.images, hi - lo)
+    return Comparison(errors, near, tolerance(spec, candidate.spec), spec.timesteps)
 
 
 def teacher_forced(
@@ -209,17 +195,19 @@ def teacher_forced(
     As many timesteps at once as fit the candidate's batch.
     """
     _require_count(trajectory.count, candidate)
-    embedding = trajectory.spec.embedding.table(trajectory.spec.timesteps)[trajectory.timesteps]
-    count, together = trajectory.count, candidate.max_batch // trajectory.count
+    spec, count = trajectory.spec, trajectory.count
+    allowed = tolerance(spec, candidate.spec)
+    embedding = spec.embedding.table(spec.timesteps)[trajectory.timesteps]
+    together = candidate.max_batch // count
     errors: list[StepErrors] = []
     for first in range(0, len(trajectory.timesteps), together):
         part = slice(first, first + together)
-        timesteps = trajectory.timesteps[part].tolist()
-        x = trajectory.x[part].reshape(-1, *trajectory.spec.image_shape)
+        timesteps, wanted = trajectory.timesteps[part].tolist(), trajectory.prediction[part]
+        x = trajectory.x[part].reshape(-1, *spec.image_shape)
         labels = np.tile(trajectory.labels, len(timesteps))
-        got = ask(candidate, x, embedding[part].repeat(count, axis=0), labels)
-        got = got.reshape(trajectory.prediction[part].shape)
-        errors += map(_errors, timesteps, got, trajectory.prediction[part])
+        got = ask(candidate, x, embedding[part].repeat(count, axis=0), labels).reshape(wanted.shape)
+        for t, one, other in zip(timesteps, got, wanted, strict=True):
+            errors.append(_errors(t, one, other, allowed.limit(t, spec.timesteps)))
         progress(len(timesteps))
     return errors
 
@@ -258,20 +246,25 @@ def _spread(length: int, keep: int) -> NDArray[np.int64]:
     return np.linspace(0, length - 1, min(keep, length)).round().astype(np.int64)
 
 
-def spot_check(reference: Network, candidate: Network, batches: Sequence[int]) -> SpotCheck:
-    """Compare two networks on noise at a few timesteps for each batch size: seconds, not minutes."""
+def worst(steps: Iterable[StepErrors]) -> StepErrors:
+    """The prediction with the largest share of what it is allowed."""
+    return max(steps, key=lambda step: step.relative_rms / step.limit)
+
+
+def spot_check(reference: Network, candidate: Network, batch: int) -> StepErrors:
+    """Compare two networks on noise at a few timesteps, and give the worst: seconds, not minutes."""
     spec = reference.spec
     allowed = tolerance(spec, candidate.spec)
     table = spec.embedding.table(spec.timesteps)
     rng = np.random.default_rng(0)
     checks = []
-    for batch in batches:
-        for t in np.unique(_spread(spec.timesteps, _SPOTS)).tolist():
-            x = rng.standard_normal((batch, *spec.image_shape), np.float32)
-            temb, labels = table[[t] * batch], _labels(spec, batch)
-            errors = _errors(t, ask(candidate, x, temb, labels), ask(reference, x, temb, labels))
-            checks.append(SpotCheck(errors.relative_rms, allowed.limit(t, spec.timesteps), t, batch))
-    return max(checks, key=lambda check: check.relative_rms / check.limit)
+    for t in np.unique(_spread(spec.timesteps, _SPOTS)).tolist():
+        x = rng.standard_normal((batch, *spec.image_shape), np.float32)
+        got, wanted = (
+            ask(network, x, table[[t] * batch], _labels(spec, batch)) for network in (candidate, reference)
+        )
+        checks.append(_errors(t, got, wanted, allowed.limit(t, spec.timesteps)))
+    return worst(checks)
 
 
 def require_comparable(reference: ModelSpec, candidate: ModelSpec) -> None:
@@ -302,25 +295,25 @@ def tolerance(reference: ModelSpec, candidate: ModelSpec) -> Parity:
     return PARITY[precision]
 
 
-def psnr(images: Array, wanted: Array, peak: float) -> NDArray[np.float64]:
+def psnr(images: Array, wanted: Array, peak: float) -> Floats:
     """Peak signal-to-noise ratio of each image, (N,), in dB; infinite where equal.
 
     peak: the width of the range of values, 2 for [-1, 1].
     """
     difference = (images.astype(np.float64) - wanted).reshape(len(images), -1)
     with np.errstate(divide="ignore"):
-        result: NDArray[np.float64] = 10 * np.log10(peak**2 / (difference**2).mean(axis=1))
+        result: Floats = 10 * np.log10(peak**2 / (difference**2).mean(axis=1))
     return result
 
 
-def _errors(timestep: int, prediction: Array, wanted: Array) -> StepErrors:
+def _errors(timestep: int, prediction: Array, wanted: Array, limit: float) -> StepErrors:
     """One prediction against another, both (B, C, H, W)."""
     reference = wanted.astype(np.float64)
     error = prediction - reference
-    return StepErrors(timestep, _rms(error), float(np.abs(error).max()), _rms(reference))
+    return StepErrors(timestep, _rms(error), float(np.abs(error).max()), _rms(reference), limit)
 
 
-def _rms(values: NDArray[np.float64]) -> float:
+def _rms(values: Floats) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
@@ -342,12 +335,6 @@ def summarise(comparison: Comparison) -> list[RangeErrors]:
     for top, bottom in itertools.pairwise(edges):
         inside = [step for step in comparison.steps if bottom <= step.timestep < top]
         if inside:
-            rows.append(
-                RangeErrors(
-                    top - 1,
-                    bottom,
-                    max(step.relative_rms for step in inside),
-                    all(step.relative_rms <= comparison.limit(step) for step in inside),
-                )
-            )
+            largest = max(step.relative_rms for step in inside)
+            rows.append(RangeErrors(top - 1, bottom, largest, all(step.within for step in inside)))
     return rows

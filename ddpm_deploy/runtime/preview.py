@@ -1,15 +1,14 @@
 """Pictures of a chain on its way: how the images appear in x̂0 (Ho et al. 2020, figure 6)."""
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import OutputError
 from ddpm_deploy.files import atomic, require_output, show
-from ddpm_deploy.runtime.images import grid, save_png, to_uint8
+from ddpm_deploy.runtime.images import Pixels, grid, save_png, to_pillow, to_uint8
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.spec import ModelSpec
 
@@ -31,7 +30,7 @@ class Preview:
         self._most, looks = _FILM if self._is_film else _ANIMATION
         self._last = steps - 1
         self._wanted = set(np.linspace(first, self._last, looks).round().astype(int).tolist())
-        self._looks: list[NDArray[np.uint8]] = []  # (k, H, W, C) each
+        self._looks: list[Pixels] = []  # (k, H, W, C) each
         self._done = False
 
     def check(self) -> None:
@@ -62,11 +61,7 @@ class Preview:
             film = np.stack(self._looks, axis=1)  # (k, looks, H, W, C)
             save_png(grid(film.reshape(-1, *film.shape[2:]), columns=film.shape[1]), self.path, {})
             return
-        image_module: Any = require("PIL.Image", "cpu")
-        frames = [grid(look) for look in self._looks]
-        first, *others = [
-            image_module.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames
-        ]
+        first, *others = [to_pillow(grid(look)) for look in self._looks]
         times = [_FRAME_MS] * len(others) + [_LAST_FRAME_MS]
         with atomic(self.path) as temporary:
             first.save(temporary, save_all=True, append_images=others, duration=times, loop=0)

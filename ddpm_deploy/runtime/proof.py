@@ -5,13 +5,13 @@ backend, holds it against that with no PyTorch and no checkpoint.
 """
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-from ddpm_deploy.arrays import require_honest
+from ddpm_deploy.arrays import load_arrays
 from ddpm_deploy.errors import ArtefactError, SettingError, first_line, newer
-from ddpm_deploy.files import require_file, show
+from ddpm_deploy.files import show
 from ddpm_deploy.runtime.parity import Trajectory
 from ddpm_deploy.spec import ChainSettings, ModelSpec
 
@@ -19,7 +19,7 @@ FORMAT: Final = 1
 _TIMESTEPS: Final = (4, 16)  # at least, at most
 _BYTES: Final = 800_000  # of x and prediction, where that makes a choice between the two
 _LARGEST: Final = 1 << 28
-_NAMES: Final = ("format", "spec", "seed", "steps", "labels", "timesteps", "x", "prediction", "images")
+_ARRAYS: Final = ("labels", "timesteps", "x", "prediction", "images")
 
 
 def proof_path(model: Path) -> Path:
@@ -35,29 +35,14 @@ def as_proof(trajectory: Trajectory) -> Trajectory:
 
 def write_proof(proof: Trajectory, path: Path) -> None:
     """Write it to a file that is not yet under its name (`files.atomic`)."""
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "spec": np.frombuffer(proof.spec.to_json().encode(), np.uint8),
-        "seed": np.uint64(proof.seed),
-        "steps": proof.steps,
-        "labels": proof.labels,
-        "timesteps": proof.timesteps,
-        "x": proof.x,
-        "prediction": proof.prediction,
-        "images": proof.images,
-    }
-    np.savez(path, **content)
+    arrays = {name: getattr(proof, name) for name in _ARRAYS}
+    spec = np.frombuffer(proof.spec.to_json().encode(), np.uint8)
+    np.savez(path, format=FORMAT, spec=spec, seed=np.uint64(proof.seed), steps=proof.steps, **arrays)
 
 
 def load_proof(path: Path) -> Trajectory:
     """Read a proof. Raises ArtefactError or SpecError where it is missing, broken, or of a newer version."""
-    require_file(path)
-    try:
-        require_honest(path, _LARGEST)
-        with np.load(path, allow_pickle=False) as archive:
-            content = {name: archive[name] for name in _NAMES}
-    except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
-        raise ArtefactError(f"{show(path)} is not a whole proof: {first_line(error)}") from error
+    content = load_arrays(path, _LARGEST, "proof")
     try:
         version = int(content["format"])
         if version > FORMAT:
@@ -66,7 +51,7 @@ def load_proof(path: Path) -> Trajectory:
             spec=ModelSpec.from_json(content["spec"].tobytes(), show(path)),
             seed=int(content["seed"]),
             steps=int(content["steps"]),
-            **{name: content[name] for name in ("labels", "timesteps", "x", "prediction", "images")},
+            **{name: content[name] for name in _ARRAYS},
         )
         _require_sound(trajectory)
     except (KeyError, TypeError, ValueError, OverflowError, SettingError) as error:
@@ -76,18 +61,18 @@ def load_proof(path: Path) -> Trajectory:
 
 def _require_sound(proof: Trajectory) -> None:
     """Raise ValueError unless the arrays have the shapes, types and ranges that their makers gave them."""
-    shape = proof.count, *proof.spec.image_shape
-    wanted: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
-        "labels": (np.int64, (proof.count,)),
-        "timesteps": (np.int64, (len(proof.timesteps),)),
-        "x": (np.float32, (len(proof.timesteps), *shape)),
-        "prediction": (np.float32, (len(proof.timesteps), proof.count, *proof.spec.prediction_shape)),
-        "images": (np.float32, shape),
-    }
-    for name, (dtype, size) in wanted.items():
+    kept, count = len(proof.timesteps), proof.count
+    shape = count, *proof.spec.image_shape
+    for name, dtype, size in (
+        ("labels", "int64", (count,)),
+        ("timesteps", "int64", (kept,)),
+        ("x", "float32", (kept, *shape)),
+        ("prediction", "float32", (kept, count, *proof.spec.prediction_shape)),
+        ("images", "float32", shape),
+    ):
         array = getattr(proof, name)
         if array.dtype != dtype or array.shape != size or not array.size:
-            raise ValueError(f"{name} is {array.dtype} {array.shape}, and {np.dtype(dtype)} {size} is needed")
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, and {dtype} {size} is needed")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} has numbers that are not finite")
     if not np.isin(proof.timesteps, proof.spec.step_table(ChainSettings(steps=proof.steps)).timesteps).all():

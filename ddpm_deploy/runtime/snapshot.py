@@ -8,9 +8,9 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from ddpm_deploy.arrays import require_honest
+from ddpm_deploy.arrays import load_arrays
 from ddpm_deploy.errors import ArtefactError, DataError, SettingError, first_line, newer
-from ddpm_deploy.files import atomic, require_file, show
+from ddpm_deploy.files import atomic, show
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
@@ -19,7 +19,6 @@ from ddpm_deploy.spec import ModelSpec
 
 FORMAT: Final = 1
 _LARGEST: Final = 1 << 32
-_NAMES: Final = ("about", "rows", "x", "x0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,28 +56,21 @@ class Snapshot:
     def load(cls, path: str | Path) -> "Snapshot":
         """Read one. Raises ArtefactError where it is missing, broken, or of a newer version."""
         path = Path(path)
-        require_file(path)
-        name = show(path)
-        try:
-            require_honest(path, _LARGEST)
-            with np.load(path, allow_pickle=False) as archive:
-                content = {name: archive[name] for name in _NAMES if name in archive.files}
-        except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
-            raise ArtefactError(f"{name} is not a whole snapshot: {first_line(error)}") from error
+        content, name = load_arrays(path, _LARGEST, "snapshot"), show(path)
         try:
             text = content.pop("about").tobytes()
             versions = msgspec.json.decode(text, type=_Versions)
             if versions.format > FORMAT or versions.noise_version > NOISE_VERSION:
                 got = f"snapshot format {versions.format}, noise version {versions.noise_version}"
                 raise ArtefactError(newer(name, got, f"{FORMAT} and {NOISE_VERSION}"))
-            return cls._checked(msgspec.json.decode(text, type=_About), content, name)
+            return cls._checked(msgspec.json.decode(text, type=_About), content)
         except KeyError as error:
             raise ArtefactError(f"{name} is not a snapshot of ddpm-run: it has no {error}") from error
         except (ValueError, TypeError, RecursionError, DataError, msgspec.MsgspecError) as error:
             raise ArtefactError(f"{name} is not a snapshot of ddpm-run: {first_line(error)}") from error
 
     @classmethod
-    def _checked(cls, about: "_About", content: dict[str, Any], name: str) -> "Snapshot":
+    def _checked(cls, about: "_About", content: dict[str, Any]) -> "Snapshot":
         """Raise ValueError or KeyError unless the parts are what `save` writes, and go together."""
         x, x0, table = content["x"], content["x0"], StepTable(content["rows"])
         request = Request.from_builtins(about.request, "what it says that it is of")

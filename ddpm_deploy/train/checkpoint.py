@@ -2,7 +2,6 @@
 
 import hashlib
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -55,9 +54,11 @@ class Checkpoint:
                 with temporary.open("wb") as file:
                     torch.save(content, file)
             except RuntimeError as error:  # what torch makes of a write that failed
-                for cause in _causes(error):
-                    if isinstance(cause, OSError):
-                        raise cause from None
+                cause: BaseException | None = error
+                while cause and not isinstance(cause, OSError):
+                    cause = cause.__cause__ or cause.__context__
+                if cause:
+                    raise cause from None
                 raise OutputError(f"{show(path)} cannot be written: {first_line(error)}") from error
 
     @classmethod
@@ -178,10 +179,3 @@ def digest(state: StateDict) -> str:
         sha.update(name.encode())
         sha.update(state[name].detach().cpu().contiguous().numpy().data)
     return sha.hexdigest()
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and what it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,35 +18,16 @@ from ddpm_deploy.arrays import require_honest
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DataError, first_line
 from ddpm_deploy.files import require_file, show
-
-Pixels = NDArray[np.uint8]
-Labels = NDArray[np.int64]
-Progress = Callable[[int], None]  # how many images more are done
+from ddpm_deploy.runtime.images import Pixels, to_pillow
+from ddpm_deploy.runtime.protocols import Labels
+from ddpm_deploy.stages import Progress, no_progress
 
 DIGITS: Final = "digits"
 # What Pillow decodes by itself. It goes by a file's content, and would start Ghostscript for PostScript
 # that calls itself .png.
-_RASTERS: Final = (
-    *(
-        "AVIF",
-        "BMP",
-        "DDS",
-        "DIB",
-        "GIF",
-        "ICNS",
-        "ICO",
-        "JPEG",
-        "JPEG2000",
-        "MPO",
-        "PCX",
-        "PNG",
-        "PPM",
-        "QOI",
-    ),
-    *("SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
-)
+_RASTERS: Final = "AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP XBM XPM"
 Image.init()  # registers its decoders
-_FORMATS: Final = tuple(name for name in _RASTERS if name in Image.OPEN)
+_FORMATS: Final = tuple(name for name in _RASTERS.split() if name in Image.OPEN)
 _ARRAY_SUFFIXES: Final = (".npy", ".npz")
 _IMAGE_ARRAYS: Final = ("images", "arr_0")  # names in an .npz
 _NAMED: Final = 3  # broken files named in an error
@@ -71,7 +51,7 @@ class Source:
     @property
     def num_classes(self) -> int:
         """Classes; 0 where no labels were asked for."""
-        return len(self.class_names) or (0 if self.labels is None else int(self.labels.max()) + 1)
+        return 0 if self.labels is None else len(self.class_names) or int(self.labels.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -102,19 +82,16 @@ def find_images(data: str, *, labels: bool = False) -> Source:
     """
     path = Path(data)
     if data == DIGITS:
-        source = _array_source(_digits().images, DIGITS)
-        names = tuple(map(str, range(10)))
-        return replace(source, labels=_digits().labels, class_names=names) if labels else source
+        return _digits(labels)
     if path.is_dir():
         return _folder_source(path, labels)
-    if path.suffix.lower() in _ARRAY_SUFFIXES:
-        require_file(path, DataError)
-        source = _array_source(_read_array(path, *_IMAGE_ARRAYS), show(path))
-        return replace(source, labels=_array_labels(path, source.count)) if labels else source
     require_file(path, DataError)
-    raise DataError(
-        f"{show(path)} is not a folder of images, nor an .npy or .npz file, nor the word {DIGITS!r}"
-    )
+    if path.suffix.lower() not in _ARRAY_SUFFIXES:
+        raise DataError(
+            f"{show(path)} is not a folder of images, nor an .npy or .npz file, nor the word {DIGITS!r}"
+        )
+    source = _array_source(_read_array(path, *_IMAGE_ARRAYS), show(path))
+    return replace(source, labels=_array_labels(path, source.count)) if labels else source
 
 
 def read_images(
@@ -124,7 +101,7 @@ def read_images(
     *,
     skip_broken: bool = False,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Dataset:
     """Read, scale and crop all of them to (channels, image_size, image_size).
 
@@ -151,8 +128,7 @@ def read_images(
         # Of images over 89 megapixels; those over twice that are refused.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for _ in pool.map(read, range(source.count)):
-            if progress:
-                progress(1)
+            progress(1)
     broken.sort(key=lambda item: item[0])
     if broken and (not skip_broken or len(broken) == source.count):
         named = "; ".join(f"{source.name(i)} ({first_line(error)})" for i, error in broken[:_NAMED])
@@ -197,34 +173,37 @@ def _to_8_bits(values: NDArray[np.int32] | NDArray[np.float32]) -> Pixels:
     return pixels
 
 
-def _digits() -> Dataset:
+def _digits(labels: bool) -> Source:
     """1,797 handwritten digits, (N, 8, 8) (Alpaydin & Kaynak 1998, UCI, CC BY 4.0; shipped by scikit-learn)."""
     digits = require("sklearn.datasets", "train").load_digits()
-    return Dataset(np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64))
+    source = _array_source(np.rint(digits.images * (255 / 16)).astype(np.uint8), DIGITS)
+    if not labels:
+        return source
+    return replace(source, labels=digits.target.astype(np.int64), class_names=tuple("0123456789"))
 
 
 def _read_array(path: Path, *wanted: str) -> NDArray[np.generic]:
     """The array of an .npy, or that of an .npz with one of these names (of images: with any, if it is alone)."""
+    array: NDArray[np.generic]
     try:
         if path.suffix.lower() == ".npy":
             # Mapped: a header that lies about the size costs no memory.
-            array: NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
+            array = np.lib.format.open_memmap(path, mode="r")
             return array
         require_honest(path, _memory())
         with np.load(path, allow_pickle=False) as archive:
             names = archive.files
-            name = next(
-                (n for n in wanted if n in names),
-                names[0] if len(names) == 1 and wanted == _IMAGE_ARRAYS else None,
-            )
             if not names:
                 raise ValueError("it holds no array")
-            if name is None:
+            if len(names) == 1 and wanted == _IMAGE_ARRAYS:
+                wanted = names[0], *wanted
+            found = [name for name in wanted if name in names]
+            if not found:
                 raise ValueError(
                     f"it holds the arrays {', '.join(names)}, and none is named {' or '.join(wanted)}"
                 )
-            member: NDArray[np.generic] = archive[name]
-            return member
+            array = archive[found[0]]
+            return array
     except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
         raise DataError(f"{show(path)} is not a readable array of images: {first_line(error)}") from error
 
@@ -258,13 +237,12 @@ def _array_source(array: NDArray[np.generic], name: str) -> Source:
         raise DataError(
             f"{name} has the shape {array.shape}: images are (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W)"
         )
-    grey = array.shape[-1] == 1
-
-    def load(i: int) -> Image.Image:
-        pixels = np.asarray(array[i])
-        return Image.fromarray(pixels[..., 0] if grey else np.ascontiguousarray(pixels))
-
-    return Source(len(array), load, lambda i: f"image {i} of {name}", lambda: grey)
+    return Source(
+        len(array),
+        load=lambda i: to_pillow(np.ascontiguousarray(array[i], np.uint8)),
+        name=lambda i: f"image {i} of {name}",
+        grey=lambda: array.shape[-1] == 1,
+    )
 
 
 def _folder_source(folder: Path, labels: bool) -> Source:
@@ -272,9 +250,7 @@ def _folder_source(folder: Path, labels: bool) -> Source:
     paths = sorted(p for p in _files(folder) if p.suffix.lower() in suffixes and p.is_file())
     if not paths:
         raise DataError(f"{show(folder)} holds no images: files such as .png, .jpg or .webp are needed")
-    source = Source(
-        len(paths), lambda i: _open(paths[i]), lambda i: show(paths[i]), partial(_all_grey, paths)
-    )
+    source = Source(len(paths), lambda i: _open(paths[i]), lambda i: show(paths[i]), lambda: _all_grey(paths))
     return _with_class_folders(source, folder, paths) if labels else source
 
 

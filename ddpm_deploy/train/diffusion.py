@@ -71,10 +71,10 @@ class Diffusion(nn.Module):
             "ln_var_posterior": np.log(smallest),
             "ln_var_min": np.log(bounds[0]),
             "ln_var_max": np.log(bounds[1]),
+            "embedding": spec.embedding.table(spec.timesteps),
         }
         for name, values in constants.items():
             self.register_buffer(name, torch.from_numpy(values).float())
-        self.register_buffer("embedding", torch.from_numpy(spec.embedding.table(spec.timesteps)))
 
     @property
     def timesteps(self) -> int:

@@ -1,15 +1,12 @@
 """An exponential moving average of a network's parameters."""
 
 import copy
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-Network = TypeVar("Network", bound=nn.Module)
 
-
-def averaged(network: Network) -> Network:
+def averaged(network: nn.Module) -> nn.Module:
     """A copy of the network to hold the average: in evaluation mode, without gradients."""
     return copy.deepcopy(network).eval().requires_grad_(False)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddpm_deploy.errors import SettingError
@@ -38,14 +37,12 @@ class AddressedRandn(TorchFunctionMode):
         """Replace what the two functions give; everything else is torch's own."""
         result = func(*args, **(kwargs or {}))
         if func in (torch.randn, torch.randn_like):
-            result.copy_(self._next(tuple(result.shape)))
+            draw = next(self._draws, None)
+            if draw is None:
+                raise SettingError(
+                    "the sampler draws more noise than it has timesteps: it is not a plain reverse chain"
+                )
+            indices = np.uint64(self._first_index) + np.arange(len(result), dtype=np.uint64)
+            noise = addressed_noise(self._seed, indices, draw, tuple(result.shape[1:]))
+            result.copy_(torch.from_numpy(noise))
         return result
-
-    def _next(self, shape: tuple[int, ...]) -> Tensor:
-        draw = next(self._draws, None)
-        if draw is None:
-            raise SettingError(
-                "the sampler draws more noise than it has timesteps: it is not a plain reverse chain"
-            )
-        indices = np.uint64(self._first_index) + np.arange(shape[0], dtype=np.uint64)
-        return torch.from_numpy(addressed_noise(self._seed, indices, draw, shape[1:]))

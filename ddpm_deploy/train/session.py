@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import torch
 
-from ddpm_deploy.errors import BackendError, OutputError
-from ddpm_deploy.files import atomic, show
+from ddpm_deploy.errors import BackendError
+from ddpm_deploy.files import atomic, make_folder, show
 from ddpm_deploy.signals import stop_on_signals
 from ddpm_deploy.train.pictures import Pictures
 from ddpm_deploy.train.trainer import Trainer, learning_rate
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY: Final = 25  # steps between rows of the metrics
 _COLUMNS: Final = ("step", "loss", "learning_rate", "images_per_second")
+_EVENTS: Final = "TensorBoard's events"
 
 Report = Callable[[int, str | None], None]  # steps more that are done; the latest figures
 
@@ -45,7 +46,7 @@ class Session:
     def run(self) -> bool:
         """Train and save. Returns whether the last step was reached: not so after SIGINT or SIGTERM."""
         trainer, settings = self.trainer, self.trainer.settings
-        self._make_folder()
+        make_folder(self.folder)
         metrics = _Metrics(self.folder, trainer.steps_done)
         with stop_on_signals(self._stop, "with the checkpoint saved"):
             pictures = Pictures(trainer, lambda: self._stopped) if settings.sample_every else None
@@ -94,12 +95,6 @@ class Session:
         step = self.trainer.steps_done
         return bool(every) and (step % every == 0 or step == self.trainer.settings.steps)
 
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"the folder {show(self.folder)} cannot be made: {error.strerror}") from error
-
     def _require_finite(self, losses: list[torch.Tensor]) -> float:
         """The mean of the losses. Raises BackendError where it is not finite, before anything is saved."""
         if not losses:
@@ -111,14 +106,18 @@ class Session:
 
 
 class _Metrics:
-    """metrics.csv, and TensorBoard where it is installed.
+    """metrics.csv, and TensorBoard's events where it is installed and as long as they can be written.
 
     What an earlier session wrote past its last checkpoint is dropped.
     """
 
     def __init__(self, folder: Path, steps_done: int) -> None:
         self._path = path = folder / "metrics.csv"
-        self._board = _Board(folder, steps_done)
+        self._board: Any = None
+        with _not_worth_the_training(_EVENTS), suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(folder, purge_step=steps_done or None)
         kept: list[list[str]] = []
         if steps_done and path.is_file():
             with path.open(newline="", errors="replace") as file:
@@ -129,49 +128,29 @@ class _Metrics:
 
     def add(self, step: int, loss: float, rate: float, speed: float) -> None:
         """One row."""
-        try:
-            with self._path.open("a", newline="") as file:
-                csv.writer(file).writerow([step, f"{loss:.6f}", f"{rate:.3e}", f"{speed:.1f}"])
-        except OSError as error:  # a row is not worth the training
-            logger.warning("%s cannot be written (%s); training goes on", show(self._path), error.strerror)
-        self._board.add(step, dict(zip(_COLUMNS[1:], (loss, rate, speed), strict=True)))
+        with _not_worth_the_training(show(self._path)), self._path.open("a", newline="") as file:
+            csv.writer(file).writerow([step, f"{loss:.6f}", f"{rate:.3e}", f"{speed:.1f}"])
+        board, self._board = self._board, None  # unless this row can be written
+        if board:
+            with _not_worth_the_training(_EVENTS):
+                for name, value in zip(_COLUMNS[1:], (loss, rate, speed), strict=True):
+                    board.add_scalar(name, value, step)
+                self._board = board
 
     def close(self) -> None:
         """Write what is waiting to be written."""
-        self._board.close()
+        if self._board:
+            with _not_worth_the_training(_EVENTS):
+                self._board.close()
 
 
 def _step(text: str) -> float:
     return int(text) if text.isascii() and text.isdecimal() else math.inf
 
 
-class _Board:
-    """TensorBoard's events in a folder, where it is installed and as long as they can be written."""
-
-    def __init__(self, folder: Path, steps_done: int) -> None:
-        self._writer: Any = None
-        with self._not_worth_the_training(), suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(folder, purge_step=steps_done or None)
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        """One value for each name."""
-        if self._writer:
-            with self._not_worth_the_training():
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Write what is waiting to be written."""
-        if self._writer:
-            with self._not_worth_the_training():
-                self._writer.close()
-
-    @contextmanager
-    def _not_worth_the_training(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            logger.warning("TensorBoard's events cannot be written (%s); training goes on", error.strerror)
-            self._writer = None
+@contextmanager
+def _not_worth_the_training(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s cannot be written (%s); training goes on", what, error.strerror)

@@ -7,7 +7,7 @@ import msgspec
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import SettingError
-from ddpm_deploy.spec import ModelSpec, Provenance, UNetConfig
+from ddpm_deploy.spec import Batch, ModelSpec, Natural, Provenance, Share, UNetConfig
 from ddpm_deploy.words import Loss
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
@@ -36,20 +36,20 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     skip_broken: bool = False
     loss: Loss = "simple"
     steps: Positive
-    batch_size: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+    batch_size: Batch
     learning_rate: Rate
-    warmup_steps: Annotated[int, msgspec.Meta(ge=0)]
+    warmup_steps: Natural
     decay: Literal["none", "cosine"]
     grad_clip: Rate = 1.0
-    ema_decay: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
+    ema_decay: Share
     flip: bool
-    accumulate: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 1
+    accumulate: Batch = 1
     amp: bool = False
     labels: bool = False
-    label_dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
+    label_dropout: Share = 0.0
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     save_every: Positive = 1000
-    sample_every: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    sample_every: Natural = 1000
 
     def __post_init__(self) -> None:
         if self.accumulate > self.batch_size:
@@ -60,21 +60,21 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 @dataclass(frozen=True)
 class Preset:
-    """A network and a training that are known to go well together.
+    """A network and a training that are known to go well together; the defaults are the paper's for CIFAR-10.
 
     image_size: height and width. channels: 1 (grey) or 3 (RGB); None: as the images are.
     """
 
-    image_size: int
-    channels: int | None
     network: UNetConfig
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-    decay: Literal["none", "cosine"]
-    ema_decay: float
-    flip: bool
+    image_size: int = 32
+    channels: int | None = 3
+    steps: int = 800_000
+    batch_size: int = 128
+    learning_rate: float = 2e-4
+    warmup_steps: int = 5000
+    decay: Literal["none", "cosine"] = "none"
+    ema_decay: float = 0.9999
+    flip: bool = True
 
     def spec(self, data: str, channels: int, image_size: int, **overrides: Any) -> ModelSpec:
         """The spec of a new model of this kind, for images of one size, some of its fields in place of the defaults.
@@ -99,10 +99,7 @@ class Preset:
 
         Raises SettingError where one is out of range.
         """
-        mine: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("steps", "batch_size", "learning_rate", "warmup_steps", "decay", "ema_decay", "flip")
-        }
+        mine = {name: value for name, value in vars(self).items() if name in Settings.__struct_fields__}
         steps = overrides.get("steps", self.steps)
         mine["warmup_steps"] = min(self.warmup_steps, steps // 10)  # a short training is not all warm-up
         try:
@@ -111,19 +108,20 @@ class Preset:
             raise SettingError(f"a setting is out of range: {error}") from error
 
 
+_SMALL: Final = UNetConfig(
+    channels=32,
+    widths=(32, 64, 64, 64),
+    time_width=128,
+    blocks=1,
+    attention_levels=(2,),
+    groups=8,
+    dropout=0.0,
+)
 PRESETS: Final = {
     "digits": Preset(
         image_size=8,
         channels=1,
-        network=UNetConfig(
-            channels=32,
-            widths=(32, 64),
-            time_width=128,
-            blocks=1,
-            attention_levels=(),
-            groups=8,
-            dropout=0.0,
-        ),
+        network=msgspec.structs.replace(_SMALL, widths=(32, 64), attention_levels=()),
         steps=1400,
         batch_size=32,
         learning_rate=1e-3,
@@ -133,47 +131,21 @@ PRESETS: Final = {
         flip=False,
     ),
     "small": Preset(
-        image_size=32,
         channels=None,
-        network=UNetConfig(
-            channels=32,
-            widths=(32, 64, 64, 64),
-            time_width=128,
-            blocks=1,
-            attention_levels=(2,),
-            groups=8,
-            dropout=0.0,
-        ),
+        network=_SMALL,
         steps=5000,
         batch_size=16,
         learning_rate=5e-4,
         warmup_steps=200,
         decay="cosine",
         ema_decay=0.999,
-        flip=True,
     ),
-    "cifar10": Preset(
-        image_size=32,
-        channels=3,
-        network=UNetConfig(),
-        steps=800_000,
-        batch_size=128,
-        learning_rate=2e-4,
-        warmup_steps=5000,
-        decay="none",
-        ema_decay=0.9999,
-        flip=True,
-    ),
+    "cifar10": Preset(UNetConfig()),
     "256": Preset(
         image_size=256,
-        channels=3,
         network=UNetConfig(widths=(128, 128, 256, 256, 512, 512), attention_levels=(4,), dropout=0.0),
         steps=500_000,
         batch_size=64,
         learning_rate=2e-5,
-        warmup_steps=5000,
-        decay="none",
-        ema_decay=0.9999,
-        flip=True,
     ),
 }

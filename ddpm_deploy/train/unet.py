@@ -27,9 +27,9 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) → (B, C, H', W')."""
-        if torch.is_autocast_enabled(x.device.type):  # it chooses the type, and would undo ours
-            return super().forward(x)
-        return super().forward(x.to(self.weight.dtype))
+        if not torch.is_autocast_enabled(x.device.type):  # it chooses the type, and would undo ours
+            x = x.to(self.weight.dtype)
+        return super().forward(x)
 
 
 class GroupNorm(nn.GroupNorm):

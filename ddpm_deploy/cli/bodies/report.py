@@ -156,7 +156,7 @@ def write_plot(rungs: Sequence[Rung], path: Path) -> None:
         timesteps = [step.timestep for step in comparison.steps]
         errors = [step.relative_rms for step in comparison.steps]
         (line,) = axes.semilogy(timesteps, errors, ".-", label=rung.name)
-        limits = [comparison.limit(step) for step in comparison.steps]
+        limits = [step.limit for step in comparison.steps]
         axes.step(timesteps, limits, color=line.get_color(), linestyle="--", label="  its tolerance")
     axes.set(xlabel="t", ylabel="RMS error of the prediction ÷ its RMS", title="Error against the reference")
     axes.invert_xaxis()  # as the chain runs
