@@ -220,14 +220,14 @@ def test_the_settings_reach_tensorrt(asked: bool) -> None:
 
 def test_settings_out_of_range() -> None:
     for settings, problem in (
-        ({"batches": ((0, 1, 1),)}, "not in order from 1 to 65536"),
+        ({"batches": ((0, 1, 1),)}, "not in order from 1 to 65535"),
         ({"batches": ((1, 9, 8),)}, "not in order"),
         ({"flavour": "tensorrt-rtx", "capabilities": ("9.0",)}, "not for 9.0"),
         ({"capabilities": ("8.6",)}, "are of TensorRT-RTX"),
         ({"flavour": "tensorrt-rtx", "hardware_compatible": True}, "is of TensorRT"),
         ({"flavour": "tensorrt-rtx", "timing_cache": Path("x.cache")}, "are of TensorRT"),
         ({"timing_cache": Path("model.onnx")}, "must end in .cache"),
-        ({"batches": ((1, 1, 70_000),)}, "not in order from 1 to 65536"),
+        ({"batches": ((1, 1, 70_000),)}, "not in order from 1 to 65535"),
         ({"level": 6}, "0 to 5"),
         ({"workspace": 0}, "workspace"),
     ):

@@ -95,8 +95,8 @@ class Sampler:
         most = self.network.max_batch // (2 if guided else 1)
         if not most:
             raise SettingError(
-                "guidance takes two rows of the batch for an image, and this model was loaded with max_batch 1: "
-                "choose 2 or more"
+                "guidance takes two rows of the batch for an image, and this model's batch has one row: load it with "
+                "max_batch 2 or more"
             )
         return most
 

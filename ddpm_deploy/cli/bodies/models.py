@@ -32,7 +32,7 @@ def open_network(model: ModelFile, max_batch: int | None = None, **place: Unpack
 def open_sampler(model: ModelFile, request: Request, batch: int | None, place: Place) -> Sampler:
     """Load a model to sample a request, `batch` images at the same time (None: as many as are best)."""
     model.require_intact()
-    if place["weights"] != "ema" and model.kind != "checkpoint":
+    if place["weights"] and model.kind != "checkpoint":
         raise SettingError(
             f"{model.name} has the weights that it was exported with: --weights is for a checkpoint"
         )
