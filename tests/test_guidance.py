@@ -66,7 +66,7 @@ def test_guidance_halves_the_images_in_flight() -> None:
     ("denoiser", "guidance", "problem"),
     [
         (ArrayNetwork(tiny_spec(), 4), 2.0, "needs a model that knows the null class"),
-        (Labelled(max_batch=1), 2.0, "load it with max_batch 2 or more: choose 2 or more"),
+        (Labelled(max_batch=1), 2.0, "load it with max_batch 2 or more"),
         (Labelled(), float("nan"), "guidance must be from -1000 to 1000, not nan"),
         (Labelled(), float("inf"), "guidance must be from -1000 to 1000, not inf"),
         (Labelled(), [1.0, 2.0], "for 3 images: give one for all of them, or one for each"),
