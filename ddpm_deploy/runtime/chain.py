@@ -56,13 +56,20 @@ class Chain:
         self._tables: list[StepTable | None] = [None] * min(slots, max(_TABLES, _ROWS // length))
         self._users = np.zeros(len(self._tables), np.int64)
         self._stepper = network.device.stepper(network, 1 + length * len(self._tables))
-        self._left = np.zeros(slots, np.int64)  # steps to go
+        self._left = np.zeros(slots, np.int64)  # steps to go, but for those taken since they were settled
+        self._taken = 0
         self._table = np.full(slots, -1)  # of each slot that has steps to go
         self._partner = np.full(slots, -1)  # of each guided slot
         self._guide = np.full(slots, -1)  # of each slot that is a partner
         self._given: list[_Given] = []
         self._closed = False
         self._count()
+
+    def _settle(self) -> None:
+        """Take the steps since the last count off those to go; no slot ended before."""
+        self._left -= np.minimum(self._left, self._taken)
+        self._next_end -= self._taken
+        self._taken = 0
 
     def _count(self) -> None:
         """Find the batch size and the next end anew: after slots were started, ended or moved."""
@@ -73,12 +80,14 @@ class Chain:
     @property
     def active(self) -> NDArray[np.bool_]:
         """Which slots have steps to go, (slots,)."""
+        self._settle()
         active: NDArray[np.bool_] = self._left > 0
         return active
 
     @property
     def free(self) -> Slots:
         """The slots that can be started, ascending."""
+        self._settle()
         return np.flatnonzero((self._left == 0) & (self._guide < 0))
 
     def start(self, slots: Slots, request: Request, noise: Noise | None = None) -> None:
@@ -179,6 +188,7 @@ class Chain:
 
     def stop(self, slots: Slots) -> None:
         """End the chains of some slots before the next step, each with its partner; of free slots, none."""
+        self._settle()
         slots = np.asarray(slots, np.intp)
         slots = np.unique(np.where(self._guide[slots] >= 0, self._guide[slots], slots))
         slots = slots[self._left[slots] > 0]
@@ -217,6 +227,7 @@ class Chain:
 
         The images of chains that have ended are overwritten: read them first.
         """
+        self._settle()
         moves = {}
         used = np.flatnonzero((self._left > 0) | (self._guide >= 0))
         for source, target in zip(used[::-1].tolist(), self.free.tolist(), strict=False):
@@ -234,15 +245,15 @@ class Chain:
         for given in self._given:
             self._give(given)
         self._stepper.step(self._bucket)
-        self._left -= self._left > 0
-        self._next_end -= 1
-        if not self._next_end:
+        self._taken += 1
+        if self._taken == self._next_end:
+            self._settle()
             self._leave()
             self._count()
 
     def _give(self, given: _Given) -> None:
         """The noise of the next step, where that adds any."""
-        row = given.table.rows[len(given.table) - self._left[given.slots[0]]]
+        row = given.table.rows[len(given.table) - self._left[given.slots[0]] + self._taken]
         if row[E]:
             order = np.argsort(given.slots)  # which may have moved
             noise = np.asarray(given.noise(int(row[T]) + 1), np.float32)

@@ -1,8 +1,8 @@
 """The host as a device, and its stepper: the update of `solvers` in NumPy, float32, in memory allocated once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -31,6 +31,7 @@ from ddpm_deploy.solvers import (
 # What the host adds to a row: w = v·QUARTER + BASE is the exponent of a learned variance, where LEARNS is not 0.
 QUARTER, BASE, LEARNS = range(len(COLUMNS), len(COLUMNS) + 3)
 _ZERO, _QUARTER, _HALF = np.array([0.0, 0.25, 0.5], np.float32)
+_LOOK_AHEAD: Final = 16  # steps whose rows are looked up at once
 
 
 class Host:
@@ -76,7 +77,7 @@ class Host:
 class NoiseAhead:
     """The noise of each slot for its next steps, made some steps at once: a start or a stop costs the others nothing.
 
-    A caller's noise takes the place of a slot's own for one step.
+    A caller's noise takes the place of a slot's own for one step. As long as the same slots ask, a step is a view.
     """
 
     def __init__(self, slots: int, elements: int) -> None:
@@ -85,9 +86,18 @@ class NoiseAhead:
         self._ahead = np.empty((slots, self._steps, self._noise.width), np.float32)
         self._left = np.zeros(slots, np.int64)  # steps whose noise is made and not used
         self._gathered = np.empty((slots, self._noise.width), np.float32)
+        # The slots that asked last, the place of their noise at that time, whether it is one place for neighbours, how
+        # many steps of it there were, and how many were taken since: these are not in `_left` yet.
+        self._slots, self._place = np.empty(0, np.intp), np.empty(0, np.int64)
+        self._together, self._ready, self._taken = False, 0, 0
+
+    def _settle(self) -> None:
+        self._left[self._slots] -= self._taken
+        self._slots, self._ready, self._taken = self._slots[:0], 0, 0
 
     def assign(self, slots: Slots, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
         """Say whose noise slots make from now on."""
+        self._settle()
         done = 0
         for run in runs_of(slots):
             part = slice(done, done + run.stop - run.start)
@@ -97,16 +107,22 @@ class NoiseAhead:
 
     def give(self, slots: Slots, noise: Array) -> None:
         """Use this noise, (k, elements), for the next step."""
+        self._settle()
         self._ahead[slots, -1, : self._elements] = noise
         self._left[slots] = 1
 
     def move(self, source: int, target: int) -> None:
         """Let a slot have what another has."""
+        self._settle()
         self._noise.move(source, target)
         self._ahead[target], self._left[target] = self._ahead[source], self._left[source]
 
-    def skip(self, slots: Slots | slice) -> None:
+    def skip(self, slots: Slots) -> None:
         """Take a step without noise."""
+        if slots is self._slots and self._taken < self._ready:
+            self._taken += 1
+            return
+        self._settle()
         left = self._left[slots]
         self._left[slots] = left - (left > 0)
 
@@ -115,33 +131,50 @@ class NoiseAhead:
 
         draws(run, steps): the numbers of the next draws of a run of slots, (k, steps).
         """
+        if slots is not self._slots or self._taken == self._ready:
+            self._make_ready(slots, draws)
+        step, self._taken = self._taken, self._taken + 1
+        if self._together:
+            first = slots[0]
+            return self._ahead[first : first + len(slots), self._place[0] + step, : self._elements]
+        ahead, gathered = self._ahead.reshape(-1, self._ahead.shape[2]), self._gathered[: len(slots)]
+        np.take(ahead, slots * self._steps + self._place + step, axis=0, out=gathered, mode="clip")
+        return gathered[:, : self._elements]
+
+    def _make_ready(self, slots: Slots, draws: Callable[[slice, int], NDArray[np.int64]]) -> None:
+        """Make the noise of those that have none left."""
+        self._settle()
         left = self._left[slots]
-        if not left.all():
-            for run in runs_of(slots[left == 0]):
-                self._noise.fill(run, draws(run, self._steps), self._ahead[run])
-            left[left == 0] = self._steps
-        place = self._steps - left
-        self._left[slots] = left - 1
-        first, count = int(slots[0]), len(slots)
-        if slots[-1] - first == count - 1 and (place == place[0]).all():
-            return self._ahead[first : first + count, place[0], : self._elements]
-        ahead = self._ahead.reshape(-1, self._ahead.shape[2])
-        np.take(ahead, slots * self._steps + place, axis=0, out=self._gathered[:count], mode="clip")
-        return self._gathered[:count, : self._elements]
+        for run in runs_of(slots[left == 0]):
+            self._noise.fill(run, draws(run, self._steps), self._ahead[run])
+        left[left == 0] = self._steps
+        self._left[slots] = left
+        self._slots, self._place, self._ready = slots, self._steps - left, int(left.min())
+        neighbours = int(slots[-1] - slots[0]) == len(slots) - 1
+        self._together = neighbours and bool((left == left[0]).all())
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
     """The slots that take the next step, as long as none starts, stops, ends or moves.
 
     runs: their runs of neighbours, each with its part of arrays that hold these slots alone. pairs: the same of the
-    guided ones, each with the slots of its partners. scale: of each guided one, (slots, 1).
+    guided ones, each with the slots of its partners. scale: of each guided one, (slots, 1). steps: until the first of
+    them ends. taken: steps since then, which the stepper's own row pointers do not know yet.
+    rows, temb, noisy: of the next _LOOK_AHEAD steps from `since` on, looked up at once: (steps, slots, columns),
+    (steps, slots, D), and whether a step has noise.
     """
 
     slots: Slots
     runs: list[tuple[slice, slice]]
     pairs: list[tuple[slice, slice]]
     scale: Array
+    steps: int
+    taken: int = 0
+    since: int = 0
+    rows: Array = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
+    temb: Array = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
+    noisy: list[bool] = field(default_factory=list)
 
 
 class HostStepper:
@@ -154,7 +187,6 @@ class HostStepper:
         self._memory = network.memory
         self._x, self._prediction = _flat(network.memory["x"]), _flat(network.memory["prediction"])
         self._temb = network.memory["temb"]
-        self._gathered_temb = np.empty_like(self._temb)
         elements = self._x.shape[1]
         self._embedding = network.spec.embedding.table(network.spec.timesteps)
         self._rows = np.zeros((rows, len(COLUMNS) + 3), np.float32)
@@ -163,9 +195,11 @@ class HostStepper:
         self._partner, self._scale = np.full(slots, -1), np.ones((slots, 1), np.float32)
         self._broken = np.zeros(slots, bool)
         self._ahead = NoiseAhead(slots, elements)
-        self._current = np.zeros((slots, self._rows.shape[1]), np.float32)  # the rows of the plan's slots
+        # The rows and embeddings of the plan's slots, for some steps.
+        self._rows_ahead = np.empty(_LOOK_AHEAD * slots * self._rows.shape[1], np.float32)
+        self._temb_ahead = np.empty(_LOOK_AHEAD * self._temb[:slots].size, np.float32)
+        self._zeros = np.zeros(self._prediction[:slots].size, np.float32)
         self._x0 = np.zeros((slots, elements), np.float32)
-        self._finite = np.empty((slots, elements), bool)
         # Arrays that hold the plan's slots alone, where they are not neighbours, and what terms are computed in.
         self._gathered = np.empty((4, slots, elements), np.float32)
         self._scratch = np.empty((slots, elements), np.float32)
@@ -188,14 +222,15 @@ class HostStepper:
 
     def assign(self, slots: Slots, records: NDArray[np.void]) -> None:
         """Say what slots run from now on."""
+        self._settle()
         self._row[slots], self._end[slots] = records["row"], records["end"]
         self._partner[slots], self._scale[slots, 0] = records["partner"], records["scale"]
         self._broken[slots] = False
         self._ahead.assign(slots, records["seed"], records["index"])
-        self._plan = None
 
     def begin(self, slots: Slots, noise: Array | None) -> None:
         """x_T is written, not computed by the START row: 0·NaN would keep a slot broken that once was."""
+        self._settle()
         if noise is None:
             noise = self._ahead.take(slots, self._draws)
         self._x0[slots] = 0
@@ -209,10 +244,10 @@ class HostStepper:
 
     def _set(self, slots: Slots, x: Array) -> None:
         """Set x, of the partners too."""
+        self._settle()
         self._x[slots] = _flat(x)
         guided = slots[self._partner[slots] >= 0]
         self._x[self._partner[guided]] = self._x[guided]
-        self._plan = None
 
     def give(self, slots: Slots, noise: Array) -> None:
         """The noise of a caller's for the next step."""
@@ -220,17 +255,24 @@ class HostStepper:
 
     def pair(self, guide: int, partner: int) -> None:
         """Say which slot has the unconditional row of a guided one."""
+        self._settle()
         self._partner[guide] = partner
-        self._plan = None
 
     def move(self, source: int, target: int) -> None:
         """Let a slot take another's place."""
+        self._settle()
         inputs = [self._memory[tensor.name] for tensor in self._network.spec.inputs]
         for array in (*inputs, self._x0, self._row, self._end, self._partner, self._scale, self._broken):
             array[target] = array[source]
         self._ahead.move(source, target)
         self._row[source] = IDLE
-        self._plan = None
+
+    def _settle(self) -> None:
+        """Drop the plan: its steps into the row pointers, and slots that have ended to rest."""
+        plan, self._plan = self._plan, None
+        if plan:
+            row = self._row[plan.slots] + plan.taken
+            self._row[plan.slots] = np.where(row == self._end[plan.slots], IDLE, row)
 
     def step(self, bucket: int) -> None:
         """The network, then the update."""
@@ -240,41 +282,49 @@ class HostStepper:
             invalid="ignore", over="ignore"
         ):  # of a slot that is broken, which is told by `broken`
             self._update(plan)
-        self._row[plan.slots] += 1
-        ended = self._row[plan.slots] == self._end[plan.slots]
-        if ended.any():
-            self._row[plan.slots[ended]] = IDLE
-            self._plan = None
+        plan.taken += 1
+        if plan.taken == plan.steps:
+            self._settle()
         else:
-            self._look_up(plan)
+            self._show(plan)
 
     def _planned(self) -> _Plan:
         """Which slots take the next step; their rows are looked up."""
         slots = np.flatnonzero(self._row != IDLE)
         guided = np.flatnonzero(self._partner[slots] >= 0)
-        self._plan = _Plan(
-            slots,
-            _pairs(np.arange(len(slots)), slots),
-            _pairs(guided, self._partner[slots[guided]]),
-            self._scale[slots],
-        )
-        self._look_up(self._plan)
+        partners = self._partner[slots[guided]]
+        steps = int((self._end[slots] - self._row[slots]).min())
+        runs, pairs = _pairs(np.arange(len(slots)), slots), _pairs(guided, partners)
+        self._plan = _Plan(slots, runs, pairs, self._scale[slots], steps)
+        self._look_ahead(self._plan)
+        self._show(self._plan)
         return self._plan
 
-    def _look_up(self, plan: _Plan) -> None:
-        """The row that each slot runs next, and the embedding of its timestep, for its partner too."""
-        current = self._current[: len(plan.slots)]
-        # mode="clip" writes straight into `out`; the indices are ours and in range.
-        np.take(self._rows, self._row[plan.slots], axis=0, out=current, mode="clip")
-        temb = self._gathered_temb[: len(plan.slots)]
-        np.take(self._embedding, current[:, T].astype(np.intp), axis=0, out=temb, mode="clip")
+    def _look_ahead(self, plan: _Plan) -> None:
+        """Look up the rows of the next steps and the embeddings of their timesteps; past an end they are not used."""
+        count = len(plan.slots)
+        rows = self._row[plan.slots] + plan.taken + np.arange(_LOOK_AHEAD)[:, None]
+        plan.since = plan.taken
+        plan.rows = self._rows_ahead[: rows.size * self._rows.shape[1]].reshape(_LOOK_AHEAD, count, -1)
+        plan.temb = self._temb_ahead[: rows.size * self._temb.shape[1]].reshape(_LOOK_AHEAD, count, -1)
+        # mode="clip" writes straight into `out`.
+        np.take(self._rows, rows, axis=0, out=plan.rows, mode="clip")
+        np.take(self._embedding, plan.rows[..., T].astype(np.intp), axis=0, out=plan.temb, mode="clip")
+        plan.noisy = [bool(rows.any()) for rows in plan.rows[..., E]]
+
+    def _show(self, plan: _Plan) -> None:
+        """Write the embedding of each slot's next timestep, for its partner too."""
+        if plan.taken - plan.since == _LOOK_AHEAD:
+            self._look_ahead(plan)
+        temb = plan.temb[plan.taken - plan.since]
         for part, slots in (*plan.runs, *plan.pairs):
             self._temb[slots] = temb[part]
 
     def _update(self, plan: _Plan) -> None:
         """x ← x', x̂0, of the plan's slots, by the rows that were looked up."""
         count = len(plan.slots)
-        row = self._current[:count, :, None]  # (k, columns, 1)
+        now = plan.taken - plan.since
+        row = plan.rows[now, :, :, None]  # (k, columns, 1)
         x, x0, out = self._rows_of(plan, self._x, 0), self._rows_of(plan, self._x0, 1), self._guided(plan)
         scratch, previous = self._scratch[:count], self._previous[:count]
         if self._uses_previous:  # before x̂0 takes its place
@@ -289,7 +339,7 @@ class HostStepper:
         np.multiply(x, row[:, D], x)
         np.multiply(x0, row[:, C], scratch)
         np.add(x, scratch, x)
-        if row[:, E].any():
+        if plan.noisy[now]:
             np.multiply(self._ahead.take(plan.slots, self._draws), row[:, E], scratch)
             if self._exponential:
                 np.multiply(scratch, self._deviation(plan, row), scratch)
@@ -303,8 +353,7 @@ class HostStepper:
             np.add(x, scratch, x)
         # -0 becomes +0, so that a term with a zero coefficient may as well not be computed.
         np.add(x, _ZERO, x)
-        self._watch_over(plan, x, np.array(True))
-        self._watch_over(plan, out, row[:, B, 0] != 0)  # an infinity of it may be clipped away
+        self._watch_over(plan, x, out, row)
         if len(plan.runs) > 1:
             for part, slots in plan.runs:
                 self._x[slots], self._x0[slots] = x[part], x0[part]
@@ -348,15 +397,22 @@ class HostStepper:
         self._exponential.apply(w)
         return w
 
-    def _watch_over(self, plan: _Plan, numbers: Array, counts: NDArray[np.bool_]) -> None:
-        """Mark the slots whose numbers are not finite, where they count."""
-        finite = np.isfinite(numbers, out=self._finite[: len(numbers)])
-        if not finite.all():
-            self._broken[plan.slots[~finite.all(axis=1) & counts]] = True
+    def _watch_over(self, plan: _Plan, x: Array, out: Array, row: Array) -> None:
+        """Mark the slots whose x, or prediction where it is read, is not finite: an infinity may be clipped away.
+
+        Zero times what is not finite is NaN, so one product with zeros tells whether there is any.
+        """
+        said = self._prediction[plan.runs[0][1]] if len(plan.runs) == 1 else out
+        if all(np.dot(numbers.ravel(), self._zeros[: numbers.size]) == 0 for numbers in (x, said)):
+            return
+        finite = np.isfinite(x).all(axis=1)
+        finite &= np.isfinite(out).all(axis=1) | (row[:, B, 0] == 0)
+        self._broken[plan.slots[~finite]] = True
 
     def _draws(self, run: slice, steps: int) -> NDArray[np.int64]:
         """The draws of a run of slots from their next step on: t + 1. Past a chain's end they are never used."""
-        rows = self._row[run, None] + np.arange(steps)
+        taken = self._plan.taken if self._plan else 0
+        rows = self._row[run, None] + taken + np.arange(steps)
         timesteps: NDArray[np.float32] = self._rows[:, T].take(rows, mode="clip")
         return timesteps.astype(np.int64) + 1
 
