@@ -80,10 +80,13 @@ class _Still(HostNetwork):
 def learned_variance(model: Model, *, batch: int, limit: float) -> Row:
     """What a learned variance adds to a step, over the time of the network."""
     learned = msgspec.structs.replace(model.spec, variance="learned_range")
+    network = _bare_block(model, batch)
+    # Each behind the network, which leaves the caches to none of them.
     blocks = {
+        "network": network,
         "fixed": _chain_block(_Still(model.spec, batch), batch),
+        "network again": network,
         "learned": _chain_block(_Still(learned, batch), batch),
-        "network": _bare_block(model, batch),
     }
     times = interleave(blocks, BLOCK)
     share = (median(times["learned"]) - median(times["fixed"])) / median(times["network"])

@@ -44,7 +44,7 @@ class Exponential:
 
     def apply(self, w: NDArray[np.float32]) -> None:
         """w ← exp w, for w (B, elements), its numbers outside ±LARGEST moved there first; NaN stays NaN."""
-        k, r, series = (array[: len(w)] for array in (self._k, self._r, self._series))
+        k, r, series = self._k[: len(w)], self._r[: len(w)], self._series[: len(w)]
         np.maximum(w, _ENDS[0], out=w)
         np.minimum(w, _ENDS[1], out=w)
         r[:] = w

@@ -161,8 +161,8 @@ class _Plan:
     runs: their runs of neighbours, each with its part of arrays that hold these slots alone. pairs: the same of the
     guided ones, each with the slots of its partners. scale: of each guided one, (slots, 1). steps: until the first of
     them ends. taken: steps since then, which the stepper's own row pointers do not know yet.
-    rows, temb, noisy: of the next _LOOK_AHEAD steps from `since` on, looked up at once: (steps, slots, columns),
-    (steps, slots, D), and whether a step has noise.
+    rows, temb, noisy, learns: of the next _LOOK_AHEAD steps from `since` on, looked up at once: (steps, slots,
+    columns), (steps, slots, D), whether a step has noise, and whether every slot's variance is learned in it.
     """
 
     slots: Slots
@@ -175,6 +175,7 @@ class _Plan:
     rows: Array = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
     temb: Array = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
     noisy: list[bool] = field(default_factory=list)
+    learns: list[bool] = field(default_factory=list)
 
 
 class HostStepper:
@@ -311,6 +312,7 @@ class HostStepper:
         np.take(self._rows, rows, axis=0, out=plan.rows, mode="clip")
         np.take(self._embedding, plan.rows[..., T].astype(np.intp), axis=0, out=plan.temb, mode="clip")
         plan.noisy = [bool(rows.any()) for rows in plan.rows[..., E]]
+        plan.learns = [bool(rows.all()) for rows in plan.rows[..., LEARNS]]
 
     def _show(self, plan: _Plan) -> None:
         """Write the embedding of each slot's next timestep, for its partner too."""
@@ -391,9 +393,8 @@ class HostStepper:
         for part, slots in plan.runs:
             np.multiply(self._prediction[slots, self._x.shape[1] :], row[part, QUARTER], w[part])
         np.add(w, row[:, BASE], w)
-        learns = row[:, LEARNS, 0]
-        if not learns.all():
-            w[learns == 0] = 0  # whatever v was: 0 times an infinity would be NaN
+        if not plan.learns[plan.taken - plan.since]:
+            w[row[:, LEARNS, 0] == 0] = 0  # whatever v was: 0 times an infinity would be NaN
         self._exponential.apply(w)
         return w
 
