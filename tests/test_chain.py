@@ -315,8 +315,11 @@ def test_what_a_caller_does_wrong_is_told(make: Make) -> None:
 
     with pytest.raises(ZeroDivisionError):
         chain.start(np.array([1, 3]), two, noise)
+    with pytest.raises(ValueError, match="zebra"):  # a request that was not checked
+        chain.start(np.array([1, 3]), msgspec.structs.replace(two, labels=("zebra",)))
     assert chain.free.tolist() == [1, 3]
     chain.clear()
+    assert not chain._users.any()  # of tables
     guided = Request(seed=0, table=LEARNED_TABLES["fixed"], labels=(1,), guidance=(2.0,))
     chain.start(np.array([3, 1]), guided)
     chain.stop(np.array([1]))  # the partner's guide ends with it

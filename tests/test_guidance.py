@@ -63,7 +63,7 @@ def test_guidance_halves_the_images_in_flight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("denoiser", "guidance", "problem"),
+    ("network", "guidance", "problem"),
     [
         (ArrayNetwork(tiny_spec(), 4), 2.0, "needs a model that knows the null class"),
         (Labelled(max_batch=1), 2.0, "load it with max_batch 2 or more"),
@@ -75,6 +75,6 @@ def test_guidance_halves_the_images_in_flight() -> None:
         (Labelled(), "much", "guidance must be a number, not 'much'"),
     ],
 )
-def test_guidance_that_is_refused(denoiser: ArrayNetwork, guidance: Any, problem: str) -> None:
+def test_guidance_that_is_refused(network: ArrayNetwork, guidance: Any, problem: str) -> None:
     with pytest.raises(SettingError, match=problem):
-        Sampler(denoiser).sample(3, guidance=guidance)
+        Sampler(network).sample(3, guidance=guidance)

@@ -223,6 +223,7 @@ def test_numbers_that_are_not_finite_are_an_error() -> None:
         ({"backend": "torch"}, SettingError, r"is not a checkpoint \(.pt\)"),
         ({"backend": "tensorrt", "device": "cpu"}, SettingError, "TensorRT runs on a GPU"),
         ({"device": "cuda:x"}, SettingError, "device 'cuda:x' is not known"),
+        ({"device": "cuda:"}, SettingError, "device 'cuda:' is not known"),
         ({"device": "cuda"}, BackendError, "no NVIDIA GPU is visible"),
         ({"device": "tpu"}, SettingError, "device 'tpu' is not known: say cpu, cuda or cuda:1"),
         ({"threads": 0}, SettingError, "threads must be"),

@@ -98,13 +98,14 @@ class Chain:
         Raises SettingError where the model cannot run the request's table, or too many tables are in use.
         """
         table = request.table_for(self.spec)
-        start = (
-            None if noise is None else np.asarray(noise(0), np.float32)
-        )  # it may raise, and nothing is begun
-        slots, order = self._occupy(slots, request, table, -1, given=noise is not None)
-        if noise is not None:
-            self._given.append(_Given(slots, order, noise, table))
-        self._stepper.begin(slots, None if start is None else start[order])
+        if noise is None:
+            slots, _ = self._occupy(slots, request, table, -1)
+            self._stepper.begin(slots, None)
+            return
+        start = np.asarray(noise(0), np.float32)  # it may raise, and nothing is begun
+        slots, order = self._occupy(slots, request, table, -1, given=True)
+        self._given.append(_Given(slots, order, noise, table))
+        self._stepper.begin(slots, start[order])
 
     def restore(
         self, slots: Slots, request: Request, table: StepTable, step: int, x: Array, x0: Array
@@ -127,20 +128,21 @@ class Chain:
         if not np.isin(slots, self.free).all():
             raise SettingError(f"of the slots {slots.tolist()} only {self.free.tolist()} are free")
         samples, partners = slots[: request.count], slots[request.count :]
+        # What a request that was not checked fails at comes before anything is taken.
+        seeds, indices = request.addresses()
+        scales, labels = request.scales(), request.label_numbers(self.spec)
         region = self._enter(table, len(samples))
         first = self._first_row(region)
         records = np.zeros(len(samples), SLOT)
         records["row"] = first + step if step < len(table) else IDLE
         records["end"] = first + len(table)
-        records["seed"], records["index"] = request.addresses()
+        records["seed"], records["index"] = seeds, indices
         records["partner"], records["scale"], records["given"] = -1, 1.0, given
-        scales = request.scales()
         if scales is not None:
             records["partner"], records["scale"] = partners, scales
             self._partner[samples], self._guide[partners] = partners, samples
         order = np.argsort(samples)
         self._stepper.assign(samples[order], records[order])
-        labels = request.label_numbers(self.spec)
         if labels is not None:
             null = np.full(len(partners), self.spec.num_classes)
             self._label(slots, np.concatenate([labels, null]))

@@ -56,8 +56,8 @@ class LoadSettings:
         """The number of the GPU that is asked for; None for the CPU, or where nothing is said."""
         if self.device in (None, "cpu"):
             return None
-        place, _, number = str(self.device).partition(":")
-        if place != "cuda" or not (number or "0").isdecimal():
+        place, colon, number = str(self.device).partition(":")
+        if place != "cuda" or (colon and not number.isdecimal()):
             raise SettingError(
                 f"device {self.device!r} is not known: say cpu, cuda or cuda:1, or leave it out"
             )
