@@ -166,12 +166,15 @@ class Tensor:
 class ModelSpec(_Strict, frozen=True, kw_only=True):
     """What the runtime must know of a model.
 
-    image_shape: (C, H, W). value_range: of the images the model was trained on.
+    image_shape: (C, H, W). value_range: of the images the model was trained on. data_range: what the ends of that
+        stand for in the units of the data that it was trained on; 0 and 255 of 8-bit images.
     timesteps: T. prediction: what the network gives. variance: of the reverse steps of ancestral sampling; for
         "learned_range" the network gives 2C channels, the second half of them v (see `solvers`).
     num_classes: 0 for an unconditional model. class_names: of each, or none. null_class: whether the label
         num_classes stands for "no class", as in a model trained with label dropout.
     precision: of the network's insides; what goes in and out is always float32.
+    same_bits: of an .onnx alone, whether ONNX Runtime on a CPU gave the same bits in batches of several sizes and with
+        several numbers of threads, when it was exported; None: not tried.
     engine: of an engine alone, how it was built.
     """
 
@@ -182,6 +185,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         -1.0,
         1.0,
     )
+    data_range: tuple[float, float] = (0.0, 255.0)
     timesteps: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
     schedule: BetaSchedule = msgspec.field(default_factory=LinearBetas)
     prediction: Prediction = "epsilon"
@@ -192,6 +196,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
     class_names: tuple[Text, ...] = ()
     null_class: bool = False
     precision: Precision = "fp32"
+    same_bits: bool | None = None
     provenance: Provenance
     engine: EngineSpec | None = None
 
@@ -199,6 +204,8 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         lo, hi = self.value_range
         if lo >= hi:
             raise ValueError(f"the value range ({lo}, {hi}) is empty")
+        if not -math.inf < self.data_range[0] < self.data_range[1] < math.inf:
+            raise ValueError(f"the data range {self.data_range} is empty, or not finite")
         # The sizes of the two tables that a chain makes of a spec before it runs anything.
         if math.prod(self.image_shape) > _MAX_IMAGE_SIZE:
             raise ValueError(f"images of the shape {self.image_shape} are larger than any that is supported")

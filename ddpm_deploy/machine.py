@@ -1,0 +1,62 @@
+"""What this process may use of its machine: CPU threads and memory, as the system limits them."""
+
+import math
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+_MEMBERSHIP: Final = Path("/proc/self/cgroup")
+_MEMORY: Final = Path("/proc/meminfo")
+
+
+def cpu_threads() -> int:
+    """CPU threads that this process may use: OMP_NUM_THREADS where it is set, else the cores of its affinity, and no
+    more than its cgroup has the time of."""
+    with suppress(ValueError):  # it may be a list, one for each level of nesting
+        if (typed := int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0])) > 0:
+            return typed
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, *(math.ceil(quota) for quota in _cpu_quotas()), cores))
+
+
+def memory_limit() -> int:
+    """Bytes of memory that this process may use in all: the machine's, or fewer by a limit of its cgroup or its own."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return min([physical, *_memory_limits(), *([own] if own != resource.RLIM_INFINITY else [])])
+
+
+def _cpu_quotas() -> Iterator[float]:
+    """The cores whose time each cgroup of this process has: cpu.max of version 2, cpu.cfs_quota_us of version 1."""
+    for group in _groups("cpu"):
+        with suppress(OSError, ValueError):
+            quota, period = (group / "cpu.max").read_text().split()
+            yield int(quota) / int(period)
+        with suppress(OSError, ValueError):
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(quota) > 0:
+                yield int(quota) / int(period)
+
+
+def _memory_limits() -> Iterator[int]:
+    for group in _groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):  # "max" is no limit
+                yield int((group / name).read_text())
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """The folders of the cgroups that this process is in, each with those above it, which bind it as well."""
+    with suppress(OSError):
+        for line in _MEMBERSHIP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            root = _CGROUPS / controllers if controllers else _CGROUPS
+            group = root / path.lstrip("/")
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
+            yield root  # in a container, the path may be that of the host
