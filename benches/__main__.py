@@ -32,7 +32,7 @@ def main() -> None:
         models = {preset: export_preset(preset, Path(name)) for preset in ("digits", "cifar10")}
         for group in (
             process.measure(models),
-            memory.measure(export_preset("small", Path(name), image_size=64)),
+            memory.measure(export_preset("small", Path(name), image_size=(64, 64))),
             parity.measure(),
             chain.measure(models["digits"], batch=16, limit=0.04, peers=False),
             chain.measure(models["cifar10"], batch=1, limit=0.01, peers=True),

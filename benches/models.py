@@ -26,7 +26,7 @@ class Model:
 
 
 def export_preset(
-    name: str, folder: Path, image_size: int | None = None, precision: GraphPrecision = "fp32"
+    name: str, folder: Path, image_size: tuple[int, int] | None = None, precision: GraphPrecision = "fp32"
 ) -> Model:
     """Make it, at the preset's image size if no other is given. No weight is zero, so that nothing can be skipped."""
     preset = PRESETS[name]

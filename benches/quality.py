@@ -44,7 +44,7 @@ Features = NDArray[np.float64]
 def main() -> None:
     """Draw as many images as a third of the data, judge them, and write the part of the page behind the mark."""
     torch.manual_seed(0)
-    data = read_images(find_images("digits", labels=True), 8, 1)
+    data = read_images(find_images("digits", labels=True), (8, 8), 1)
     assert data.labels is not None
     order = np.random.default_rng(0).permutation(len(data.images))
     known, reference, held = np.split(order[: len(order) // 3 * 3], 3)

@@ -89,6 +89,6 @@ def measure_reading() -> Iterator[Row]:
                 Path(folder) / f"{i}.jpg"
             ).symlink_to(Path(folder) / f"{i % 50}.jpg")
         start = time.perf_counter()
-        read_images(find_images(folder), 32, 3)
+        read_images(find_images(folder), (32, 32), 3)
         speed = _FILES / (time.perf_counter() - start)
     yield Row("reading JPEGs of 640×480 for 32×32, once before training", f"{speed:.0f} images/s")

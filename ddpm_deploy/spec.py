@@ -215,10 +215,8 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
             )
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"it names {len(self.class_names)} of {self.num_classes} classes")
-        if len(set(self.class_names)) < len(self.class_names) or (
-            self.null_class and "none" in self.class_names
-        ):
-            raise ValueError('two of its labels have the same name ("none" is that of the null class)')
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ValueError("two of its classes have the same name")
         if self.null_class and not self.num_classes:
             raise ValueError("it has a null class, and no classes")
         if self.network is not None:
@@ -300,7 +298,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         return self.num_classes + self.null_class
 
     def label(self, of: int | str) -> int:
-        """The label of a class by its name or number; "none" is the null class.
+        """The label of a class by its name or number; "none" is the null class, unless a class has that name.
 
         Raises SettingError where there is no such class, or the model has none.
         """
@@ -315,9 +313,10 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
             return int(of)
         names = ", ".join(map(show, self.class_names[:10])) + (", …" if len(self.class_names) > 10 else "")
         numbers = f"0 to {self.num_classes - 1}"
+        null = str(self.num_classes) if "none" in self.class_names else "none"
         raise SettingError(
             f"there is no class {of!r}: choose {f'{names}, or {numbers}' if names else numbers}"
-            f"{', or none' if self.null_class else ''}"
+            f"{f', or {null} for no class' if self.null_class else ''}"
         )
 
     def to_builtins(self) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def tiny_checkpoint(path: Path) -> Path:
     from ddpm_deploy.train.trainer import Trainer
 
     settings = PRESETS["digits"].settings("digits", steps=40, warmup_steps=5, batch_size=16)
-    trainer = Trainer(tiny_spec(), settings, read_images(find_images("digits"), 8, 1), torch.device("cpu"))
+    trainer = Trainer(
+        tiny_spec(), settings, read_images(find_images("digits"), (8, 8), 1), torch.device("cpu")
+    )
     for _ in range(settings.steps):
         trainer.advance()
     trainer.checkpoint().save(path)

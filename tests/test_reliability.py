@@ -151,5 +151,5 @@ def test_a_folder_with_images_of_every_sort(tmp_path: Path) -> None:
     Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / "alpha.png")
     turned.save(tmp_path / "turned.jpg", exif=exif)
     Image.new("L", (9, 9)).save(os.fsdecode(os.fsencode(tmp_path) + b"/no utf-8 \xff.png"))
-    data = read_images(find_images(str(tmp_path)), 8, 3)
+    data = read_images(find_images(str(tmp_path)), (8, 8), 3)
     assert data.images.shape == (7, 3, 8, 8)

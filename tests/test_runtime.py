@@ -347,7 +347,7 @@ def test_labels_reach_their_images() -> None:
     assert drawn(sampler, 2, labels=2) == [2, 2]
     assert drawn(sampler, 5, labels=["dog", 0, "2", "none", np.int64(1)]) == [1, 0, 2, 3, 1]
     for labels, problem in (
-        ("cow", "no class 'cow': choose cat, dog, 2, or 0 to 2, or none"),
+        ("cow", "no class 'cow': choose cat, dog, 2, or 0 to 2, or none for no class"),
         (-1, "no class -1"),
         (4, "no class 4"),
         ([0, 1], "2 labels for 1 images"),

@@ -1,5 +1,6 @@
 """The options that several commands have, and the types of their values."""
 
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,7 +42,28 @@ def sizes(text: str) -> tuple[int, ...]:
     return found
 
 
+class _ImageSize(click.ParamType[tuple[int, int]]):
+    """Height and width: 48x64, or 32 for both."""
+
+    name = "size"
+    _PATTERN = re.compile(r"(\d{1,4})(?:[x×](\d{1,4}))?", re.ASCII)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Check and convert."""
+        if match := self._PATTERN.fullmatch(str(value).lower()):
+            height, width = int(match[1]), int(match[2] or match[1])
+            if 1 <= min(height, width) <= max(height, width) <= _LARGEST_SIZE:
+                return height, width
+        return self.fail(
+            f"{value!r} is neither a size, as 32, nor a height and a width, as 48x64, of at most {_LARGEST_SIZE}"
+        )
+
+
+_LARGEST_SIZE: Final = 4096
 FilePath: Final = _FilePath(path_type=Path)
+IMAGE_SIZE: Final = _ImageSize()
 BatchSize: Final = click.IntRange(1, words.MAX_BATCH)
 
 

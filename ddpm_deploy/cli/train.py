@@ -4,7 +4,7 @@ import click
 
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
-from ddpm_deploy.cli.options import FilePath, Option, Words, flag
+from ddpm_deploy.cli.options import IMAGE_SIZE, FilePath, Option, Words, flag
 from ddpm_deploy.words import LOSSES, PREDICTIONS, PRESETS, SCHEDULES, VARIANCES
 
 _OF_ANY_TRAINING = [
@@ -25,7 +25,12 @@ _OF_ANY_TRAINING = [
         "--compile compiled",
         "Compile the network (torch.compile): the first step takes longer, the others less.",
     ),
-    Option("--workers", "Threads that read the images.", click.IntRange(1, 256), show_default="one per core"),
+    Option(
+        "--workers",
+        "Threads that read the images.",
+        click.IntRange(1, 256),
+        show_default="one for each core that may be used",
+    ),
     Option(
         "--save-every", "Steps from one checkpoint to the next.", click.IntRange(min=1), show_default="1000"
     ),
@@ -35,7 +40,8 @@ _OF_ANY_TRAINING = [
         click.IntRange(min=0),
         show_default="1000",
     ),
-    flag("--skip-broken", "Leave out images that cannot be read."),
+    flag("--skip-broken", "Leave out images that cannot be read, and name them."),
+    options.as_json("what was trained"),
     options.force("an output that exists"),
 ]
 # None where they were not typed: the preset decides, or, with --resume, the checkpoint.
@@ -48,15 +54,26 @@ _OF_A_NEW_TRAINING = [
     ),
     Option(
         "--image-size",
-        "Height and width to scale and crop the images to.",
-        click.IntRange(1, 4096),
+        "Height and width to scale and crop the images to: 32, or 48x64.",
+        IMAGE_SIZE,
         show_default="the preset's",
     ),
     Option(
         "--channels",
-        "Colours of the images.",
-        click.Choice(["grey", "rgb"]),
+        "Colours of the images; rgba keeps transparency, which is else laid on white.",
+        click.Choice(["grey", "rgb", "rgba"]),
         show_default="the preset's, or the images' own",
+    ),
+    Option(
+        "--array",
+        "The array of an .npz that the images are, as x_train.",
+        show_default="images, arr_0, or the only one",
+    ),
+    Option(
+        "--data-range",
+        "The darkest and the brightest value that the images can have, of all of them.",
+        (float, float),
+        show_default="0 and 255 of 8-bit images, else found",
     ),
     Option("--batch-size", "Images in each training step.", options.BatchSize, show_default="the preset's"),
     Option(
@@ -113,7 +130,7 @@ _OF_A_NEW_TRAINING = [
 main = command(
     "train",
     "Train a network on images.",
-    """Train a network on DATA: a folder of images, an .npy or .npz file of uint8 images, or the word "digits".
+    """Train a network on DATA: a folder or a .zip of images, an .npy, .npz or idx file, or the word "digits".
 
     \b
     Presets:
@@ -126,6 +143,9 @@ main = command(
   ddpm-train digits -o digits.pt                 handwritten digits, minutes on a CPU
   ddpm-train photos/ -o model.pt --steps 20000   your own images, scaled and cropped to 32×32
   ddpm-train pets/ --labels -o pets.pt           class-conditional: pets/cat/*.jpg, pets/dog/*.jpg
+  ddpm-train mnist.npz --array x_train --labels  one array of several, and the labels that go with it
+  ddpm-train scans/ --data-range 0 4095          16-bit images of 12 bits
+  ddpm-train wide/ --image-size 48x64            images of 48 rows and 64 columns
   ddpm-train digits -o v.pt --prediction v --schedule cosine
   ddpm-train digits -o h.pt --loss hybrid        learns its variance too, for chains with few steps
   ddpm-train cifar.npz -o model.pt --preset cifar10 --device cuda --amp --compile

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Final
 
 from ddpm_deploy.errors import BackendError, OutputError
-from ddpm_deploy.runtime.images import grid, save_png, to_uint8
+from ddpm_deploy.runtime.images import Pixels, grid, save_png, to_uint8
 from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.train.data.source import COLOURS
 from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.train.trainer import Trainer
 
@@ -47,7 +48,7 @@ class Pictures:
         text = {"step": self._trainer.steps_done, "seed": 0, "solver": "ddpm", "steps": self._steps}
         try:
             images = Sampler(self._network).sample(self.images, steps=self._steps, seed=0, callback=watch)
-            save_png(grid(to_uint8(images, spec.value_range)), path, text)
+            save_png(_as_grid(to_uint8(images, spec.value_range)), path, text)
         except _StoppedError:
             logger.info("the picture of step %d is not drawn", self._trainer.steps_done)
         except (BackendError, OutputError) as error:  # a picture is not worth the training
@@ -77,6 +78,14 @@ class Pictures:
         batch = min(images, self._network.max_batch)
         call = min(time_call(self._network, batch) for _ in range(2))
         return call * self._steps * -(-images // batch)
+
+
+def _as_grid(pixels: Pixels) -> Pixels:
+    """Samples (N, H, W, C) as one picture; of channels that are no colours, each is a grey one, a sample a row."""
+    count, height, width, channels = pixels.shape
+    if channels in COLOURS:
+        return grid(pixels)
+    return grid(pixels.transpose(0, 3, 1, 2).reshape(count * channels, height, width, 1), columns=channels)
 
 
 class _StoppedError(Exception):

@@ -40,6 +40,7 @@ class Session:
         self.output = output
         self.folder = output.with_suffix(".train")
         self._report = report
+        self.loss: float | None = None  # the mean since the row of the metrics before
         self._stopped = False
         self._saved: int | None = None  # the step that the checkpoint is of
 
@@ -57,7 +58,7 @@ class Session:
                 step, note = trainer.steps_done, None
                 saves, draws = self._is_due(settings.save_every), self._is_due(settings.sample_every)
                 if self._is_due(LOG_EVERY) or saves or draws:
-                    loss = self._require_finite(losses)
+                    loss = self.loss = self._require_finite(losses)
                     speed = len(losses) * settings.batch_size / (time.perf_counter() - started)
                     metrics.add(step, loss, learning_rate(settings, step - 1), speed)
                     note = f"step {step} · loss {loss:.4f} · {speed:.0f} images/s"

@@ -17,9 +17,9 @@ Rate = Annotated[float, msgspec.Meta(gt=0.0, le=1e6)]
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of a training run; a checkpoint carries them, so that resuming needs none of them again.
 
-    data: what was trained on, as it was named on the command line. data_digest: SHA-256 of the images as
-    they were read; empty if not known. skip_broken: whether unreadable
-    images were left out.
+    data: what was trained on: the absolute path, or the word "digits". array: the name of the images' array in an
+    .npz; empty where it needed none. data_digest: SHA-256 of the images as they were read; empty if not known.
+    skip_broken: whether unreadable images were left out.
     loss: what is minimised, see `train.diffusion`.
     steps: where training ends. learning_rate: its peak, reached after `warmup_steps`; from there it
     stays ("none") or falls to zero along a half cosine at the last step ("cosine").
@@ -32,6 +32,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     data: str
+    array: str = ""
     data_digest: str = ""
     skip_broken: bool = False
     loss: Loss = "simple"
@@ -66,7 +67,7 @@ class Preset:
     """
 
     network: UNetConfig
-    image_size: int = 32
+    image_size: tuple[int, int] = (32, 32)
     channels: int | None = 3
     steps: int = 800_000
     batch_size: int = 128
@@ -76,23 +77,31 @@ class Preset:
     ema_decay: float = 0.9999
     flip: bool = True
 
-    def spec(self, data: str, channels: int, image_size: int, **overrides: Any) -> ModelSpec:
-        """The spec of a new model of this kind, for images of one size, some of its fields in place of the defaults.
+    def spec(self, data: str, channels: int, image_size: tuple[int, int], **overrides: Any) -> ModelSpec:
+        """The spec of a new model of this kind, for images of one height and width, some of its fields in place of the
+        defaults.
 
         Raises SettingError where the network cannot halve the size as often as it must.
         """
-        divisor = self.network.size_divisor
-        if image_size % divisor:
-            below = image_size // divisor * divisor
-            nearest = " or ".join(str(size) for size in (below, below + divisor) if size)
-            raise SettingError(f"image size {image_size} is not a multiple of {divisor}: choose {nearest}")
+        for size in image_size:
+            self._require_size(size)
         return ModelSpec(
-            image_shape=(channels, image_size, image_size),
+            image_shape=(channels, *image_size),
             embedding=SinusoidalEmbedding(dim=self.network.channels),
             network=self.network,
             provenance=Provenance(digest="0" * 64, data=data[:200]),
             **overrides,
         )
+
+    def _require_size(self, size: int) -> None:
+        divisor = self.network.size_divisor
+        if size % divisor == 0:
+            return
+        below = size // divisor * divisor
+        nearest = " or ".join(str(near) for near in (below, below + divisor) if near)
+        others = [name for name, preset in PRESETS.items() if size % preset.network.size_divisor == 0]
+        takes = f", or --preset {others[0]}, which takes {size}" if others else ""
+        raise SettingError(f"image size {size} is not a multiple of {divisor}: choose {nearest}{takes}")
 
     def settings(self, data: str, **overrides: Any) -> Settings:
         """The settings of a new training, some of them in place of the preset's.
@@ -119,7 +128,7 @@ _SMALL: Final = UNetConfig(
 )
 PRESETS: Final = {
     "digits": Preset(
-        image_size=8,
+        image_size=(8, 8),
         channels=1,
         network=msgspec.structs.replace(_SMALL, widths=(32, 64), attention_levels=()),
         steps=1400,
@@ -142,7 +151,7 @@ PRESETS: Final = {
     ),
     "cifar10": Preset(UNetConfig()),
     "256": Preset(
-        image_size=256,
+        image_size=(256, 256),
         network=UNetConfig(widths=(128, 128, 256, 256, 512, 512), attention_levels=(4,), dropout=0.0),
         steps=500_000,
         batch_size=64,

@@ -58,6 +58,7 @@ class Trainer:
         self.diffusion = Diffusion(spec, settings.loss).to(device)
         self.optimizer = torch.optim.Adam(self._parameters, lr=settings.learning_rate, fused=True)
         self._predict = torch.compile(self.network) if compiled else self.network
+        self.data = data
         self._images = torch.from_numpy(data.images)
         self._labels = None if data.labels is None else torch.from_numpy(data.labels)
         self._epoch = -1
@@ -125,7 +126,7 @@ class Trainer:
         size = self.settings.batch_size
         chosen = [self._image_at(place) for place in range(step * size, (step + 1) * size)]
         batch = self._images[chosen].to(self.device)
-        x0 = batch.float() * (2 / 255) - 1
+        x0 = batch.float() * (2 / 255) - 1 if batch.dtype == torch.uint8 else batch
         if self.settings.flip:
             mirrored = torch.rand(size).to(self.device) < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)

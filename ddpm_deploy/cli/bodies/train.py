@@ -1,5 +1,7 @@
 """ddpm-train: start a training or resume one, and run it. This module imports PyTorch."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, Unpack
@@ -7,25 +9,25 @@ from typing import Any, Final, Literal, TypedDict, Unpack
 import click
 import msgspec
 
-from ddpm_deploy.cli.bodies.progress import progress, stage
+from ddpm_deploy.cli.bodies.progress import plural, progress, stage
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.errors import OutputError, SettingError, SpecError, first_line
+from ddpm_deploy.errors import DataError, OutputError, SettingError, SpecError, first_line
 from ddpm_deploy.files import quoted, require_output, require_suffix, show
 from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, open_model
 from ddpm_deploy.schedule import SCHEDULES
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import Checkpoint, require_finite
-from ddpm_deploy.train.data import DIGITS, Dataset, Source, find_images, read_images
+from ddpm_deploy.train.data import DIGITS, Dataset, Range, Source, find_images, read_images
 from ddpm_deploy.train.diffusion import require_trainable
 from ddpm_deploy.train.network import torch_device
 from ddpm_deploy.train.session import Session
-from ddpm_deploy.train.settings import PRESETS, Settings
+from ddpm_deploy.train.settings import PRESETS, Preset, Settings
 from ddpm_deploy.train.trainer import Trainer
 from ddpm_deploy.words import Loss, Prediction, Schedule, Variance
 from ddpm_deploy.words import Preset as PresetName
 
 _LABEL_DROPOUT: Final = 0.1
-_CHANNELS: Final[dict[str | None, int]] = {"grey": 1, "rgb": 3}
+_CHANNELS: Final = {"grey": 1, "rgb": 3, "rgba": 4}
 _PROVENANCE_BYTES: Final = 300  # what training and export may yet add to a spec
 
 
@@ -33,8 +35,10 @@ class NewTraining(TypedDict):
     """The options that a new training alone has; None where they were not typed."""
 
     preset: PresetName | None
-    image_size: int | None
-    channels: Literal["grey", "rgb"] | None
+    image_size: tuple[int, int] | None
+    channels: Literal["grey", "rgb", "rgba"] | None
+    array: str | None
+    data_range: tuple[float, float] | None
     batch_size: int | None
     learning_rate: float | None
     prediction: Prediction | None
@@ -49,7 +53,15 @@ class NewTraining(TypedDict):
     seed: int | None
 
 
-_OF_THE_NETWORK: Final = {"preset", "image_size", "channels", "prediction", "variance", "schedule"}
+_OF_THE_NETWORK: Final = {
+    "preset",
+    "image_size",
+    "channels",
+    "data_range",
+    "prediction",
+    "variance",
+    "schedule",
+}
 
 
 def train(
@@ -64,21 +76,18 @@ def train(
     save_every: int | None,
     sample_every: int | None,
     skip_broken: bool,
+    as_json: bool,
     force: bool,
     **new: Unpack[NewTraining],
 ) -> None:
     """Train a network, from the start or from a checkpoint, and save it."""
     if data is None and not resume:
         raise click.UsageError(
-            "DATA is missing: a folder of images, an .npy or .npz file, or the word digits"
+            "DATA is missing: a folder or a .zip of images, an .npy, .npz or idx file, or the word digits"
         )
-    try:
-        (data or "").encode()
-    except UnicodeEncodeError as error:  # a checkpoint names its data in JSON, which holds valid text alone
-        raise SettingError("the name of DATA is not UTF-8: rename it, or reach it by a link") from error
     target = _checked_output(output, resume, force)
     changes = _typed(
-        data=data,
+        data=_lasting(data),
         steps=steps,
         save_every=save_every,
         sample_every=sample_every,
@@ -91,13 +100,26 @@ def train(
                 f"{', '.join(typed)} cannot change on --resume: the checkpoint has its own"
             )
         checkpoint, source = _resumed(resume, changes)
-        images = _read(checkpoint.settings, source, checkpoint.spec, workers)
+        spec = checkpoint.spec
+        images = _read(checkpoint.settings, source, spec, spec.data_range, workers)
         trainer = Trainer.resume(checkpoint, images, place, compiled=compiled)
     else:
         spec, settings, source = _new(changes, new)
-        images = _read(settings, source, spec, workers)
+        images = _read(settings, source, spec, new["data_range"], workers)
+        spec = msgspec.structs.replace(spec, data_range=images.data_range)
         trainer = Trainer(spec, settings, images, place, compiled=compiled)
-    _run(trainer, target)
+    _run(trainer, target, as_json)
+
+
+def _lasting(data: str | None) -> str | None:
+    """The name of the data that a checkpoint keeps, so that training can go on from any working folder."""
+    if data in (None, DIGITS):
+        return data
+    try:
+        data.encode()
+    except UnicodeEncodeError as error:  # a checkpoint names its data in JSON, which holds valid text alone
+        raise SettingError("the name of DATA is not UTF-8: rename it, or reach it by a link") from error
+    return str(Path(data).absolute())
 
 
 def _typed(**options: Any) -> dict[str, Any]:
@@ -127,7 +149,16 @@ def _resumed(path: Path, changes: dict[str, Any]) -> tuple[Checkpoint, Source]:
         raise SettingError(
             f"{show(path)} has its {checkpoint.step} steps already: pass a larger number of --steps"
         )
-    source, spec = find_images(settings.data, labels=settings.labels), checkpoint.spec
+    spec = checkpoint.spec
+    try:
+        source = find_images(settings.data, labels=settings.labels, array=settings.array)
+    except DataError as error:
+        if "data" in changes:
+            raise
+        raise DataError(
+            f"{error}; {show(path)} was trained on it: if it is elsewhere now, name it, as in ddpm-train DATA --resume "
+            f"{quoted(path)}"
+        ) from error
     if source.num_classes != spec.num_classes or spec.class_names not in ((), source.class_names):
         raise SettingError(
             f"the classes in {show(settings.data)} are not those that {show(path)} was trained on"
@@ -138,16 +169,18 @@ def _resumed(path: Path, changes: dict[str, Any]) -> tuple[Checkpoint, Source]:
 def _new(changes: dict[str, Any], new: NewTraining) -> tuple[ModelSpec, Settings, Source]:
     """The spec and the settings of a new training, and its images."""
     data = changes["data"]
+    if new["data_range"] and not -math.inf < new["data_range"][0] < new["data_range"][1] < math.inf:
+        raise click.UsageError("--data-range is two numbers, the smaller one first")
     preset = PRESETS[new["preset"] or ("digits" if data == DIGITS else "small")]
     labels, dropout, loss = bool(new["labels"]), new["label_dropout"], new["loss"] or "simple"
     if dropout is not None and not labels:
         raise click.UsageError("--label-dropout is for a model with --labels")
     if labels and dropout is None:
         dropout = _LABEL_DROPOUT
-    source = find_images(data, labels=labels)
+    source = find_images(data, labels=labels, array=new["array"] or "")
     spec = preset.spec(
         Path(data).name,
-        _CHANNELS.get(new["channels"]) or preset.channels or (1 if source.grey() else 3),
+        _channels(new["channels"], preset, source),
         new["image_size"] or preset.image_size,
         prediction=new["prediction"] or "epsilon",
         schedule=SCHEDULES[new["schedule"] or "linear"],
@@ -157,6 +190,14 @@ def _new(changes: dict[str, Any], new: NewTraining) -> tuple[ModelSpec, Settings
     of_training = {name: value for name, value in _typed(**new).items() if name not in _OF_THE_NETWORK}
     settings = preset.settings(**changes | of_training | _typed(label_dropout=dropout))
     return _with_classes(spec, source, null_class=bool(dropout)), settings, source
+
+
+def _channels(typed: str | None, preset: Preset, source: Source) -> int:
+    """Channels of the images: what was typed, else the preset's; images that are no colours keep their own."""
+    if typed:
+        return _CHANNELS[typed]
+    own = source.channels()
+    return preset.channels if preset.channels and own in _CHANNELS.values() else own
 
 
 def _with_classes(spec: ModelSpec, source: Source, *, null_class: bool) -> ModelSpec:
@@ -178,36 +219,63 @@ def _with_classes(spec: ModelSpec, source: Source, *, null_class: bool) -> Model
         return spec
 
 
-def _read(settings: Settings, source: Source, spec: ModelSpec, workers: int | None) -> Dataset:
+def _read(
+    settings: Settings, source: Source, spec: ModelSpec, data_range: Range | None, workers: int | None
+) -> Dataset:
     """Read the images, and tell how many there are."""
-    (channels, size, _), skip = spec.image_shape, settings.skip_broken
+    channels, height, width = spec.image_shape
     with stage("reading images", source.count) as advance:
-        data = read_images(source, size, channels, skip_broken=skip, workers=workers, progress=advance)
-    count, classes = len(data.images), f" in {source.num_classes} classes" if source.num_classes else ""
-    left_out = f" ({source.count - count} broken ones left out)" if source.count > count else ""
-    logger.info("%d images%s%s", count, classes, left_out)
+        data = read_images(
+            source,
+            (height, width),
+            channels,
+            data_range=data_range,
+            skip_broken=settings.skip_broken,
+            workers=workers,
+            progress=advance,
+        )
+    classes = f" in {source.num_classes} class{'es' * (source.num_classes > 1)}" if source.num_classes else ""
+    logger.info("%s%s", plural(len(data.images), "image"), classes)
     return data
 
 
-def _run(trainer: Trainer, output: Path) -> None:
+def _run(trainer: Trainer, output: Path, as_json: bool) -> None:
     """Train, and tell how it ended."""
     settings, shape = trainer.settings, trainer.spec.image_shape
     parameters = sum(p.numel() for p in trainer.network.parameters())
     to_go = settings.steps - trainer.steps_done
     logger.info(
-        f"{to_go} steps of {settings.batch_size} images {'×'.join(map(str, shape))} on {trainer.device} · "
-        f"{parameters / 1e6:.1f} M parameters"
+        f"{plural(to_go, 'step')} of {plural(settings.batch_size, 'image')} {'×'.join(map(str, shape))} on "
+        f"{trainer.device} · {parameters / 1e6:.1f} M parameters"
     )
     with progress("training", to_go) as advance:
         session = Session(trainer, output, advance)
         finished = session.run()
-    if not finished:
+    if as_json:
+        click.echo(json.dumps(_as_json(session), indent=2))
+    elif not finished:
         click.echo(
             f"stopped at step {trainer.steps_done} of {settings.steps}; "
             f"continue with: ddpm-train --resume {quoted(output)}"
         )
+    else:
+        click.echo(
+            f"wrote {show(output)} (step {trainer.steps_done}); metrics and samples are in {show(session.folder)}"
+        )
+        click.echo(f"next: ddpm-export {quoted(output)}")
+    if not finished:
         raise click.exceptions.Exit(130)
-    click.echo(
-        f"wrote {show(output)} (step {trainer.steps_done}); metrics and samples are in {show(session.folder)}"
-    )
-    click.echo(f"next: ddpm-export {quoted(output)}")
+
+
+def _as_json(session: Session) -> dict[str, Any]:
+    trainer = session.trainer
+    return {
+        "checkpoint": str(session.output),
+        "metrics": str(session.folder / "metrics.csv"),
+        "step": trainer.steps_done,
+        "steps": trainer.settings.steps,
+        "loss": session.loss,
+        "images": len(trainer.data.images),
+        "data_range": trainer.spec.data_range,
+        "class_names": trainer.spec.class_names,
+    }

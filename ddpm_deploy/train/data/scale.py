@@ -1,0 +1,99 @@
+"""One scale for all images of a data set: which values become -1 and 1."""
+
+import logging
+from typing import Final
+
+import numpy as np
+
+from ddpm_deploy.errors import DataError
+from ddpm_deploy.runtime.images import Pixels
+from ddpm_deploy.runtime.protocols import Array
+from ddpm_deploy.train.data.source import EIGHT_BITS, Depth, Range
+
+logger = logging.getLogger(__name__)
+
+_UNITS: Final[tuple[Range, ...]] = ((0.0, 1.0), (-1.0, 1.0))  # that floats usually have
+_HARDLY: Final = 1 / 8  # of the range
+_OUTLIERS: Final = 0.1  # percent of the values at either end
+_LOOKED_AT: Final = 1 << 20  # values, to find outliers
+_BLOCK: Final = 64  # images
+
+
+def is_deep(depths: frozenset[Depth], given: Range | None) -> bool:
+    """Whether images are kept as float32; else they are uint8, from 0 to 255.
+
+    given: the range of the data, if it was said. Raises DataError where images of these kinds have no common scale.
+    """
+    eight_bits = "8 bits" in depths and depths <= {"8 bits", "16 bits"}
+    if given is not None:
+        return not (eight_bits and given == EIGHT_BITS)
+    if len(depths) > 1 and not eight_bits and depths != {"16 bits", "32 bits"}:
+        raise DataError(
+            f"there are images of {' and of '.join(sorted(depths))}, which have no scale in common: keep them apart, "
+            "or say which values are the darkest and the brightest with --data-range LO HI"
+        )
+    if len(depths) > 1 and eight_bits:
+        logger.info("there are images of 8 and of 16 bits: of the latter, the top 8 bits are used")
+    return not eight_bits
+
+
+def found_range(lowest: float, highest: float, depths: frozenset[Depth]) -> Range:
+    """The range of data with more than 8 bits, by the smallest and the largest value of all images.
+
+    Floats that stay in [0, 1] or [-1, 1] have that range, and others the values that occur. Whole numbers begin at 0,
+    unless some are negative; those that stay in [0, 255] are 8-bit images in a larger type.
+
+    Raises DataError where all values are the same.
+    """
+    if depths == {"bool"}:
+        return _UNITS[0]
+    if "floats" in depths:
+        found = next((unit for unit in _UNITS if unit[0] <= lowest and highest <= unit[1]), (lowest, highest))
+    elif lowest >= 0 and highest <= EIGHT_BITS[1]:
+        found = EIGHT_BITS
+    else:
+        found = min(lowest, 0.0), highest
+    if found[0] == found[1]:
+        raise DataError(f"all values of all images are {highest:g}: there is nothing to learn from them")
+    return found
+
+
+def rescale(images: Array, data_range: Range) -> None:
+    """From the data's own units to [-1, 1], in place; what is outside the range is clipped, and told."""
+    lowest, highest = data_range
+    outside = 0
+    for first in range(0, len(images), _BLOCK):
+        block = images[first : first + _BLOCK]
+        outside += int(((block < lowest) | (block > highest)).sum())
+        block -= np.float32(lowest)
+        block *= np.float32(2 / (highest - lowest))
+        block -= 1
+        np.clip(block, -1, 1, out=block)
+    if outside:
+        share = 100 * outside / images.size
+        logger.info("%.2g %% of the values are outside %g to %g, and clipped to it", share, *data_range)
+
+
+def tell_use(images: Pixels | Array, lowest: float, highest: float, data_range: Range) -> None:
+    """Warn where images, in the data's own units, hardly use their range: they would all be dark, or all alike."""
+    low, high = data_range
+    if highest - low < _HARDLY * (high - low):
+        logger.warning(
+            "the brightest value of all images is %g of %g: if none can be brighter, pass --data-range %g %g",
+            *(highest, high, low, highest),
+        )
+    elif high - lowest < _HARDLY * (high - low):
+        logger.warning(
+            "the darkest value of all images is %g, and the range is %g to %g: if none can be darker, pass "
+            "--data-range %g %g",
+            *(lowest, low, high, lowest, high),
+        )
+    elif images.dtype == np.float32:
+        some = images.ravel()[:: max(1, images.size // _LOOKED_AT)]
+        ends = np.percentile(some, [_OUTLIERS, 100 - _OUTLIERS]).tolist()
+        if ends[1] - ends[0] < _HARDLY * (high - low):
+            logger.warning(
+                "nearly all values are from %g to %g, a small part of %g to %g: if the others mean nothing, pass "
+                "--data-range %g %g",
+                *(*ends, low, high, *ends),
+            )

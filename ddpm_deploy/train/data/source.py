@@ -1,0 +1,89 @@
+"""What is known of training images before they are read, and what they are once they were."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddpm_deploy.errors import DataError
+from ddpm_deploy.runtime.protocols import Labels
+
+DIGITS: Final = "digits"  # the word for those that scikit-learn ships
+COLOURS: Final = (1, 3, 4)  # grey, RGB and RGBA: what Pillow turns into one another
+MOST_CHANNELS: Final = 16  # of an array
+
+Range = tuple[float, float]  # the values that -1 and 1 stand for
+EIGHT_BITS: Final[Range] = (0.0, 255.0)
+# What holds the numbers of an image; "bool" is of arrays alone.
+Depth = Literal["8 bits", "16 bits", "32 bits", "floats", "bool"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images that have been found but not read yet.
+
+    load(i): the i-th, as a picture or as an array (H, W, C) of numbers. name(i): of it, for errors. channels(): C that
+    they have by themselves: 1 where all are grey, 3 for colours with transparency or without, else an array's own.
+    depths(): what holds their numbers. labels: (count,) int64, where they were asked for. class_names: of the labels,
+    where they have names.
+    """
+
+    count: int
+    load: Callable[[int], Image.Image | NDArray[Any]]
+    name: Callable[[int], str]
+    channels: Callable[[], int]
+    depths: Callable[[], frozenset[Depth]]
+    labels: Labels | None = None
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """Classes; 0 where no labels were asked for."""
+        return 0 if self.labels is None else len(self.class_names) or int(self.labels.max()) + 1
+
+    def require_channels(self, channels: int) -> None:
+        """Raise DataError unless the images can be read with so many channels."""
+        own = self.channels()
+        colours = COLOURS if self.depths() == {"8 bits"} else COLOURS[:2]
+        if channels != own and not (own in COLOURS[:2] and channels in colours):
+            raise DataError(
+                f"the images have {own} channels of their own, which do not make {channels}: leave --channels out"
+            )
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images in memory, and their labels (N,) int64 where the model is to have classes.
+
+    images: (N, C, H, W), uint8 from 0 to 255 or, of what has more than 8 bits, float32 from -1 to 1. data_range: the
+    values in the data's own units that the ends of that are.
+    """
+
+    images: NDArray[Any]
+    labels: Labels | None = None
+    data_range: Range = EIGHT_BITS
+
+    def digest(self) -> str:
+        """SHA-256 of the images and labels."""
+        sha = hashlib.sha256(self.images.data)
+        if self.labels is not None:
+            sha.update(self.labels.data)
+        return sha.hexdigest()
+
+
+def checked_labels(labels: NDArray[Any], count: int, name: str) -> Labels:
+    """Labels (N,) or (N, 1) of an array or a list as int64 (N,). Raises DataError, naming where they are from."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise DataError(
+            f"the labels in {name} are {labels.dtype} {labels.shape}: whole numbers ({count},) are needed"
+        )
+    numbers = labels.astype(np.int64)
+    if numbers.min() < 0 or numbers.max() >= count:
+        raise DataError(f"the labels in {name} are not the numbers of classes, from 0 up")
+    return numbers
