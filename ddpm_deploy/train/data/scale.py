@@ -59,24 +59,22 @@ def found_range(lowest: float, highest: float, depths: frozenset[Depth]) -> Rang
 
 
 def rescale(images: Array, data_range: Range) -> None:
-    """From the data's own units to [-1, 1], in place; what is outside the range is clipped, and told."""
+    """From the data's own units to [-1, 1], in place; what is outside is clipped."""
     lowest, highest = data_range
-    outside = 0
     for first in range(0, len(images), _BLOCK):
         block = images[first : first + _BLOCK]
-        outside += int(((block < lowest) | (block > highest)).sum())
         block -= np.float32(lowest)
         block *= np.float32(2 / (highest - lowest))
         block -= 1
         np.clip(block, -1, 1, out=block)
-    if outside:
-        share = 100 * outside / images.size
-        logger.info("%.2g %% of the values are outside %g to %g, and clipped to it", share, *data_range)
 
 
 def tell_use(images: Pixels | Array, lowest: float, highest: float, data_range: Range) -> None:
-    """Warn where images, in the data's own units, hardly use their range: they would all be dark, or all alike."""
+    """Warn where images, in the data's own units, leave their range, or hardly use it: all dark, or all alike."""
     low, high = data_range
+    if lowest < low or highest > high:
+        share = 100 * np.mean([((block < low) | (block > high)).mean() for block in images])
+        logger.warning("%.2g %% of the values are outside %g to %g, and clipped to it", share, low, high)
     if highest - low < _HARDLY * (high - low):
         logger.warning(
             "the brightest value of all images is %g of %g: if none can be brighter, pass --data-range %g %g",
