@@ -31,6 +31,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_deploy.engine.build import EngineSettings, build_engine
@@ -66,6 +67,9 @@ USES: Final = (
     Use(".npz", f"train CASE {_NEW}", **_TRAINED),
     Use(".npz", f"train CASE --labels {_NEW}", **_TRAINED),
     Use(".png", f"train FOLDER {_NEW}", **_TRAINED),
+    Use(".tif", f"train FOLDER {_NEW}", **_TRAINED),
+    Use(".zip", f"train CASE --labels {_NEW}", **_TRAINED),
+    Use(".idx", f"train CASE {_NEW}", **_TRAINED),
     Use(".pt", "train digits --resume CASE --steps 41 -o OUT.pt --sample-every 0 --device cpu", **_TRAINED),
     Use(".pt", "export CASE -o OUT.onnx", ("out.onnx", "out.proof.npz")),
     Use(".onnx", "export CASE --rtx -o OUT.plan", ("out.plan", "out.plan.sha256")),
@@ -160,7 +164,7 @@ def mutated(whole: bytes, rng: Rng) -> bytes:
 def mutated_inside(kind: str, whole: bytes, rng: Rng) -> bytes:
     """Mutate what a file holds and make its checksums right again, as somebody with intent would."""
     match kind:
-        case ".pt" | ".npz" | ".proof.npz" | ".snapshot.npz":
+        case ".pt" | ".npz" | ".proof.npz" | ".snapshot.npz" | ".zip":
             return _mutated_member(whole, rng)
         case ".onnx":
             return mutated(whole[: whole.rindex(b"\x12ddpm_deploy.sha256") - 3], rng)
@@ -168,6 +172,8 @@ def mutated_inside(kind: str, whole: bytes, rng: Rng) -> bytes:
             return _mutated_chunk(whole, rng)
         case ".plan":
             return _mutated_name(whole, rng)
+        case ".tif" | ".idx":  # they have none
+            return mutated(whole, rng)
     return _mutated_value(whole, rng)
 
 
@@ -231,8 +237,12 @@ def whole_files(checkpoint: Path, onnx: Path, folder: Path) -> dict[str, Path]:
 
     files = {".pt": checkpoint, ".onnx": onnx, ".proof.npz": onnx.with_suffix(".proof.npz")}
     files |= {kind: folder / f"whole{kind}" for kind in (".npz", ".png", ".json", ".plan", ".snapshot.npz")}
+    files |= {kind: folder / f"whole{kind}" for kind in (".tif", ".zip", ".idx")}
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
     np.savez(files[".npz"], images=images, labels=np.arange(20) % 3)
+    Image.fromarray(images[0].astype(np.float32)).save(files[".tif"])
+    _write_archive(files[".zip"], images)
+    files[".idx"].write_bytes(b"\0\0\x08\3" + struct.pack(">III", *images.shape) + images.tobytes())
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         main(
             ["run", "-q", str(onnx), "--steps", "5", "--count", "4", "--seed", "1", "-o", str(files[".png"])]
@@ -244,6 +254,17 @@ def whole_files(checkpoint: Path, onnx: Path, folder: Path) -> dict[str, Path]:
             if step == 2:
                 sampler.snapshot().save(files[".snapshot.npz"])
     return files
+
+
+def _write_archive(path: Path, images: NDArray[np.uint8]) -> None:
+    """A .zip of images, with labels as StyleGAN's tools write them."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for i, pixels in enumerate(images):
+            picture = io.BytesIO()
+            Image.fromarray(pixels).save(picture, "PNG")
+            archive.writestr(f"00000/{i}.png", picture.getvalue())
+        labels = [[f"00000/{i}.png", i % 3] for i in range(len(images))]
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
 
 
 def use(what: Use, path: Path, files: dict[str, Path]) -> None:

@@ -104,7 +104,7 @@ def train(
         images = _read(checkpoint.settings, source, spec, spec.data_range, workers)
         trainer = Trainer.resume(checkpoint, images, place, compiled=compiled)
     else:
-        spec, settings, source = _new(changes, new)
+        spec, settings, source = _new(data or "", changes, new)
         images = _read(settings, source, spec, new["data_range"], workers)
         spec = msgspec.structs.replace(spec, data_range=images.data_range)
         trainer = Trainer(spec, settings, images, place, compiled=compiled)
@@ -166,9 +166,8 @@ def _resumed(path: Path, changes: dict[str, Any]) -> tuple[Checkpoint, Source]:
     return replace(checkpoint, settings=settings), source
 
 
-def _new(changes: dict[str, Any], new: NewTraining) -> tuple[ModelSpec, Settings, Source]:
+def _new(data: str, changes: dict[str, Any], new: NewTraining) -> tuple[ModelSpec, Settings, Source]:
     """The spec and the settings of a new training, and its images."""
-    data = changes["data"]
     if new["data_range"] and not -math.inf < new["data_range"][0] < new["data_range"][1] < math.inf:
         raise click.UsageError("--data-range is two numbers, the smaller one first")
     preset = PRESETS[new["preset"] or ("digits" if data == DIGITS else "small")]

@@ -51,7 +51,7 @@ class Source:
         colours = COLOURS if self.depths() == {"8 bits"} else COLOURS[:2]
         if channels != own and not (own in COLOURS[:2] and channels in colours):
             raise DataError(
-                f"the images have {own} channels of their own, which do not make {channels}: leave --channels out"
+                f"the images have {plural(own, 'channel')} of their own, which cannot make {channels}: leave --channels out"
             )
 
 
