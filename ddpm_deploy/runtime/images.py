@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import DataError, OutputError, first_line
+from ddpm_deploy.errors import DataError, OutputError, first_line, plural
 from ddpm_deploy.files import atomic, make_folder, require_file, require_output, show
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
@@ -109,7 +109,7 @@ def read_origin(path: Path) -> tuple[Origin, Pixels]:
     count = origin.request.count
     if origin.request.seed is None or count > (_LARGEST_GRID if origin.is_grid else 1):
         raise DataError(
-            f"{show(path)} cannot hold the {count} images that it says it is of, or names no seed"
+            f"{show(path)} cannot hold {plural(count, 'image')}, as it says that it does, or names no seed"
         )
     return origin, pixels
 

@@ -12,7 +12,7 @@ from typing import Any, Self, Unpack
 
 import numpy as np
 
-from ddpm_deploy.errors import BackendError, OwnershipError, SettingError
+from ddpm_deploy.errors import BackendError, OwnershipError, SettingError, plural
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network
 from ddpm_deploy.runtime.chain import Chain, Noise
@@ -133,7 +133,9 @@ class Sampler:
         try:
             images = np.empty((request.count, *self.spec.image_shape), np.float32)
         except (MemoryError, ValueError) as error:
-            raise SettingError(f"{count} images do not fit in memory: use iter_samples") from error
+            raise SettingError(
+                f"{count} × {self.spec.image_shape} numbers do not fit in memory: use iter_samples"
+            ) from error
         done = 0
         for part in self.draw(request, callback, noise=noise):
             images[done : done + len(part)] = part
@@ -243,7 +245,8 @@ class Sampler:
         request = snapshot.request.checked(self.spec)
         if request.rows > self.network.max_batch:
             raise SettingError(
-                f"the snapshot has {request.count} images in flight: load the model with max_batch {request.rows}"
+                f"the snapshot has {plural(request.count, 'image')} in flight: load the model with max_batch "
+                f"{request.rows}"
             )
         with self._owned():
             slots = self._chain.free[: request.rows]

@@ -11,9 +11,9 @@ from typing import Final
 import click
 
 from ddpm_deploy.cli.bodies.outputs import check_outputs, require_apart
-from ddpm_deploy.cli.bodies.progress import duration, peak_memory, plural, stage
+from ddpm_deploy.cli.bodies.progress import duration, peak_memory, stage
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.errors import ArtefactError, OutputError, SettingError
+from ddpm_deploy.errors import ArtefactError, OutputError, SettingError, plural
 from ddpm_deploy.files import quoted, require_suffix, show
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.images import Destination
@@ -154,7 +154,8 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
     from_step = f" from step {watch.first}" if watch.first else ""
     logger.info(f"{count} · {chain}{from_step} · about {duration(forecast)}{peak_memory()}")
     if request.guidance:
-        logger.info("guidance takes two rows of the batch for each image: %d images at a time", together)
+        at_once = plural(together, "image")
+        logger.info("guidance takes two rows of the batch for each image: %s at a time", at_once)
     start = time.perf_counter()
     # Ctrl-C ends the chain after the current step, where a snapshot keeps it.
     kept = watch.outputs.snapshot

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ddpm_deploy.cli.bodies.progress import plural
 from ddpm_deploy.dependencies import require
+from ddpm_deploy.errors import plural
 from ddpm_deploy.files import atomic, require_suffix
 from ddpm_deploy.runtime.parity import Comparison, StepErrors, Trajectory, summarise
 from ddpm_deploy.spec import ModelSpec
@@ -50,8 +50,9 @@ def as_table(rungs: Sequence[Rung], trajectory: Trajectory, reference: str) -> s
     width = max(len(cell) for cells in columns for cell in cells) + 2
     head = max(map(len, labels))
     lines = [
-        f"RMS error of the prediction ÷ its RMS, at the x_t of {reference} ({len(trajectory.timesteps)} timesteps, "
-        f"{plural(trajectory.count, 'chain')} of {plural(trajectory.steps, 'step')})"
+        f"RMS error of the prediction ÷ its RMS, at the x_t of {reference} "
+        f"({plural(len(trajectory.timesteps), 'timestep')}, {plural(trajectory.count, 'chain')} of "
+        f"{plural(trajectory.steps, 'step')})"
     ]
     for label, *cells in zip(labels, *columns, strict=True):
         lines.append(f"{label:<{head}}" + "".join(f"{cell:>{width}}" for cell in cells))

@@ -9,7 +9,7 @@ import msgspec
 
 from ddpm_deploy.cli.bodies.progress import progress, stage
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.errors import OutputError, SettingError, SpecError, first_line
+from ddpm_deploy.errors import OutputError, SettingError, SpecError, first_line, plural
 from ddpm_deploy.files import quoted, require_output, require_suffix, show
 from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, open_model
 from ddpm_deploy.schedule import SCHEDULES
@@ -125,7 +125,7 @@ def _resumed(path: Path, changes: dict[str, Any]) -> tuple[Checkpoint, Source]:
     settings = msgspec.structs.replace(checkpoint.settings, **changes)
     if settings.steps <= checkpoint.step:
         raise SettingError(
-            f"{show(path)} has its {checkpoint.step} steps already: pass a larger number of --steps"
+            f"{show(path)} has its {plural(checkpoint.step, 'step')} already: pass a larger number of --steps"
         )
     source, spec = find_images(settings.data, labels=settings.labels), checkpoint.spec
     if source.num_classes != spec.num_classes or spec.class_names not in ((), source.class_names):
@@ -183,9 +183,10 @@ def _read(settings: Settings, source: Source, spec: ModelSpec, workers: int | No
     (channels, size, _), skip = spec.image_shape, settings.skip_broken
     with stage("reading images", source.count) as advance:
         data = read_images(source, size, channels, skip_broken=skip, workers=workers, progress=advance)
-    count, classes = len(data.images), f" in {source.num_classes} classes" if source.num_classes else ""
-    left_out = f" ({source.count - count} broken ones left out)" if source.count > count else ""
-    logger.info("%d images%s%s", count, classes, left_out)
+    count = len(data.images)
+    classes = f" in {plural(source.num_classes, 'class')}" if source.num_classes else ""
+    left_out = f" (broken and left out: {source.count - count})" if source.count > count else ""
+    logger.info("%s%s%s", plural(count, "image"), classes, left_out)
     return data
 
 
@@ -195,8 +196,8 @@ def _run(trainer: Trainer, output: Path) -> None:
     parameters = sum(p.numel() for p in trainer.network.parameters())
     to_go = settings.steps - trainer.steps_done
     logger.info(
-        f"{to_go} steps of {settings.batch_size} images {'×'.join(map(str, shape))} on {trainer.device} · "
-        f"{parameters / 1e6:.1f} M parameters"
+        f"{plural(to_go, 'step')} of {plural(settings.batch_size, 'image')} {'×'.join(map(str, shape))} "
+        f"on {trainer.device} · {parameters / 1e6:.1f} M parameters"
     )
     with progress("training", to_go) as advance:
         session = Session(trainer, output, advance)

@@ -10,10 +10,10 @@ import click
 from ddpm_deploy.cli.bodies import report as reporting
 from ddpm_deploy.cli.bodies.models import Place, open_network
 from ddpm_deploy.cli.bodies.outputs import check_outputs
-from ddpm_deploy.cli.bodies.progress import duration, plural, stage
+from ddpm_deploy.cli.bodies.progress import duration, stage
 from ddpm_deploy.cli.bodies.report import Rung
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.errors import ArtefactError, SettingError
+from ddpm_deploy.errors import ArtefactError, SettingError, plural
 from ddpm_deploy.files import require_suffix, show
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.network import time_call
