@@ -10,13 +10,13 @@ from ddpm_deploy.cli.bodies.models import Place, open_sampler
 from ddpm_deploy.errors import DataError, plural
 from ddpm_deploy.files import show
 from ddpm_deploy.model_file import open_model
-from ddpm_deploy.runtime.images import grid, read_origin, to_uint8
+from ddpm_deploy.runtime.images import grid, read_origin, read_pixels, to_uint8
 
 
 def replay(model: Path, picture: Path, *, batch: int | None, **place: Unpack[Place]) -> None:
     """Make a picture again and compare; exit with 1 where a pixel differs by more than one level."""
     opened = open_model(model)
-    origin, pixels = read_origin(picture)
+    origin, pixels = read_origin(picture), read_pixels(picture)
     with open_sampler(opened, origin.request, batch, place) as sampler:
         spec = sampler.spec  # of the weights that were chosen
         if origin.model != spec.provenance.digest:

@@ -100,10 +100,15 @@ def _advice(rungs: Sequence[Rung]) -> list[str]:
     ]
 
 
+def json_text(content: dict[str, Any]) -> str:
+    """Return what was found, dataclasses too, as JSON."""
+    return json.dumps(content, indent=1, default=asdict)
+
+
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write what was found, dataclasses too."""
+    """Write it to a file."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
+        temporary.write_text(json_text(content) + "\n")
 
 
 def as_json(rungs: Sequence[Rung], trajectory: Trajectory) -> dict[str, Any]:
