@@ -128,12 +128,10 @@ def read_pixels(path: Path) -> Pixels:
 def read_origin(path: Path) -> Origin:
     """What a PNG says of where it came from. Raises DataError where it is no PNG of ours, or is broken.
 
-    One of ours says it before its pixels, which are not decoded.
+    One of ours says it before its pixels, which are not decoded; another program may have moved it behind them.
     """
     with _opened_png(path) as image:
-        text = image.info.get(PNG_KEY) or image.text.get(
-            PNG_KEY
-        )  # another program may have moved it behind them
+        text = image.info.get(PNG_KEY) or image.text.get(PNG_KEY)
     try:
         origin = msgspec.json.decode(str(text or ""), type=Origin)
     except (msgspec.MsgspecError, RecursionError) as error:
@@ -195,8 +193,8 @@ class Destination:
     def stranger(self) -> str | None:
         """What in the folder is no picture of this model, seed and settings, and why: the first such name; or None.
 
-        Pictures of other sample indices are, so that a run may add to another; hidden files are passed over. The text
-        of each picture is read, and not its pixels: 50,000 take seconds.
+        Whatever its sample index is, so that a run may add to another; hidden files are passed over. The text of each
+        picture is read, and not its pixels: 50,000 take seconds.
         """
         if not self.path.is_dir():
             return None
