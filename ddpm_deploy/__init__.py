@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         SettingError,
         SpecError,
     )
-    from ddpm_deploy.runtime.images import to_uint8
+    from ddpm_deploy.runtime.images import in_data_range, to_uint8
     from ddpm_deploy.runtime.protocols import Network
     from ddpm_deploy.runtime.request import Request
     from ddpm_deploy.runtime.sampler import Sampler
@@ -54,6 +54,7 @@ __all__ = [
     "SpecError",
     "StepTable",
     "__version__",
+    "in_data_range",
     "to_uint8",
 ]
 
@@ -65,6 +66,7 @@ _HOMES = {
     "Schedule": "ddpm_deploy.schedule",
     "Snapshot": "ddpm_deploy.runtime.snapshot",
     "StepTable": "ddpm_deploy.solvers",
+    "in_data_range": "ddpm_deploy.runtime.images",
     "to_uint8": "ddpm_deploy.runtime.images",
 }
 

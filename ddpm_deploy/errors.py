@@ -56,6 +56,13 @@ class OwnershipError(DdpmDeployError):
     """A Sampler was used while another call on it was still running."""
 
 
+def plural(count: int, noun: str) -> str:
+    """A number of things, for a message: 1 step, 2 steps, 2 classes."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}"
+
+
 def newer(source: str, got: str, known: str) -> str:
     """What is said of a file from the future: `source` names it, `got` and `known` are versions of what it holds."""
     return (

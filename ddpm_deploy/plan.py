@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ddpm_deploy.errors import ArtefactError
+from ddpm_deploy.errors import ArtefactError, plural
 from ddpm_deploy.files import atomic_together, quoted, require_file, show
 from ddpm_deploy.spec import MAX_SPEC_BYTES
 from ddpm_deploy.words import Flavour
@@ -46,11 +46,14 @@ def read_plan_head(path: Path) -> PlanHead:
             f"{show(path)} is not a TensorRT engine by its first bytes: build it with ddpm-export"
         )
     if len(head) < _HEAD:
-        raise ArtefactError(f"{show(path)} is truncated: it has {len(head)} bytes; copy or build it again")
+        raise ArtefactError(
+            f"{show(path)} is truncated: it has {plural(len(head), 'byte')}; copy or build it again"
+        )
     says, has = int.from_bytes(head[16:24], "little"), path.stat().st_size
     if flavour == "tensorrt-rtx" and says != has:
         raise ArtefactError(
-            f"{show(path)} is not whole: it has {has} bytes, and says that it has {says}; copy or build it again"
+            f"{show(path)} is not whole: it has {plural(has, 'byte')}, and says that it has {says}; copy or "
+            "build it again"
         )
     # Of another serialization the rest of the head may mean something else.
     return PlanHead(flavour, ".".join(map(str, head[24:28])) if head[4:8] == bytes(4) else "")

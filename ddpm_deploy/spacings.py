@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.errors import SettingError
+from ddpm_deploy.errors import SettingError, plural
 from ddpm_deploy.words import Spacing
 
 Timesteps = NDArray[np.int64]
@@ -54,7 +54,7 @@ def spaced(spacing: Spacing, total: int, steps: int) -> Timesteps:
         raise SettingError(f"spacing {spacing!r} is not known: choose from {', '.join(SPACINGS)}")
     if not 1 <= steps <= total:
         raise SettingError(
-            f"{steps} steps were asked for, but the model was trained with T = {total} timesteps: "
+            f"{steps} steps were asked for, but the model was trained with T = {plural(total, 'timestep')}: "
             f"choose from 1 to {total}"
         )
     return SPACINGS[spacing](total, steps)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from ddpm_deploy.embedding import Embedding
-from ddpm_deploy.errors import SettingError, SpecError, first_line, newer
+from ddpm_deploy.errors import SettingError, SpecError, first_line, newer, plural
 from ddpm_deploy.files import show
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
@@ -104,13 +104,15 @@ class UNetConfig(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unet
         """Raise ValueError unless there is such a network for images (C, H, W)."""
         _, height, width = image_shape
         if height % self.size_divisor or width % self.size_divisor:
-            raise ValueError(f"images of {height}×{width} cannot be halved {len(self.widths) - 1} times")
+            raise ValueError(
+                f"images of {height}×{width} cannot be halved {plural(len(self.widths) - 1, 'time')}"
+            )
         for channels in (self.channels, *self.widths):
             if channels % self.groups:
-                raise ValueError(f"{channels} channels do not make {self.groups} groups")
+                raise ValueError(f"{plural(channels, 'channel')} cannot make {plural(self.groups, 'group')}")
         for channels in self.widths:
             if channels % (self.head_channels or self.heads):
-                raise ValueError(f"{channels} channels do not make whole attention heads")
+                raise ValueError(f"{plural(channels, 'channel')} cannot make whole attention heads")
 
 
 # Every kind of network there is, told apart by its "kind"; each has a `size_divisor` and `require_sound`.
@@ -211,10 +213,10 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
             raise ValueError(f"images of the shape {self.image_shape} are larger than any that is supported")
         if self.timesteps * self.embedding.dim > _MAX_EMBEDDING_SIZE:
             raise ValueError(
-                f"{self.timesteps} embeddings of {self.embedding.dim} numbers are more than is supported"
+                f"{plural(self.timesteps, 'embedding')} of {self.embedding.dim} numbers: more than is supported"
             )
         if self.class_names and len(self.class_names) != self.num_classes:
-            raise ValueError(f"it names {len(self.class_names)} of {self.num_classes} classes")
+            raise ValueError(f"it names {len(self.class_names)} of {plural(self.num_classes, 'class')}")
         if len(set(self.class_names)) < len(self.class_names):
             raise ValueError("two of its classes have the same name")
         if self.null_class and not self.num_classes:

@@ -419,11 +419,11 @@ def test_transparency_is_one_thing_in_folders_and_arrays(tmp_path: Path) -> None
 
 def test_channels_that_are_no_colours_stay(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((4, 8, 8, 7), np.uint8))
-    with pytest.raises(DataError, match="7 channels of their own, which do not make 3"):
+    with pytest.raises(DataError, match="7 channels of their own, which cannot make 3"):
         read(tmp_path / "x.npy", 3)
     np.save(tmp_path / "f.npy", np.random.default_rng(0).random((4, 8, 8, 3), np.float32))
     assert read(tmp_path / "f.npy", 1).images.shape == (4, 1, 8, 8)
-    with pytest.raises(DataError, match="3 channels of their own, which do not make 4"):
+    with pytest.raises(DataError, match="3 channels of their own, which cannot make 4"):
         read(tmp_path / "f.npy", 4)
 
 

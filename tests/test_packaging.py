@@ -157,6 +157,7 @@ def test_public_names() -> None:
         "SpecError",
         "StepTable",
         "__version__",
+        "in_data_range",
         "to_uint8",
     ]
     for name in ddpm_deploy.__all__:

@@ -2,6 +2,8 @@
 
 import json
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from ddpm_deploy.errors import (
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends import load_network
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
-from ddpm_deploy.runtime.images import Destination, grid, read_origin
+from ddpm_deploy.runtime.images import Destination, Form, grid, read_origin
 from ddpm_deploy.runtime.parity import judge, psnr, record, spot_check, summarise, teacher_forced, tolerance
 from ddpm_deploy.runtime.proof import as_proof, load_proof, write_proof
 from ddpm_deploy.runtime.request import Request
@@ -96,14 +98,27 @@ def test_a_stream_shows_every_step_of_sample() -> None:
         sampler.stream(5)
 
 
+def from_another_thread(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Exception | None:
+    """What a call raises there."""
+    with ThreadPoolExecutor(1) as pool:
+        error = pool.submit(call, *arguments, **keywords).exception()
+    assert error is None or isinstance(error, OwnershipError)
+    return error
+
+
 def test_a_stream_holds_the_sampler_until_it_is_closed() -> None:
     sampler = Sampler(ArrayNetwork(tiny_spec(), 4))
     wanted = sampler.sample(3, steps=5, seed=0)
     stream = sampler.stream(3, steps=5, seed=0)
     next(stream)
-    with pytest.raises(OwnershipError):
+    with pytest.raises(
+        OwnershipError, match=r"an iterator of this Sampler .* read the iterator to its end, or close\(\)"
+    ):
         sampler.sample(1)
+    assert "another thread's call or open iterator" in str(from_another_thread(sampler.sample, 1))
+    assert "another thread's call or open iterator" in str(from_another_thread(sampler.close))
     stream.close()
+    assert from_another_thread(sampler.sample, 1, steps=2) is None
     np.testing.assert_array_equal(sampler.sample(3, steps=5, seed=0), wanted)
 
 
@@ -168,11 +183,39 @@ def test_given_noise_replaces_the_addressed_noise() -> None:
         ({"count": 1, "solver": "ddim", "eta": "a"}, "eta must be a number"),
         ({"count": 1, "table": np.zeros((3, 12))}, "table must be a StepTable"),
         ({"count": 1, "labels": 1.0}, "Expected `int \\| str`, got `float`"),
+        ({"count": True}, "count must be a whole number, not True"),
+        ({"count": np.True_}, "count must be a whole number, not np.True_"),
+        ({"count": 2.0}, "count must be a whole number, not 2.0"),
+        ({"count": "1"}, "count must be a whole number, not '1'"),
+        ({"count": 1, "steps": True}, "steps must be a whole number, not True"),
+        ({"count": 1, "seed": 1.0}, "seed must be a whole number, not 1.0"),
+        ({"count": 1, "first_index": np.True_}, "first_index must be a whole number"),
+        ({"count": 1, "spacing": 3}, "spacing must be a name"),
+        ({"count": 1, "solver": "ddim", "eta": True}, "eta must be a number"),
+        ({"count": 1, "labels": True}, "Expected `int \\| str`, got `bool`"),
+        ({"count": 1, "labels": np.True_}, "give one label for all images"),
+        ({"count": 1, "labels": b"1"}, "Expected `int \\| str`, got `bytes`"),
+        ({"count": 1, "guidance": b"1"}, "guidance must be a number, not b'1'"),
+        ({"count": 1, "guidance": "1"}, "guidance must be a number, not '1'"),
+        ({"count": 1, "guidance": object()}, "give one guidance scale for all images"),
+        ({"count": 3, "guidance": [1.0]}, "1 guidance scale for 3 images"),
+        ({"count": 1, "noise": np.zeros((3, 12))}, "noise must be a function, not ndarray"),
+        ({"count": 1, "noise": lambda draw: "x"}, "noise\\(draw\\) gave no array of numbers"),
+        ({"count": 1, "callback": True}, "callback must be a function, not bool"),
     ],
 )
 def test_settings_out_of_range(arguments: dict[str, object], problem: str) -> None:
     with pytest.raises(SettingError, match=problem):
         Sampler(ArrayNetwork(tiny_spec(), 1)).sample(**arguments)  # type: ignore[arg-type]
+
+
+def test_an_iterator_is_refused_at_once() -> None:
+    """Before it is read."""
+    sampler = Sampler(ArrayNetwork(tiny_spec(), 1))
+    for make in (sampler.iter_samples, sampler.stream):
+        for arguments in ({"count": True}, {"count": 1, "noise": 3}):
+            with pytest.raises(SettingError):
+                make(**arguments)  # type: ignore[arg-type]
 
 
 def test_a_sampler_in_use_refuses_a_second_thread() -> None:
@@ -350,7 +393,7 @@ def test_labels_reach_their_images() -> None:
         ("cow", "no class 'cow': choose cat, dog, 2, or 0 to 2, or none for no class"),
         (-1, "no class -1"),
         (4, "no class 4"),
-        ([0, 1], "2 labels for 1 images"),
+        ([0, 1], "2 labels for 1 image:"),
     ):
         with pytest.raises(SettingError, match=problem):
             sampler.sample(1, labels=labels)
@@ -563,8 +606,8 @@ def test_destinations(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     samples = np.random.default_rng(0).uniform(-1, 1, (5, *shape)).astype(np.float32)
     request = Request(count=5, first_index=30, seed=1).checked(tiny_spec(shape))
 
-    def write(name: str, as_float: bool = False) -> Path:
-        destination = Destination(tmp_path / name, request, tiny_spec(shape), as_float)
+    def write(name: str, form: Form = "uint8") -> Path:
+        destination = Destination(tmp_path / name, request, tiny_spec(shape), form)
         destination.check()
         with destination.open() as put:
             put(samples[:2])
@@ -573,15 +616,15 @@ def test_destinations(tmp_path: Path, shape: tuple[int, int, int]) -> None:
 
     pixels = to_uint8(samples)
     np.testing.assert_array_equal(np.load(write("x.npz"))["arr_0"], pixels)
-    np.testing.assert_array_equal(np.load(write("f.npz", as_float=True))["samples"], samples)
+    np.testing.assert_array_equal(np.load(write("f.npz", "float"))["samples"], samples)
     for folder in (write("folder"), write("folder")):
         assert sorted(p.name for p in folder.iterdir()) == [f"{30 + i:06d}.png" for i in range(5)]
         with Image.open(folder / "000033.png") as image:
             np.testing.assert_array_equal(np.asarray(image).reshape(pixels[3].shape), pixels[3])
-            assert read_origin(folder / "000033.png")[0].request == request[3:4]
+            assert read_origin(folder / "000033.png").request == request[3:4]
     with Image.open(write("x.png")) as image:
         np.testing.assert_array_equal(np.asarray(image).reshape(grid(pixels).shape), grid(pixels))
-    origin, _ = read_origin(tmp_path / "x.png")
+    origin = read_origin(tmp_path / "x.png")
     assert (origin.request, origin.is_grid, origin.model) == (request, True, "0" * 64)
 
 
@@ -595,19 +638,19 @@ def test_an_interrupted_destination_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "as_float", "problem"),
+    ("name", "count", "form", "problem"),
     [
-        ("x.jpg", 1, False, r"not a \.jpg"),
-        ("missing/x.png", 1, False, "does not exist"),
-        ("missing/folder", 1, False, "does not exist"),
-        ("file", 1, False, "is a file"),
-        ("x.png", 5000, False, "do not fit in one grid"),
-        ("x.png", 1, True, "only an .npz holds floats"),
+        ("x.jpg", 1, "uint8", r"not a \.jpg"),
+        ("missing/x.png", 1, "uint8", "does not exist"),
+        ("missing/folder", 1, "uint8", "does not exist"),
+        ("file", 1, "uint8", "is a file"),
+        ("x.png", 5000, "uint8", "do not fit in one grid"),
+        ("x.png", 1, "float", "only an .npz holds floats"),
     ],
 )
 def test_destinations_that_are_refused(
-    tmp_path: Path, name: str, count: int, as_float: bool, problem: str
+    tmp_path: Path, name: str, count: int, form: Form, problem: str
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=problem):
-        Destination(tmp_path / name, Request(count=count, seed=0), tiny_spec(), as_float).check()
+        Destination(tmp_path / name, Request(count=count, seed=0), tiny_spec(), form).check()

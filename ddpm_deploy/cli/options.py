@@ -12,12 +12,16 @@ from ddpm_deploy import words
 
 
 class _FilePath(click.Path):
-    """A path that is not empty, as an unset variable of a shell script would make it."""
+    """A path: not empty, as an unset variable of a shell script would make it, nor "-", which elsewhere is a pipe."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check and convert."""
         if value == "":
             self.fail("the name is empty", param, ctx)
+        if value == "-":
+            self.fail(
+                'files are read and written by name, and "-" is none: ./- is a file of that name', param, ctx
+            )
         return super().convert(value, param, ctx)
 
 
@@ -139,12 +143,6 @@ IMAGES: Final = Option(
     FilePath,
     default=Path("samples.png"),
 )
-AS_FLOAT: Final = flag(
-    "--float as_float", "Write unrounded images to the .npz: `samples`, float32 (N, C, H, W)."
-)
-PROGRESS: Final = Option(
-    "--progress", "Show how the first images appear, in a .gif (animated) or a .png (a film strip).", FilePath
-)
 
 # --- options whose default or meaning is each command's own -------------------------------------------------
 
@@ -177,3 +175,19 @@ def force(target: str) -> Option:
 def as_json(content: str) -> Option:
     """Make --json; content: what it prints."""
     return flag("--json as_json", f"Print {content} as JSON.")
+
+
+# --- how a chain writes its images --------------------------------------------------------------------------
+
+WRITING: Final = (
+    flag("--float as_float", "Write unrounded images to the .npz: `samples`, float32 (N, C, H, W)."),
+    flag("--in-data-range", "With --float: in the units of the data that the model was trained on."),
+    flag("--rgb", "Write grey images to the .npz with three equal channels."),
+    Option(
+        "--progress",
+        "Show how the first images appear, in a .gif (animated) or a .png (a film strip).",
+        FilePath,
+    ),
+    force("pictures of the same names in a folder that is not of this model, seed and settings"),
+    as_json("what was made"),
+)

@@ -21,8 +21,7 @@ main = command(
         options.MODEL,
         click.Argument(["snapshot"], type=FilePath),
         options.IMAGES,
-        options.AS_FLOAT,
-        options.PROGRESS,
+        *options.WRITING,
         *options.PLACE,
     ],
 )

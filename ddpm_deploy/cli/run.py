@@ -17,6 +17,7 @@ main = command(
   ddpm-run model.onnx --solver dpmpp-2m --steps 20 --spacing linspace
   ddpm-run model.onnx --count 5000 -o s.npz    uint8 (5000, H, W, C), as evaluators read it
   ddpm-run model.onnx --count 100 -o images/   a folder, one PNG for each image
+  ddpm-run model.onnx --float --in-data-range -o s.npz
   ddpm-run pets.onnx --label cat --label dog   these two classes in turn; by default, every class
   ddpm-run pets.onnx --label cat --guidance 3  more like a cat, and less like any other class
   ddpm-run model.onnx --progress chain.gif     show how the images appear
@@ -65,13 +66,12 @@ main = command(
             "model trained with --labels, and takes two rows of the batch for each image.",
             float,
         ),
-        options.PROGRESS,
         Option(
             "--snapshot",
             "Save the unfinished chain to this .npz every minute and on Ctrl-C. All images must fit in one batch.",
             FilePath,
         ),
-        options.AS_FLOAT,
+        *options.WRITING,
         *options.PLACE,
     ],
 )

@@ -35,6 +35,7 @@ main = command(
             "--proof", "The proof to compare a single model with.", FilePath, show_default="MODEL.proof.npz"
         ),
         options.report("every figure"),
+        options.as_json("every figure"),
         Option(
             "--plot",
             "Plot the error and the tolerance against the timestep in this .png, .svg or .pdf.",

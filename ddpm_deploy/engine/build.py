@@ -17,7 +17,7 @@ import msgspec
 from ddpm_deploy.engine.bindings import Log, in_words, log_of, made, name_of, require_builder
 from ddpm_deploy.engine.layers import Layers, inspected, layers_of, require_precision
 from ddpm_deploy.engine.load import deserialized, runs_on
-from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
+from ddpm_deploy.errors import ArtefactError, BackendError, SettingError, plural
 from ddpm_deploy.files import atomic, require_output, require_suffix, show
 from ddpm_deploy.gpu import driver, visible_gpu
 from ddpm_deploy.model_file import ModelFile
@@ -326,4 +326,4 @@ def _inspect(trt: Any, plan: memoryview, spec: ModelSpec, log: Log) -> None:
     inspector = made("an inspector", log, cuda_engine.create_engine_inspector)
     information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     narrow, kernels = inspected(information, spec.precision)
-    logger.info("the inspector: %d kernels, %d of them with %s", kernels, narrow, spec.precision)
+    logger.info("the inspector: %s, %d with %s", plural(kernels, "kernel"), narrow, spec.precision)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ddpm_deploy.engine.bindings import name_of
-from ddpm_deploy.errors import ParityError
+from ddpm_deploy.errors import ParityError, plural
 from ddpm_deploy.files import show
 from ddpm_deploy.words import Precision
 
@@ -69,8 +69,8 @@ def require_precision(layers: Layers, precision: Precision, meant: Collection[st
             wrong = list(layers.products)  # whatever was meant
     if wrong:
         raise ParityError(
-            f"{len(wrong)} of {len(layers.products)} convolutions and matrix products are not in {precision}, which "
-            f"was asked for: {_named(wrong)}; export the model again with ddpm-export"
+            f"{len(wrong)} of {plural(len(layers.products), 'convolution')} and matrix products are not in "
+            f"{precision}, which was asked for: {_named(wrong)}; export the model again with ddpm-export"
         )
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import ParityError
+from ddpm_deploy.errors import ParityError, plural
 from ddpm_deploy.runtime.network import default_max_batch
 from ddpm_deploy.runtime.parity import StepErrors, Trajectory, teacher_forced, worst
 from ddpm_deploy.spec import ModelSpec
@@ -146,7 +146,8 @@ def calibrate(
             break
         islands = found | islands
     raise ParityError(
-        f"the network does not fit {precision}: tensors overflow it with {len(islands)} convolutions in float32 already"
+        f"the network does not fit {precision}: tensors overflow it with "
+        f"{plural(len(islands), 'convolution')} in float32 already"
     )
 
 

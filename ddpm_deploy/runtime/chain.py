@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.errors import SettingError
+from ddpm_deploy.errors import SettingError, plural
 from ddpm_deploy.runtime.network import bucket_of, require_open
 from ddpm_deploy.runtime.protocols import IDLE, SLOT, Array, Labels, Look, Network, Slots, upload_rows
 from ddpm_deploy.runtime.request import Request
@@ -124,7 +124,9 @@ class Chain:
         require_open(not self._closed)
         slots = np.asarray(slots, np.intp)
         if len(np.unique(slots)) != request.rows or len(slots) != request.rows:
-            raise SettingError(f"this request takes {request.rows} different slots, not {slots.tolist()}")
+            raise SettingError(
+                f"this request takes {plural(request.rows, 'different slot')}, not {slots.tolist()}"
+            )
         if not np.isin(slots, self.free).all():
             raise SettingError(f"of the slots {slots.tolist()} only {self.free.tolist()} are free")
         samples, partners = slots[: request.count], slots[request.count :]

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import DataError, OutputError, first_line
+from ddpm_deploy.errors import DataError, OutputError, first_line, plural
 from ddpm_deploy.files import atomic, make_folder, require_file, require_output, show
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
@@ -24,8 +24,12 @@ from ddpm_deploy.version import __version__
 
 Pixels = NDArray[np.uint8]
 Writer = Callable[[Array], None]  # takes samples (k, C, H, W), in order
+# What an .npz holds: arr_0 of uint8, as it is or grey in three equal channels; or samples, unrounded, in value_range or
+# in the units of the data.
+Form = Literal["uint8", "rgb", "float", "data"]
 
 PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
+COLOURS: Final = (1, 3, 4)  # of images that a PNG can hold: grey, RGB, RGBA
 _LARGEST_GRID: Final = 4096  # images
 _LINE_WIDTH, _LINE_GREY = 2, 96  # of a grid
 _SMALLEST_TILE: Final = 64  # pixels: smaller images are enlarged in a grid, so that a person sees them
@@ -39,8 +43,21 @@ def to_uint8(images: Array, value_range: tuple[float, float] = (-1.0, 1.0)) -> P
     return rounded.transpose(0, 2, 3, 1)
 
 
+def in_data_range(
+    images: Array, data_range: tuple[float, float], value_range: tuple[float, float] = (-1.0, 1.0)
+) -> Array:
+    """(N, C, H, W) floats in `value_range` → float32 (N, C, H, W) in the units of the data, not clipped.
+
+    data_range: what the ends of `value_range` stand for, as `ModelSpec.data_range` says it; (0, 255) of 8-bit images.
+    """
+    (lo, hi), (value_lo, value_hi) = data_range, value_range
+    shares = (images.astype(np.float64) - value_lo) / (value_hi - value_lo)
+    scaled: Array = (lo + shares * (hi - lo)).astype(np.float32)
+    return scaled
+
+
 def grid(pixels: Pixels, columns: int | None = None) -> Pixels:
-    """Tile (N, H, W, C) images into one (H', W', C), as near square as can be, on grey lines.
+    """Tile (N, H, W, C) images into one (H', W', C), as near square as can be, on grey lines, which are opaque.
 
     Images under 64 pixels are enlarged by a whole factor, each pixel a square.
     """
@@ -50,21 +67,22 @@ def grid(pixels: Pixels, columns: int | None = None) -> Pixels:
     zoom = max(1, _SMALLEST_TILE // max(height, width))
     tiles = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
     tile_height, tile_width = height * zoom, width * zoom
-    line = _LINE_WIDTH
-    canvas = np.full((rows, tile_height + line, columns, tile_width + line, channels), _LINE_GREY, np.uint8)
+    line, colour = _LINE_WIDTH, [_LINE_GREY] * min(channels, 3) + [255] * (channels - 3)
+    down, across = tile_height + line, tile_width + line
+    canvas = np.full((rows * down + line, columns * across + line, channels), colour, np.uint8)
     for i, tile in enumerate(tiles):
-        canvas[i // columns, line:, i % columns, line:] = tile
-    canvas = canvas.reshape(rows * (tile_height + line), columns * (tile_width + line), channels)
-    return np.pad(canvas, ((0, line), (0, line), (0, 0)), constant_values=_LINE_GREY)
+        top, left = i // columns * down + line, i % columns * across + line
+        canvas[top : top + tile_height, left : left + tile_width] = tile
+    return canvas
 
 
 def to_pillow(pixels: Pixels) -> Any:
-    """A PIL.Image of (H, W, C) pixels, C = 1 or 3."""
+    """A PIL.Image of (H, W, C) pixels, C = 1, 3 or 4."""
     return require("PIL.Image", "cpu").fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def save_png(pixels: Pixels, path: Path, text: Mapping[str, Any]) -> None:
-    """Write one (H, W, C) image, C = 1 or 3, with `text` as JSON under the key "ddpm_deploy"."""
+    """Write one (H, W, C) image, C = 1, 3 or 4, with `text` as JSON under the key "ddpm_deploy"."""
     info = require("PIL.PngImagePlugin", "cpu").PngInfo()
     info.add_text(PNG_KEY, json.dumps(dict(text)))
     with atomic(path) as temporary:
@@ -89,19 +107,31 @@ class Origin:
         return {"model": self.model, "is_grid": self.is_grid, "request": request, "ddpm_deploy": __version__}
 
 
-def read_origin(path: Path) -> tuple[Origin, Pixels]:
-    """What a PNG says of where it came from, and its pixels (H, W, C).
-
-    Raises DataError where it is no PNG of ours, or is broken.
-    """
+@contextmanager
+def _opened_png(path: Path) -> Iterator[Any]:
+    """The PIL.Image of a PNG. Raises DataError where there is none, or it turns out to be broken."""
     require_file(path, DataError)
     image_module = require("PIL.Image", "cpu")
     try:
         with image_module.open(path, formats=("PNG",)) as image:
-            text = image.text.get(PNG_KEY)
-            pixels = np.atleast_3d(np.asarray(image))
+            yield image
     except Exception as error:  # Pillow's decoder of a broken file raises nearly anything
         raise DataError(f"{show(path)} is not a whole PNG: {first_line(error)}") from error
+
+
+def read_pixels(path: Path) -> Pixels:
+    """The pixels (H, W, C) of a PNG. Raises DataError where it is broken."""
+    with _opened_png(path) as image:
+        return np.atleast_3d(np.asarray(image))
+
+
+def read_origin(path: Path) -> Origin:
+    """What a PNG says of where it came from. Raises DataError where it is no PNG of ours, or is broken.
+
+    One of ours says it before its pixels, which are not decoded; another program may have moved it behind them.
+    """
+    with _opened_png(path) as image:
+        text = image.info.get(PNG_KEY) or image.text.get(PNG_KEY)
     try:
         origin = msgspec.json.decode(str(text or ""), type=Origin)
     except (msgspec.MsgspecError, RecursionError) as error:
@@ -109,9 +139,9 @@ def read_origin(path: Path) -> tuple[Origin, Pixels]:
     count = origin.request.count
     if origin.request.seed is None or count > (_LARGEST_GRID if origin.is_grid else 1):
         raise DataError(
-            f"{show(path)} cannot hold the {count} images that it says it is of, or names no seed"
+            f"{show(path)} cannot hold {plural(count, 'image')}, as it says that it does, or names no seed"
         )
-    return origin, pixels
+    return origin
 
 
 @dataclass(frozen=True)
@@ -120,13 +150,14 @@ class Destination:
 
     path: a name with a suffix, or a folder (made if it does not exist), whose files are named by sample index.
     request: the samples to come; a PNG says that it is of it. spec: the model's.
-    as_float: whether an .npz holds `samples`, float32 (N, C, H, W), and not `arr_0`, uint8 (N, H, W, C).
+    form: of an .npz, which holds `arr_0`, uint8 (N, H, W, C), or `samples`, float32 (N, C, H, W); and, of a
+    class-conditional model, the labels as `arr_1`, int64 (N,).
     """
 
     path: Path
     request: Request
     spec: ModelSpec
-    as_float: bool = False
+    form: Form = "uint8"
 
     @property
     def _suffix(self) -> str:
@@ -141,18 +172,57 @@ class Destination:
         if not suffix and self.path.is_file():
             raise OutputError(f"{name} is a file; a folder of images needs another name")
         require_output(self.path / "x" if self.path.is_dir() else self.path)
+        channels = self.spec.image_shape[0]
         if suffix == ".npz":
+            if self.form == "rgb" and channels not in (1, 3):
+                raise OutputError(f"{name}: images of {channels} channels do not become RGB")
             return
         require("PIL.Image", "cpu")
-        if self.as_float:
-            raise OutputError(f"{name}: only an .npz holds floats")
-        if self.spec.image_shape[0] not in (1, 3):
-            raise OutputError(f"{name}: images of {self.spec.image_shape[0]} channels go to an .npz")
+        if self.form != "uint8":
+            raise OutputError(
+                f"{name}: only an .npz holds {'grey as RGB' if self.form == 'rgb' else 'floats'}"
+            )
+        if channels not in COLOURS:
+            raise OutputError(f"{name}: images of {channels} channels go to an .npz")
         if suffix == ".png" and self.request.count > _LARGEST_GRID:
             raise OutputError(
                 f"{self.request.count} images do not fit in one grid (at most {_LARGEST_GRID}): name an .npz or a "
                 "folder"
             )
+
+    def stranger(self) -> str | None:
+        """What in the folder is no picture of this model, seed and settings, and why: the first such name; or None.
+
+        Whatever its sample index is, so that a run may add to another; hidden files are passed over. The text of each
+        picture is read, and not its pixels: 50,000 take seconds.
+        """
+        if not self.path.is_dir():
+            return None
+        for path in sorted(self.path.iterdir()):
+            if not path.name.startswith(".") and (why := self._strange(path)):
+                return f"{show(path.name)}, {why}"
+        return None
+
+    def _strange(self, path: Path) -> str:
+        """Why a file is no picture of this run; nothing where it is one."""
+        try:
+            origin = read_origin(path)
+        except DataError:
+            return "which is no picture of ddpm-run"
+        there, digest = origin.request, self.spec.provenance.digest
+        here = msgspec.structs.replace(self.request, first_index=there.first_index, count=1)
+        if origin.is_grid:
+            return "which is a grid"
+        if origin.model != digest:
+            return f"which is of the model {show(origin.model[:12])}…, and this is {digest[:12]}…"
+        if path.name != _picture_name(there):
+            return f"which is {_picture_name(there)} under another name"
+        differing = [
+            f"{name} {show(str(theirs))}, not {show(str(mine))}"
+            for name in there.__struct_fields__
+            if (theirs := getattr(there, name)) != (mine := getattr(here, name))
+        ]
+        return f"which is of another run ({'; '.join(differing)})" if differing else ""
 
     @contextmanager
     def open(self) -> Iterator[Writer]:
@@ -183,27 +253,44 @@ class Destination:
             for pixels, place in zip(self._pixels(samples), places, strict=False):
                 request = self.request[place : place + 1]
                 text = self._origin(request, is_grid=False)
-                save_png(pixels, self.path / f"{request.first_index:06d}.png", text)
+                save_png(pixels, self.path / _picture_name(request), text)
 
         return write
 
     @contextmanager
     def _npz_writer(self) -> Iterator[Writer]:
         """An .npz written as the samples come, so that any number of them fits in memory."""
-        channels, height, width = self.spec.image_shape
-        count = self.request.count
-        name, dtype, shape = "arr_0", "|u1", (count, height, width, channels)
-        if self.as_float:
-            name, dtype, shape = "samples", "<f4", (count, channels, height, width)
-        header = {"descr": dtype, "fortran_order": False, "shape": shape}
-        with (
-            atomic(self.path) as temporary,
-            zipfile.ZipFile(temporary, "w") as archive,
-            archive.open(f"{name}.npy", "w", force_zip64=True) as file,
-        ):
-            np.lib.format.write_array_header_1_0(file, header)
+        name = "arr_0" if self.form in ("uint8", "rgb") else "samples"
+        one = self._numbers(np.zeros((1, *self.spec.image_shape), np.float32))
+        shape = (self.request.count, *one.shape[1:])
+        header = {"descr": one.dtype.str, "fortran_order": False, "shape": shape}
+        labels = self.request.label_numbers(self.spec)
+        with atomic(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
 
-            def write(samples: Array) -> None:
-                file.write((samples if self.as_float else self._pixels(samples)).tobytes())
+                def write(samples: Array) -> None:
+                    file.write(self._numbers(samples).tobytes())
 
-            yield write
+                yield write
+            if labels is not None:
+                with archive.open("arr_1.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, labels)
+
+    def _numbers(self, samples: Array) -> NDArray[Any]:
+        """Samples (k, C, H, W) as an .npz has them."""
+        match self.form:
+            case "uint8":
+                return self._pixels(samples)
+            case "rgb":
+                pixels = self._pixels(samples)
+                return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+            case "float":
+                return samples
+            case "data":
+                return in_data_range(samples, self.spec.data_range, self.spec.value_range)
+
+
+def _picture_name(request: Request) -> str:
+    """The name that a sample's picture has in a folder."""
+    return f"{request.first_index:06d}.png"

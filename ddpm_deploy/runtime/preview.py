@@ -1,14 +1,14 @@
 """Pictures of a chain on its way: how the images appear in x̂0 (Ho et al. 2020, figure 6)."""
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import OutputError
 from ddpm_deploy.files import atomic, require_output, show
-from ddpm_deploy.runtime.images import Pixels, grid, save_png, to_pillow, to_uint8
+from ddpm_deploy.runtime.images import COLOURS, Pixels, grid, save_png, to_pillow, to_uint8
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.spec import ModelSpec
 
@@ -38,7 +38,7 @@ class Preview:
         name = show(self.path)
         if self.path.suffix.lower() not in (".png", ".gif"):
             raise OutputError(f"{name}: progress is shown in a .gif, or a .png (a film strip)")
-        if self._spec.image_shape[0] not in (1, 3):
+        if self._spec.image_shape[0] not in COLOURS:
             raise OutputError(f"{name}: images of {self._spec.image_shape[0]} channels cannot be shown")
         require_output(self.path)
         require("PIL.Image", "cpu")
@@ -61,7 +61,17 @@ class Preview:
             film = np.stack(self._looks, axis=1)  # (k, looks, H, W, C)
             save_png(grid(film.reshape(-1, *film.shape[2:]), columns=film.shape[1]), self.path, {})
             return
-        first, *others = [to_pillow(grid(look)) for look in self._looks]
+        first, *others = [_opaque(to_pillow(grid(look))) for look in self._looks]
         times = [_FRAME_MS] * len(others) + [_LAST_FRAME_MS]
         with atomic(self.path) as temporary:
             first.save(temporary, save_all=True, append_images=others, duration=times, loop=0)
+
+
+def _opaque(picture: Any) -> Any:
+    """A PIL.Image on white where it is RGBA: a .gif knows no half-transparent colour."""
+    if picture.mode != "RGBA":
+        return picture
+    image_module = require("PIL.Image", "cpu")
+    return image_module.alpha_composite(image_module.new("RGBA", picture.size, "white"), picture).convert(
+        "RGB"
+    )

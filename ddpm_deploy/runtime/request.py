@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.errors import DataError, SettingError, first_line
+from ddpm_deploy.errors import DataError, SettingError, first_line, plural
 from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings, ModelSpec
 from ddpm_deploy.words import Solver, Spacing
@@ -188,9 +188,9 @@ def make_request(
         spacing=_word("spacing", spacing),  # type: ignore[arg-type]
         seed=None if seed is None else _whole("seed", seed),
         first_index=first_index,
-        labels=_each("labels", labels, count, first_index),
+        labels=_each("label", labels, count, first_index),
         guidance=tuple(
-            _number("guidance", scale) for scale in _each("scales of guidance", guidance, count, first_index)
+            _number("guidance", scale) for scale in _each("guidance scale", guidance, count, first_index)
         ),
         table=table,
     )
@@ -202,23 +202,23 @@ def _table(spec: ModelSpec, settings: ChainSettings) -> StepTable:
     return spec.step_table(settings)
 
 
-def _each(name: str, given: Any, count: int, first_index: int) -> tuple[Any, ...]:
+def _each(noun: str, given: Any, count: int, first_index: int) -> tuple[Any, ...]:
     """One for all, or one for each sample, as they take their turns by sample index."""
     if given is None:
         return ()
     if isinstance(given, np.ndarray | np.number):
         given = given.tolist()
-    if isinstance(given, int | float | str):
+    if isinstance(given, int | float | str | bytes):
         return (given,)
     try:
         values = tuple(value.item() if isinstance(value, np.number) else value for value in given)
     except TypeError as error:
         raise SettingError(
-            f"{name} must be one for all images, or a sequence with one for each, not {given!r}"
+            f"give one {noun} for all images, or a sequence with one for each, and not {given!r}"
         ) from error
     if len(values) != count:
         raise SettingError(
-            f"{len(values)} {name} for {count} images: give one for all of them, or one for each"
+            f"{plural(len(values), noun)} for {plural(count, 'image')}: give one for all of them, or one for each"
         )
     turn = first_index % max(count, 1)
     return values[count - turn :] + values[: count - turn]

@@ -12,7 +12,7 @@ from typing import Any, Self, Unpack
 
 import numpy as np
 
-from ddpm_deploy.errors import BackendError, OwnershipError, SettingError
+from ddpm_deploy.errors import BackendError, OwnershipError, SettingError, first_line, plural
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network
 from ddpm_deploy.runtime.chain import Chain, Noise
@@ -129,11 +129,13 @@ class Sampler:
         Raises SettingError for an argument out of range, BackendError where the backend fails or the
         network gives numbers that are not finite, OwnershipError where the Sampler is already in use.
         """
-        request = self._request(count, keywords)
+        request = self._request(count, keywords, noise, callback)
         try:
             images = np.empty((request.count, *self.spec.image_shape), np.float32)
         except (MemoryError, ValueError) as error:
-            raise SettingError(f"{count} images do not fit in memory: use iter_samples") from error
+            raise SettingError(
+                f"{count} × {self.spec.image_shape} numbers do not fit in memory: use iter_samples"
+            ) from error
         done = 0
         for part in self.draw(request, callback, noise=noise):
             images[done : done + len(part)] = part
@@ -150,7 +152,7 @@ class Sampler:
 
         Raises also SettingError where the model does not run on a GPU, or the count is more than `max_batch`.
         """
-        request = self._request(count, keywords)
+        request = self._request(count, keywords, noise)
         if self.network.device.is_host:
             raise SettingError(f"this model runs on {self.network.device.name}, and not on a GPU: use sample")
         self._require_one_batch(request)
@@ -173,12 +175,13 @@ class Sampler:
         Arguments are checked at once; the work happens as the result is read, and the Sampler is in use until it was
         read to the end, or is closed.
         """
-        return self.draw(self._request(count, keywords), callback, noise=noise)
+        return self.draw(self._request(count, keywords, noise, callback), callback, noise=noise)
 
     def draw(
         self, request: Request, callback: Callback | None = None, *, noise: Noise | None = None
     ) -> Generator[Array, None, None]:
         """The images of a request, in order as batches finish. It is checked when the first of them is asked for."""
+        _require_callable(noise=noise, callback=callback)
         request = request.checked(self.spec)
         most = self.max_batch(bool(request.guidance))
         with self._owned():
@@ -186,8 +189,11 @@ class Sampler:
                 part = request[first : first + most]
                 yield self._finished(self._started(part, request.count, noise, first), 0, callback)
 
-    def _request(self, count: int, keywords: Keywords) -> Request:
+    def _request(
+        self, count: int, keywords: Keywords, noise: Noise | None, callback: Callback | None = None
+    ) -> Request:
         """The checked request of a call, for which there is room."""
+        _require_callable(noise=noise, callback=callback)
         request = make_request(self.spec, count, **keywords)
         self.max_batch(bool(request.guidance))  # or is refused
         return request
@@ -200,7 +206,7 @@ class Sampler:
         The x of the last step is what `sample` gives. count: at most `max_batch`. The Sampler is in use until
         the last step was read, or the iterator is closed.
         """
-        request = self._request(count, keywords)
+        request = self._request(count, keywords, noise)
         self._require_one_batch(request)
         return self._copies(request, noise)
 
@@ -239,11 +245,13 @@ class Sampler:
 
         Raises SettingError where it is of another model, or of a larger batch than this Sampler's.
         """
+        _require_callable(callback=callback)
         snapshot.require_fits(self.spec)
         request = snapshot.request.checked(self.spec)
         if request.rows > self.network.max_batch:
             raise SettingError(
-                f"the snapshot has {request.count} images in flight: load the model with max_batch {request.rows}"
+                f"the snapshot has {plural(request.count, 'image')} in flight: load the model with max_batch "
+                f"{request.rows}"
             )
         with self._owned():
             slots = self._chain.free[: request.rows]
@@ -301,16 +309,28 @@ class Sampler:
         """Hold the Sampler for one call."""
         self._require_process()
         if not self._busy.acquire(blocking=False):
-            raise OwnershipError("this Sampler is in use by another call: load one Sampler for each thread")
+            raise self._taken()
         self._thread = threading.get_ident()
         try:
             yield
         finally:
-            self._under_way = None
+            self._under_way, self._thread = None, 0
             try:
                 self._chain.clear()
             finally:
                 self._busy.release()
+
+    def _taken(self) -> OwnershipError:
+        """The error that says what holds the Sampler."""
+        if self._thread == threading.get_ident():
+            return OwnershipError(
+                "an iterator of this Sampler (iter_samples, draw or stream) is still open in this thread, or this is "
+                "its callback: read the iterator to its end, or close() it, before the next call"
+            )
+        return OwnershipError(
+            "another thread's call or open iterator holds this Sampler: let threads wait for one another with a "
+            "threading.Lock, or load one Sampler for each thread"
+        )
 
     def _require_process(self) -> None:
         if os.getpid() != self._process:
@@ -333,7 +353,7 @@ class Sampler:
         OwnershipError while another thread uses it.
         """
         if self._busy.locked() and self._thread != threading.get_ident():
-            raise OwnershipError("this Sampler is in use by another thread: close it when that is done")
+            raise self._taken()
         if os.getpid() == self._process:
             self._chain.close()
             self.network.close()
@@ -351,9 +371,20 @@ def _part(noise: Noise, shape: tuple[int, ...], first: int, count: int) -> Noise
     """A caller's noise for some of the samples that it is of."""
 
     def of_part(draw: int) -> Array:
-        given = np.asarray(noise(draw), np.float32)
+        numbers = noise(draw)
+        try:
+            given = np.asarray(numbers, np.float32)
+        except (TypeError, ValueError) as error:
+            raise SettingError(f"noise(draw) gave no array of numbers: {first_line(error)}") from error
         if given.shape != shape:
             raise SettingError(f"noise(draw) gave the shape {given.shape}, and {shape} is needed")
         return given[first : first + count]
 
     return of_part
+
+
+def _require_callable(**functions: Any) -> None:
+    """Raise SettingError unless each is a function, or None."""
+    for name, given in functions.items():
+        if given is not None and not callable(given):
+            raise SettingError(f"{name} must be a function, not {type(given).__name__}")

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from ddpm_deploy.arrays import load_arrays
-from ddpm_deploy.errors import ArtefactError, DataError, SettingError, first_line, newer
+from ddpm_deploy.errors import ArtefactError, DataError, SettingError, first_line, newer, plural
 from ddpm_deploy.files import atomic, show
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.runtime.protocols import Array
@@ -77,7 +77,7 @@ class Snapshot:
         if about.own_table:
             request = msgspec.structs.replace(request, table=table)
         if x.ndim != 4 or len(x) != request.count or request.seed is None:
-            raise ValueError(f"x has the shape {x.shape}, and {request.count} images are under way")
+            raise ValueError(f"x has the shape {x.shape}, for {plural(request.count, 'image')} under way")
         for array in (x, x0):
             if array.dtype != np.float32 or array.shape != x.shape or not np.isfinite(array).all():
                 raise ValueError(f"x or x0 is not float32 {x.shape}, or not finite")

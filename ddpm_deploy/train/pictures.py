@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from ddpm_deploy.errors import BackendError, OutputError
-from ddpm_deploy.runtime.images import Pixels, grid, save_png, to_uint8
+from ddpm_deploy.errors import BackendError, OutputError, plural
+from ddpm_deploy.runtime.images import COLOURS, Pixels, grid, save_png, to_uint8
 from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.sampler import Sampler
-from ddpm_deploy.train.data.source import COLOURS
 from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.train.trainer import Trainer
 
@@ -69,8 +68,8 @@ class Pictures:
             images = max(1, min(images - 1, int(images * LONGEST / takes)))
             takes = self._seconds(images)
         fewer = f": with {_IMAGES} it would take {_about(whole)}" if images < _IMAGES else ""
-        count = "1 image" if images == 1 else f"{images} images"
-        logger.info("each picture of samples has %s and takes about %s%s", count, _about(takes), fewer)
+        count, time = plural(images, "image"), _about(takes)
+        logger.info("each picture of samples has %s and takes about %s%s", count, time, fewer)
         return images
 
     def _seconds(self, images: int) -> float:

@@ -1,22 +1,24 @@
 """What ddpm-run and ddpm-deploy resume share: a chain whose images are written, and what goes on while it runs."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
+from ddpm_deploy.cli.bodies.models import Place
 from ddpm_deploy.cli.bodies.outputs import check_outputs, require_apart
-from ddpm_deploy.cli.bodies.progress import duration, peak_memory, plural, stage
+from ddpm_deploy.cli.bodies.progress import duration, peak_memory, stage
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.errors import ArtefactError, OutputError, SettingError
+from ddpm_deploy.errors import ArtefactError, OutputError, SettingError, plural
 from ddpm_deploy.files import quoted, require_suffix, show
 from ddpm_deploy.model_file import ModelFile
-from ddpm_deploy.runtime.images import Destination
+from ddpm_deploy.runtime.images import Destination, Form
 from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.preview import Preview
 from ddpm_deploy.runtime.proof import proof_path
@@ -25,26 +27,47 @@ from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.runtime.snapshot import Snapshot
 from ddpm_deploy.signals import stop_on_signals
+from ddpm_deploy.version import __version__
 
 _SNAPSHOT_SECONDS: Final = 60.0
+_FORM_OPTIONS: Final[dict[Form, str]] = {
+    "uint8": "",
+    "rgb": " --rgb",
+    "float": " --float",
+    "data": " --float --in-data-range",
+}
+
+
+class ChainOptions(Place):
+    """The options of the place, and those of what is written."""
+
+    output: Path
+    as_float: bool
+    in_data_range: bool
+    rgb: bool
+    progress: Path | None
+    force: bool
+    as_json: bool
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files that a chain writes: its images, a picture of its progress, its snapshot."""
+    """The files that a chain writes: its images, a picture of its progress, its snapshot.
+
+    force: whether the images may go among those of another run. as_json: whether what was made is told to programs.
+    """
 
     destination: Destination
     preview: Preview | None
     snapshot: Path | None
+    force: bool
+    as_json: bool
 
 
 def checked_outputs(
     model: ModelFile,
     request: Request,
-    *,
-    output: Path,
-    as_float: bool,
-    progress: Path | None,
+    options: ChainOptions,
     snapshot: Path | None,
     first: int = 0,
 ) -> Outputs:
@@ -52,10 +75,12 @@ def checked_outputs(
 
     first: the step that the chain starts at.
     """
+    form, output, progress = _form(options), options["output"], options["progress"]
     read = [model.path, proof_path(model.path)]
-    if progress and os.path.realpath(progress.parent) == os.path.realpath(output):
-        raise SettingError(f"{show(progress)} is among the images of this run: choose another folder for it")
     beside = [path for path in (snapshot, progress) if path]
+    for path in beside:
+        if os.path.realpath(path.parent) == os.path.realpath(output):
+            raise SettingError(f"{show(path)} is among the images of this run: choose another folder for it")
     check_outputs(beside, read)
     require_apart(output, [*read, *beside])
     if snapshot:
@@ -64,9 +89,22 @@ def checked_outputs(
     if progress:
         preview = Preview(progress, model.spec, len(request.table_for(model.spec)), first)
         preview.check()
-    destination = Destination(output, request, model.spec, as_float)
+    destination = Destination(output, request, model.spec, form)
     destination.check()
-    return Outputs(destination, preview, snapshot)
+    return Outputs(destination, preview, snapshot, options["force"], options["as_json"])
+
+
+def _form(options: ChainOptions) -> Form:
+    """What the .npz is to hold. Refuses options that exclude each other."""
+    if options["in_data_range"] and not options["as_float"]:
+        raise click.UsageError("--in-data-range is for unrounded images: pass --float too")
+    if options["rgb"] and options["as_float"]:
+        raise click.UsageError("--rgb is for uint8 images: omit it, or omit --float")
+    if options["rgb"]:
+        return "rgb"
+    if options["as_float"]:
+        return "data" if options["in_data_range"] else "float"
+    return "uint8"
 
 
 def _require_snapshot(path: Path) -> None:
@@ -137,16 +175,22 @@ class Watch:
         model, output = self._model, self.outputs.destination
         raw = model.kind == "checkpoint" and self.sampler.spec.provenance.weights == "raw"
         command = f"ddpm-deploy resume {quoted(model.path)} {quoted(path)} -o {quoted(output.path)}"
-        command += " --float" * output.as_float + " --weights raw" * raw
-        click.echo(f"stopped after step {snapshot.step} of {self.steps}; finish it with: {command}")
+        command += _FORM_OPTIONS[output.form] + " --weights raw" * raw + " --force" * self.outputs.force
+        told = f"stopped after step {snapshot.step} of {self.steps}; finish it with: {command}"
+        click.echo(told, err=self.outputs.as_json)
         raise click.exceptions.Exit(130)
 
 
 def write_images(images: Iterable[Array], watch: Watch) -> None:
     """Write the images as they come, with a message before and after."""
-    request, sampler, preview = watch.request, watch.sampler, watch.outputs.preview
+    request, sampler, outputs, preview = watch.request, watch.sampler, watch.outputs, watch.outputs.preview
     # The raw weights of a checkpoint are another model than its file says, and a picture names the model.
-    destination = replace(watch.outputs.destination, spec=sampler.spec)
+    destination = replace(outputs.destination, spec=sampler.spec)
+    if not outputs.force and (stranger := destination.stranger()):
+        raise OutputError(
+            f"{show(destination.path)} holds {stranger}: choose another folder, give the --seed and the settings of "
+            "what is there, or pass --force"
+        )
     together = min(request.count, sampler.max_batch(guided=bool(request.guidance)))
     batches, steps = -(-request.count // together), watch.steps - watch.first
     forecast = time_call(sampler.network, request[:together].rows) * steps * request.count / together
@@ -154,15 +198,33 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
     from_step = f" from step {watch.first}" if watch.first else ""
     logger.info(f"{count} · {chain}{from_step} · about {duration(forecast)}{peak_memory()}")
     if request.guidance:
-        logger.info("guidance takes two rows of the batch for each image: %d images at a time", together)
+        at_once = plural(together, "image")
+        logger.info("guidance takes two rows of the batch for each image: %s at a time", at_once)
     start = time.perf_counter()
     # Ctrl-C ends the chain after the current step, where a snapshot keeps it.
-    kept = watch.outputs.snapshot
+    kept = outputs.snapshot
     signals = stop_on_signals(watch.stop, "with the chain saved") if kept else nullcontext()
     with signals, stage("sampling", batches * steps) as watch.advance, destination.open() as write:
         for samples in images:
             write(samples)
     if preview:
         preview.save()
-    took = duration(time.perf_counter() - start)
-    click.echo(f"{show(destination.path)}: {count}, {chain}, seed {request.seed}, in {took}")
+    seconds = time.perf_counter() - start
+    if outputs.as_json:
+        click.echo(json.dumps(_made(destination, seconds), indent=2))
+    else:
+        click.echo(f"{show(destination.path)}: {count}, {chain}, seed {request.seed}, in {duration(seconds)}")
+
+
+def _made(destination: Destination, seconds: float) -> dict[str, Any]:
+    """Return what was made, and in what time."""
+    request, spec = destination.request, destination.spec
+    return {
+        "ddpm_deploy": __version__,
+        "output": os.fspath(destination.path),
+        "model": spec.provenance.digest,
+        **request.to_builtins(),
+        "labels": request.labels or tuple(range(spec.num_classes)),  # which the images have in turn
+        "seconds": seconds,
+        "images_per_second": request.count / seconds,
+    }

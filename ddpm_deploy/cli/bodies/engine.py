@@ -9,7 +9,7 @@ from typing import Final, TypedDict
 import click
 
 from ddpm_deploy.cli.bodies.outputs import require_same, require_same_model
-from ddpm_deploy.cli.bodies.progress import plural, stage
+from ddpm_deploy.cli.bodies.progress import stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.engine.bindings import load_tensorrt, require_builder
 from ddpm_deploy.engine.build import (
@@ -22,7 +22,7 @@ from ddpm_deploy.engine.build import (
 from ddpm_deploy.engine.cache import with_timing_cache
 from ddpm_deploy.engine.layers import Layers
 from ddpm_deploy.engine.load import gpus_of
-from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, SettingError
+from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, SettingError, plural
 from ddpm_deploy.files import atomic, quoted, show
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.plan import digest_beside, digest_path

@@ -78,8 +78,3 @@ def peak_memory() -> str:
     lines = status.read_text().splitlines() if status.exists() else []
     peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     return f" · {peaks[0] / 1000:.0f} MB" if peaks else ""
-
-
-def plural(count: int, noun: str) -> str:
-    """Write a number of things: 1 step, 2 steps."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

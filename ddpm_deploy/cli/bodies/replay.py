@@ -7,17 +7,16 @@ import click
 import numpy as np
 
 from ddpm_deploy.cli.bodies.models import Place, open_sampler
-from ddpm_deploy.cli.bodies.progress import plural
-from ddpm_deploy.errors import DataError
+from ddpm_deploy.errors import DataError, plural
 from ddpm_deploy.files import show
 from ddpm_deploy.model_file import open_model
-from ddpm_deploy.runtime.images import grid, read_origin, to_uint8
+from ddpm_deploy.runtime.images import grid, read_origin, read_pixels, to_uint8
 
 
 def replay(model: Path, picture: Path, *, batch: int | None, **place: Unpack[Place]) -> None:
     """Make a picture again and compare; exit with 1 where a pixel differs by more than one level."""
     opened = open_model(model)
-    origin, pixels = read_origin(picture)
+    origin, pixels = read_origin(picture), read_pixels(picture)
     with open_sampler(opened, origin.request, batch, place) as sampler:
         spec = sampler.spec  # of the weights that were chosen
         if origin.model != spec.provenance.digest:
@@ -37,7 +36,7 @@ def replay(model: Path, picture: Path, *, batch: int | None, **place: Unpack[Pla
     differing = int((difference > 0).any(axis=2).sum())
     verdict = "the same again"
     if differing:
-        verdict = f"{differing} pixels differ, by up to {difference.max()} of 255"
+        verdict = f"not the same in {plural(differing, 'pixel')}, by up to {difference.max()} of 255"
     count, chain = plural(request.count, "image"), plural(len(request.table_for(spec)), "step")
     click.echo(f"{show(picture)}: {count}, {chain}, seed {request.seed}: {verdict}")
     if difference.max() > 1:

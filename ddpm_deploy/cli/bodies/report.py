@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ddpm_deploy.cli.bodies.progress import plural
 from ddpm_deploy.dependencies import require
+from ddpm_deploy.errors import plural
 from ddpm_deploy.files import atomic, require_suffix
 from ddpm_deploy.runtime.parity import Comparison, StepErrors, Trajectory, summarise
 from ddpm_deploy.spec import ModelSpec
@@ -50,8 +50,9 @@ def as_table(rungs: Sequence[Rung], trajectory: Trajectory, reference: str) -> s
     width = max(len(cell) for cells in columns for cell in cells) + 2
     head = max(map(len, labels))
     lines = [
-        f"RMS error of the prediction ÷ its RMS, at the x_t of {reference} ({len(trajectory.timesteps)} timesteps, "
-        f"{plural(trajectory.count, 'chain')} of {plural(trajectory.steps, 'step')})"
+        f"RMS error of the prediction ÷ its RMS, at the x_t of {reference} "
+        f"({plural(len(trajectory.timesteps), 'timestep')}, {plural(trajectory.count, 'chain')} of "
+        f"{plural(trajectory.steps, 'step')})"
     ]
     for label, *cells in zip(labels, *columns, strict=True):
         lines.append(f"{label:<{head}}" + "".join(f"{cell:>{width}}" for cell in cells))
@@ -99,10 +100,15 @@ def _advice(rungs: Sequence[Rung]) -> list[str]:
     ]
 
 
+def json_text(content: dict[str, Any]) -> str:
+    """Return what was found, dataclasses too, as JSON."""
+    return json.dumps(content, indent=1, default=asdict)
+
+
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write what was found, dataclasses too."""
+    """Write it to a file."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
+        temporary.write_text(json_text(content) + "\n")
 
 
 def as_json(rungs: Sequence[Rung], trajectory: Trajectory) -> dict[str, Any]:

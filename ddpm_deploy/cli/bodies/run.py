@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Unpack
 
-from ddpm_deploy.cli.bodies.chain import Watch, checked_outputs, write_images
-from ddpm_deploy.cli.bodies.models import Place, open_sampler
+from ddpm_deploy.cli.bodies.chain import ChainOptions, Watch, checked_outputs, write_images
+from ddpm_deploy.cli.bodies.models import open_sampler
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.request import Request
@@ -14,7 +14,6 @@ from ddpm_deploy.words import Solver, Spacing
 def run(
     model: Path,
     *,
-    output: Path,
     steps: int | None,
     count: int,
     seed: int | None,
@@ -25,10 +24,8 @@ def run(
     eta: float | None,
     spacing: Spacing,
     guidance: float | None,
-    progress: Path | None,
     snapshot: Path | None,
-    as_float: bool,
-    **place: Unpack[Place],
+    **options: Unpack[ChainOptions],
 ) -> None:
     """Sample images and write them."""
     opened = open_model(model)
@@ -43,10 +40,8 @@ def run(
         labels=labels,
         guidance=() if guidance is None else (guidance,),
     ).checked(opened.spec)
-    outputs = checked_outputs(
-        opened, request, output=output, as_float=as_float, progress=progress, snapshot=snapshot
-    )
-    with open_sampler(opened, request, batch, place) as sampler:
+    outputs = checked_outputs(opened, request, options, snapshot)
+    with open_sampler(opened, request, batch, options) as sampler:
         most = sampler.max_batch(guided=guidance is not None)
         if snapshot and count > most:
             raise SettingError(

@@ -9,6 +9,7 @@ import click
 from ddpm_deploy.cli.bodies.progress import stage
 from ddpm_deploy.cli.bodies.report import finite, predictions_json, write_json
 from ddpm_deploy.cli.common import logger
+from ddpm_deploy.errors import plural
 from ddpm_deploy.export.graph import Export, export_onnx
 from ddpm_deploy.export.precision import Calibration
 from ddpm_deploy.files import quoted, show
@@ -67,12 +68,12 @@ def _tell_calibration(found: Calibration) -> None:
     worst = _largest(found.steps)
     click.echo(
         f"hardware that rounds to {found.precision} will be off by up to {worst.relative_rms:.1e} "
-        f"(t = {worst.timestep}), says the oracle at {len(found.steps)} timesteps; no value passed "
+        f"(t = {worst.timestep}), says the oracle at {plural(len(found.steps), 'timestep')}; no value passed "
         f"{max(seen.largest for seen in found.ranges.values()):.3g}"
     )
     click.echo(
-        f"{found.convolutions - len(found.islands)} of {found.convolutions} convolutions work in {found.precision}; "
-        "in float32 stay"
+        f"{found.convolutions - len(found.islands)} of {plural(found.convolutions, 'convolution')} work in "
+        f"{found.precision}; in float32 stay"
     )
     for name, reason in found.islands.items():
         click.echo(f"  {name}: {reason}")

@@ -9,9 +9,9 @@ from typing import Any, Final, Literal, TypedDict, Unpack
 import click
 import msgspec
 
-from ddpm_deploy.cli.bodies.progress import plural, progress, stage
+from ddpm_deploy.cli.bodies.progress import progress, stage
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.errors import DataError, OutputError, SettingError, SpecError, first_line
+from ddpm_deploy.errors import DataError, OutputError, SettingError, SpecError, first_line, plural
 from ddpm_deploy.files import quoted, require_output, require_suffix, show
 from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, open_model
 from ddpm_deploy.schedule import SCHEDULES
@@ -147,7 +147,7 @@ def _resumed(path: Path, changes: dict[str, Any]) -> tuple[Checkpoint, Source]:
     settings = msgspec.structs.replace(checkpoint.settings, **changes)
     if settings.steps <= checkpoint.step:
         raise SettingError(
-            f"{show(path)} has its {checkpoint.step} steps already: pass a larger number of --steps"
+            f"{show(path)} has its {plural(checkpoint.step, 'step')} already: pass a larger number of --steps"
         )
     spec = checkpoint.spec
     try:
@@ -233,7 +233,7 @@ def _read(
             workers=workers,
             progress=advance,
         )
-    classes = f" in {source.num_classes} class{'es' * (source.num_classes > 1)}" if source.num_classes else ""
+    classes = f" in {plural(source.num_classes, 'class')}" if source.num_classes else ""
     logger.info("%s%s", plural(len(data.images), "image"), classes)
     return data
 
@@ -244,8 +244,8 @@ def _run(trainer: Trainer, output: Path, as_json: bool) -> None:
     parameters = sum(p.numel() for p in trainer.network.parameters())
     to_go = settings.steps - trainer.steps_done
     logger.info(
-        f"{plural(to_go, 'step')} of {plural(settings.batch_size, 'image')} {'×'.join(map(str, shape))} on "
-        f"{trainer.device} · {parameters / 1e6:.1f} M parameters"
+        f"{plural(to_go, 'step')} of {plural(settings.batch_size, 'image')} {'×'.join(map(str, shape))} "
+        f"on {trainer.device} · {parameters / 1e6:.1f} M parameters"
     )
     with progress("training", to_go) as advance:
         session = Session(trainer, output, advance)

@@ -10,10 +10,10 @@ import click
 from ddpm_deploy.cli.bodies import report as reporting
 from ddpm_deploy.cli.bodies.models import Place, open_network
 from ddpm_deploy.cli.bodies.outputs import check_outputs
-from ddpm_deploy.cli.bodies.progress import duration, plural, stage
+from ddpm_deploy.cli.bodies.progress import duration, stage
 from ddpm_deploy.cli.bodies.report import Rung
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.errors import ArtefactError, SettingError
+from ddpm_deploy.errors import ArtefactError, SettingError, plural
 from ddpm_deploy.files import require_suffix, show
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.network import time_call
@@ -35,6 +35,7 @@ def verify(
     every: bool,
     proof: Path | None,
     report: Path | None,
+    as_json: bool,
     plot: Path | None,
     **place: Unpack[Place],
 ) -> None:
@@ -60,9 +61,11 @@ def verify(
         reference = first.name
     rungs = _climb(candidates, trajectory, place)
     trajectory = trajectory.first(len(rungs[0].comparison.psnr))
-    click.echo(reporting.as_table(rungs, trajectory, reference))
+    content = reporting.as_json(rungs, trajectory)
+    table = reporting.as_table(rungs, trajectory, reference)
+    click.echo(reporting.json_text(content) if as_json else table)
     if report:
-        reporting.write_json(reporting.as_json(rungs, trajectory), report)
+        reporting.write_json(content, report)
     if plot:
         reporting.write_plot(rungs, plot)
     if not all(rung.comparison.within for rung in rungs):

@@ -12,7 +12,8 @@ from ddpm_deploy.arrays import require_honest
 from ddpm_deploy.errors import DataError, first_line
 from ddpm_deploy.files import show
 from ddpm_deploy.machine import memory_limit
-from ddpm_deploy.train.data.source import COLOURS, MOST_CHANNELS, Depth, Source, checked_labels
+from ddpm_deploy.runtime.images import COLOURS
+from ddpm_deploy.train.data.source import MOST_CHANNELS, Depth, Source, checked_labels
 
 ARRAY_SUFFIXES: Final = (".npy", ".npz")
 # Names that people give to the images and their labels in an .npz, in the order of asking.

@@ -7,9 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ddpm_deploy.runtime.images import Pixels, to_pillow
+from ddpm_deploy.runtime.images import COLOURS, Pixels, to_pillow
 from ddpm_deploy.runtime.protocols import Array
-from ddpm_deploy.train.data.source import COLOURS
 
 Size = tuple[int, int]  # height and width
 

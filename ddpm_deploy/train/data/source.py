@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm_deploy.errors import DataError
+from ddpm_deploy.errors import DataError, plural
+from ddpm_deploy.runtime.images import COLOURS
 from ddpm_deploy.runtime.protocols import Labels
 
 DIGITS: Final = "digits"  # the word for those that scikit-learn ships
-COLOURS: Final = (1, 3, 4)  # grey, RGB and RGBA: what Pillow turns into one another
 MOST_CHANNELS: Final = 16  # of an array
 
 Range = tuple[float, float]  # the values that -1 and 1 stand for
@@ -51,7 +51,8 @@ class Source:
         colours = COLOURS if self.depths() == {"8 bits"} else COLOURS[:2]
         if channels != own and not (own in COLOURS[:2] and channels in colours):
             raise DataError(
-                f"the images have {plural(own, 'channel')} of their own, which cannot make {channels}: leave --channels out"
+                f"the images have {plural(own, 'channel')} of their own, which cannot make {channels}: leave out "
+                "--channels"
             )
 
 
