@@ -617,6 +617,12 @@ def test_training_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytes
     assert "not those" not in result.output
 
 
+def test_standard_input_is_no_data(tmp_path: Path) -> None:
+    result = call("-", "-o", tmp_path / "m.pt")
+    assert result.exit_code == 2
+    assert "not from standard input" in result.stderr
+
+
 def test_options_of_the_data(tmp_path: Path) -> None:
     arrays = {"x_train": np.full((4, 6, 10, 3), 200, np.uint8), "y_train": np.array([0, 1, 0, 1])}
     np.savez(tmp_path / "x.npz", **arrays, x_test=np.zeros((2, 6, 10), np.uint8))

@@ -85,6 +85,8 @@ def train(
         raise click.UsageError(
             "DATA is missing: a folder or a .zip of images, an .npy, .npz or idx file, or the word digits"
         )
+    if data == "-":
+        raise click.UsageError("DATA is read from files, and not from standard input: name them")
     target = _checked_output(output, resume, force)
     changes = _typed(
         data=_lasting(data),
