@@ -414,7 +414,7 @@ def test_quiet_and_verbose(tmp_path: Path, onnx_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_training_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     model = tmp_path / "m.pt"
     command = [
