@@ -64,9 +64,9 @@ def pip_install(extra: str, module: str, option: str = "") -> str:
 
 
 def _requirements(extra: str) -> list[str]:
-    """What an extra brings here, as our own metadata has it. An onnxruntime-gpu that is there takes onnxruntime's place.
+    """What an extra brings here, as our own metadata has it; its markers are equalities, all of which must hold.
 
-    The metadata's markers are equalities, all of which must hold.
+    An onnxruntime-gpu that is there takes onnxruntime's place: they install over one another.
     """
     here = {"extra": extra, "sys_platform": sys.platform, "platform_machine": os.uname().machine}
     on_gpu = _installed("onnxruntime-gpu") and not _installed("onnxruntime")

@@ -75,7 +75,9 @@ def test_help_and_version(command: str) -> None:
 
 def test_help_says_defaults_and_ranges_in_words() -> None:
     words = " ".join(call("run", "--help").stdout.split())
-    assert "--threads INTEGER CPU threads to use. [default: one per core]" in words
+    assert (
+        "--threads INTEGER CPU threads to use. [default: OMP_NUM_THREADS, or the cores it may use]" in words
+    )
     assert "--eta FLOAT Amount of noise that ddim adds at each step. [default: 0; 0 to 1]" in words
     assert "[default: the preset's; above 0 to 1]" in " ".join(call("train", "--help").stdout.split())
 

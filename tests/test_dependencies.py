@@ -1,6 +1,5 @@
 """Optional packages: pip lines that name no stranger's package, telemetry that is off, and messages of a length."""
 
-import os
 import shlex
 import subprocess
 import sys

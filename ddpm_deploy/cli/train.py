@@ -25,7 +25,12 @@ _OF_ANY_TRAINING = [
         "--compile compiled",
         "Compile the network (torch.compile): the first step takes longer, the others less.",
     ),
-    Option("--workers", "Threads that read the images.", click.IntRange(1, 256), show_default="one per core"),
+    Option(
+        "--workers",
+        "Threads that read the images.",
+        click.IntRange(1, 256),
+        show_default="OMP_NUM_THREADS, or the cores it may use",
+    ),
     Option(
         "--save-every", "Steps from one checkpoint to the next.", click.IntRange(min=1), show_default="1000"
     ),
