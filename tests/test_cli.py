@@ -912,11 +912,7 @@ def test_an_empty_name_is_a_mistake(onnx_path: Path) -> None:
 
 def test_an_export_is_exported_no_further_than_to_an_engine(onnx_path: Path) -> None:
     refused(call("export", onnx_path, "-o", "x.onnx"), 1, "the name of an engine must end in .plan")
-    refused(
-        call("export", onnx_path.with_suffix(".proof.npz")),
-        1,
-        "neither a checkpoint nor an ONNX file by its name",
-    )
+    refused(call("export", onnx_path.with_suffix(".proof.npz")), 1, "is not a model file by its name")
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">/dev/full"])
