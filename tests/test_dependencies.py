@@ -1,5 +1,7 @@
 """Optional packages: pip lines that name no stranger's package, telemetry that is off, and messages of a length."""
 
+import json
+import os
 import shlex
 import subprocess
 import sys
@@ -86,3 +88,71 @@ def test_foreign_messages_are_cut_at_a_word(short: object) -> None:
     assert short(ValueError()) == "ValueError"
     assert short(SettingError(LONG.strip())) == LONG.strip()
     assert [one_line(ValueError("a\nb")), first_line(ValueError("a\nb"))] == ["a b", "a"]
+
+
+# --- what is written beside the outputs -----------------------------------------------------------------
+
+RUN_ALL = """
+import json, sys
+from ddpm_deploy.cli import main
+for command in json.loads(sys.argv[1]):
+    assert not main([*command.split(), "-q"], standalone_mode=False), command
+"""
+WHOLE_WAY = [
+    "train digits -o m.pt --steps 2 --batch-size 2 --sample-every 2",
+    "export m.pt",
+    "verify m.onnx --plot p.png",
+    "run m.onnx --steps 2 --count 1",
+    "replay m.onnx samples.png",
+    "doctor",
+]
+
+
+def run_all(commands: list[str], outputs: Path, **folders: Path | str) -> subprocess.CompletedProcess[str]:
+    """Some commands in a process of their own, whose user is somebody new."""
+    outputs.mkdir()
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", RUN_ALL, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        cwd=outputs,
+        env=environment | {name: str(path) for name, path in folders.items()},
+    )
+
+
+def test_nothing_is_written_but_outputs_and_the_caches_that_are_told(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("HOME", "XDG_CACHE_HOME", "TMPDIR")}
+    for folder in folders.values():
+        folder.mkdir()
+    said = run_all(WHOLE_WAY, tmp_path / "outputs", **folders)
+    assert (said.returncode, said.stderr) == (0, "")
+    outputs = {path.name for path in (tmp_path / "outputs").iterdir()}
+    assert outputs == {"m.pt", "m.train", "m.onnx", "m.proof.npz", "p.png", "samples.png"}
+    written = [path for folder in folders.values() for path in folder.rglob("*") if path.is_file()]
+    assert {path.parent for path in written} <= {folders["XDG_CACHE_HOME"] / "matplotlib"}
+    assert "`matplotlib/`" in (ROOT / "SECURITY.md").read_text()
+
+
+def test_a_home_that_cannot_be_written_is_no_matter(tmp_path: Path, onnx_path: Path) -> None:
+    (tmp_path / "TMPDIR").mkdir()
+    commands = [f"verify {onnx_path} --plot p.png", f"run {onnx_path} --steps 2 --count 1", "doctor"]
+    said = run_all(commands, tmp_path / "outputs", HOME="/proc/nowhere", TMPDIR=tmp_path / "TMPDIR")
+    assert (said.returncode, said.stderr) == (0, "")
+    assert list((tmp_path / "TMPDIR").iterdir()) == []
+
+
+@pytest.mark.parametrize(("typed", "warnings"), [({}, 1), ({"ORT_DISABLE_TELEMETRY": "1"}, 0)])
+def test_an_import_that_was_too_early_is_told_once(
+    tmp_path: Path, onnx_path: Path, typed: dict[str, str], warnings: int
+) -> None:
+    code = (
+        "import onnxruntime, sys; from ddpm_deploy import Sampler;"
+        "[Sampler.load(sys.argv[1]).close() for _ in range(2)]"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), **typed}
+    command = [sys.executable, "-c", code, onnx_path]
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert said.stderr.count("set ORT_DISABLE_TELEMETRY=1 before that import") == warnings
+    assert len(said.stderr.splitlines()) == warnings
+    assert bool([path for path in tmp_path.rglob("*") if path.is_file()]) == bool(warnings)
