@@ -1,7 +1,6 @@
 """Run the benchmarks and write docs/benchmarks.md."""
 
 import datetime
-import os
 import platform
 import tempfile
 from importlib import metadata
@@ -10,6 +9,7 @@ from pathlib import Path
 from benches import chain, memory, parity, process, training
 from benches.models import export_preset
 from benches.table import Row
+from ddpm_deploy.machine import cpu_threads
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PACKAGES = ("numpy", "onnxruntime", "torch", "diffusers")
@@ -53,7 +53,7 @@ def main() -> None:
 def _page(rows: list[Row]) -> str:
     introduction = INTRODUCTION.format(
         date=datetime.date.today().isoformat(),
-        machine=f"{os.cpu_count()} cores of {_cpu()}",
+        machine=f"{cpu_threads()} cores of {_cpu()}",
         python=platform.python_version(),
         packages=", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES),
         block=chain.BLOCK,

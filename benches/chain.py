@@ -14,6 +14,7 @@ import torch
 from benches.models import Model, diffusers_pipeline
 from benches.table import Row
 from benches.timing import ROUNDS, Block, interleave, median, ratio
+from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.chain import Chain
@@ -191,6 +192,7 @@ def _chain_block(network: Network, batch: int, settings: ChainSettings = DEFAULT
 
 def _bare_block(model: Model, batch: int) -> Block:
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cpu_threads()
     # As ours: threads that spin on after their turn would slow down whoever comes next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(model.onnx, options, providers=["CPUExecutionProvider"])

@@ -1,11 +1,19 @@
 """Optional packages: imported when they are needed, and when they are missing, the exact pip line."""
 
 import importlib
+import logging
 import os
+import re
+import shlex
+import sys
+from contextlib import suppress
 from importlib import metadata
 from types import ModuleType
+from typing import Final
 
 from ddpm_deploy.errors import DependencyError, one_line
+
+logger = logging.getLogger(__name__)
 
 # A name that a whole package has, where another module of its name, or half of it, would import as well.
 _HAS = {
@@ -16,6 +24,19 @@ _HAS = {
     "tensorrt_rtx": "Builder",
     "cupy": "RawModule",
 }
+# Packages whose modules have another name.
+_PACKAGES: Final = {
+    "PIL": "pillow",
+    "cuda": "cuda-bindings[all]",
+    "cupy": "cupy-cuda13x",
+    "sklearn": "scikit-learn",
+    "tensorrt": "tensorrt-cu13",
+    "tensorrt_rtx": "tensorrt-rtx",
+}
+_NO_TELEMETRY: Final = "ORT_DISABLE_TELEMETRY"
+ONE_ONNXRUNTIME: Final = (
+    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime  (or onnxruntime-gpu)"
+)
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -25,12 +46,39 @@ def require(module: str, extra: str) -> ModuleType:
         getattr(found, _HAS.get(module, "__name__"))
         return found
     except (Exception, SystemExit) as error:  # a broken package may raise anything
-        name = getattr(error, "name", None)
-        if isinstance(error, ImportError) and name in (module.partition(".")[0], module):
-            raise DependencyError(f"{module} is not installed: pip install 'ddpm-deploy[{extra}]'") from error
-        raise DependencyError(
-            f"{module} does not import ({one_line(error)}): pip install --force-reinstall 'ddpm-deploy[{extra}]'"
-        ) from error
+        name, top = getattr(error, "name", None), module.partition(".")[0]
+        missing = isinstance(error, ImportError) and name in (top, module)
+        what = "is not installed" if missing else f"does not import ({one_line(error)})"
+        line = pip_install(extra, module, "" if missing else "--force-reinstall")
+        raise DependencyError(f"{module} {what}: {line}") from error
+
+
+def pip_install(extra: str, module: str, option: str = "") -> str:
+    """The pip line that installs what an extra of ours stands for, wherever this was installed from.
+
+    module: whose package is named alone where that cannot be known, as in a source tree that was not installed.
+    """
+    top = module.partition(".")[0]
+    packages = _requirements(extra) or [_PACKAGES.get(top, top)]
+    return " ".join(filter(None, ["pip install", option, *map(shlex.quote, packages)]))
+
+
+def _requirements(extra: str) -> list[str]:
+    """What an extra brings here, as our own metadata has it; its markers are equalities, all of which must hold.
+
+    An onnxruntime-gpu that is there takes onnxruntime's place: they install over one another.
+    """
+    here = {"extra": extra, "sys_platform": sys.platform, "platform_machine": os.uname().machine}
+    on_gpu = _installed("onnxruntime-gpu") and not _installed("onnxruntime")
+    found = []
+    with suppress(metadata.PackageNotFoundError):
+        for line in metadata.requires("ddpm-deploy") or []:
+            requirement, _, marker = line.partition(";")
+            conditions = re.findall(r"(\w+) == ['\"]([^'\"]*)['\"]", marker)
+            of_extra = any(name == "extra" for name, _ in conditions)
+            if of_extra and all(here[name] == value for name, value in conditions):
+                found.append(requirement.strip())
+    return [name for name in found if not (on_gpu and re.match(r"onnxruntime\b(?!-)", name))]
 
 
 def importable(module: str) -> bool:
@@ -46,13 +94,19 @@ def require_onnxruntime() -> ModuleType:
     """Import onnxruntime, or raise DependencyError where it is missing or installed twice.
 
     Its telemetry is switched off, unless the user set that: it collects, and a process that was forked never ends for
-    the thread that does so.
+    the thread that does so. Where somebody imported it before, that is too late, and is told once.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    if "onnxruntime" in sys.modules and _NO_TELEMETRY not in os.environ:
+        logger.warning(
+            "onnxruntime was imported before ddpm-deploy could switch its telemetry off: it may keep a device id and "
+            "events (the system, the CPU, the path of Python) in the user's cache folder, and send them; set "
+            f"{_NO_TELEMETRY}=1 before that import"
+        )
+    os.environ.setdefault(_NO_TELEMETRY, "1")
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         raise DependencyError(
             "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other's files: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'ddpm-deploy[cpu]' or 'ddpm-deploy[gpu]'"
+            f"{ONE_ONNXRUNTIME}"
         )
     return require("onnxruntime", "cpu")
 

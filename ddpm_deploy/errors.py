@@ -15,6 +15,10 @@ A message says what was got, what is wrong with it, and what to do. The command 
 line and exit 1.
 """
 
+from typing import Final
+
+_LONGEST: Final = 200  # characters of a foreign message
+
 
 class DdpmDeployError(Exception):
     """Root of the tree: catch this to catch everything ddpm-deploy raises on purpose."""
@@ -66,16 +70,28 @@ def plural(count: int, noun: str) -> str:
 def newer(source: str, got: str, known: str) -> str:
     """What is said of a file from the future: `source` names it, `got` and `known` are versions of what it holds."""
     return (
-        f"{source} was written by a newer ddpm-deploy ({got}; this one knows {known}): upgrade with "
-        "pip install -U ddpm-deploy"
+        f"{source} was written by a newer ddpm-deploy ({got}; this one knows {known}): install a newer one "
+        "from where this one came"
     )
 
 
 def one_line(error: BaseException) -> str:
-    """All that a foreign error says, on one line; its name where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What a foreign error says, on one line, as `_short` has it."""
+    return _short(error, " ".join(str(error).split()))
 
 
 def first_line(error: BaseException) -> str:
-    """What a foreign error says, in one line; its name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of what a foreign error says, as `_short` has it."""
+    return _short(error, next(iter(str(error).strip().splitlines()), ""))
+
+
+def _short(error: BaseException, text: str) -> str:
+    """A foreign message in some 200 characters, cut at a word; the error's name where it says nothing.
+
+    One of our own is not cut: what to do stands at its end.
+    """
+    if isinstance(error, DdpmDeployError) or len(text) <= _LONGEST:
+        return text or type(error).__name__
+    start = text[:_LONGEST]
+    words = start.rpartition(" ")[0]
+    return f"{words if len(words) > _LONGEST // 2 else start} …"

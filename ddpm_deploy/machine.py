@@ -10,17 +10,16 @@ from typing import Final
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _MEMBERSHIP: Final = Path("/proc/self/cgroup")
-_MEMORY: Final = Path("/proc/meminfo")
+_CPUS: Final = Path("/sys/devices/system/cpu")
 
 
 def cpu_threads() -> int:
-    """CPU threads that this process may use: OMP_NUM_THREADS where it is set, else the cores of its affinity, and no
-    more than its cgroup has the time of."""
+    """CPU threads that this process should use: OMP_NUM_THREADS where it is set, else one for each core of its
+    affinity (hyperthreads are no cores), and no more than its cgroups have the time of."""
     with suppress(ValueError):  # it may be a list, one for each level of nesting
         if (typed := int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0])) > 0:
             return typed
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, *(math.ceil(quota) for quota in _cpu_quotas()), cores))
+    return max(1, min([_cores(), *map(math.ceil, _cpu_quotas())]))
 
 
 def memory_limit() -> int:
@@ -28,6 +27,20 @@ def memory_limit() -> int:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     return min([physical, *_memory_limits(), *([own] if own != resource.RLIM_INFINITY else [])])
+
+
+def _cores() -> int:
+    """The cores that this process may run on, each with its hyperthreads counted once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def _siblings(cpu: int) -> str:
+    """The CPUs of the same core, as "0,8"; itself where the system does not say."""
+    with suppress(OSError, ValueError):
+        return (_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+    return str(cpu)
 
 
 def _cpu_quotas() -> Iterator[float]:
@@ -51,7 +64,7 @@ def _memory_limits() -> Iterator[int]:
 
 def _groups(controller: str) -> Iterator[Path]:
     """The folders of the cgroups that this process is in, each with those above it, which bind it as well."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         for line in _MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and controller not in controllers.split(","):

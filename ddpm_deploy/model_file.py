@@ -31,12 +31,20 @@ _MAX_PICKLE_BYTES: Final = 4 << 20
 
 
 def open_model(path: str | Path, spec: ModelSpec | None = None) -> "ModelFile":
-    """Open a .pt, .onnx or .plan file, which its suffix tells apart.
+    """Open a .pt, .onnx or .plan file, which its suffix tells apart. A folder of diffusers is told from other folders.
 
     spec: in place of the file's own, for a graph or an engine that carries none.
 
     Raises ArtefactError where it is missing, broken or of another kind.
     """
+    folder = Path(path)
+    if (folder / "model_index.json").is_file() or all(
+        (folder / part).is_dir() for part in ("scheduler", "unet")
+    ):
+        raise ArtefactError(
+            f"{show(folder)} is a folder of diffusers, which this version cannot read yet: a .pt of ddpm-train, or an "
+            ".onnx or .plan of ddpm-export is needed"
+        )
     return ModelFile(Path(path), spec)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM for work that ends the step at hand first."""
+"""Ctrl-C, SIGTERM and SIGHUP for work that ends the step at hand first."""
 
 import logging
 import signal
@@ -11,14 +11,14 @@ from typing import Any, Final
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[int, FrameType | None], None]
-_BOTH: Final = (signal.SIGINT, signal.SIGTERM)
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def stop_on_signals(stop: Callable[[], None], says: str) -> Iterator[None]:
-    """Call `stop` on Ctrl-C or SIGTERM, so that the step at hand ends; `says` tells the user what is kept.
+    """Call `stop` on Ctrl-C, SIGTERM or SIGHUP, so that the step at hand ends; `says` tells the user what is kept.
 
-    A second signal is obeyed at once.
+    A second Ctrl-C or SIGTERM is obeyed at once; not so a second SIGHUP, as a terminal that closes may send several.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -26,13 +26,17 @@ def stop_on_signals(stop: Callable[[], None], says: str) -> Iterator[None]:
         logger.info("stopping after this step, %s (again: stop at once)", says)
         stop()
 
-    with handled(_BOTH, handle) as restore:
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        logger.info("stopping after this step, %s", says)
+        stop()
+
+    with handled([signal.SIGHUP], hang_up), handled(_ENDING, handle) as restore:
         yield
 
 
 @contextmanager
 def signals_held(stop: Callable[[], None], says: str = "") -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM during what cannot bear an exception, as native code: `stop` is called, the user is told
+    """Hold these signals during what cannot bear an exception, as native code: `stop` is called, the user is told
     what `says` says, and the signal is passed on at the end."""
     received: list[int] = []
 
@@ -43,7 +47,7 @@ def signals_held(stop: Callable[[], None], says: str = "") -> Iterator[None]:
         stop()
 
     try:
-        with handled(_BOTH, handle):
+        with handled((*_ENDING, signal.SIGHUP), handle):
             yield
     finally:
         if received:

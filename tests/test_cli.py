@@ -75,7 +75,9 @@ def test_help_and_version(command: str) -> None:
 
 def test_help_says_defaults_and_ranges_in_words() -> None:
     words = " ".join(call("run", "--help").stdout.split())
-    assert "--threads INTEGER CPU threads to use. [default: one per core]" in words
+    assert (
+        "--threads INTEGER CPU threads to use. [default: OMP_NUM_THREADS, or the cores it may use]" in words
+    )
     assert "--eta FLOAT Amount of noise that ddim adds at each step. [default: 0; 0 to 1]" in words
     assert "[default: the preset's; above 0 to 1]" in " ".join(call("train", "--help").stdout.split())
 
@@ -418,7 +420,7 @@ def test_quiet_and_verbose(tmp_path: Path, onnx_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_training_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     model = tmp_path / "m.pt"
     command = [
@@ -923,11 +925,7 @@ def test_an_empty_name_is_a_mistake(onnx_path: Path) -> None:
 
 def test_an_export_is_exported_no_further_than_to_an_engine(onnx_path: Path) -> None:
     refused(call("export", onnx_path, "-o", "x.onnx"), 1, "the name of an engine must end in .plan")
-    refused(
-        call("export", onnx_path.with_suffix(".proof.npz")),
-        1,
-        "neither a checkpoint nor an ONNX file by its name",
-    )
+    refused(call("export", onnx_path.with_suffix(".proof.npz")), 1, "is not a model file by its name")
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">/dev/full"])

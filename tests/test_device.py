@@ -327,5 +327,5 @@ def test_a_graph_that_does_not_fit_is_refused_on_a_device_too(onnx_path: Path, t
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
 def test_cuda_without_cupy() -> None:
-    with pytest.raises(DependencyError, match=r"cupy is not installed: pip install 'ddpm-deploy\[rtx\]'"):
+    with pytest.raises(DependencyError, match=r"cupy is not installed: pip install .*'tensorrt-rtx>=1.3'"):
         Cuda(extra="rtx")

@@ -85,7 +85,7 @@ def test_theory_and_the_chain_agree(model: ModelFile) -> None:
             ["tensorrt-cu13"],
             OLD,
             "550.54 runs CUDA 12.4 and older, and tensorrt-cu13 is of CUDA 13",
-            "[gpu-cu12]",
+            "pip install 'cuda-bindings<13,>=12.6' 'cupy-cuda12x>=14'",
         ),
         (["cupy-cuda13x"], OLD, "cupy-cuda13x is of CUDA 13", "pip uninstall -y cupy-cuda13x && "),
         (["tensorrt-cu12"], ANCIENT, "tensorrt-cu12 is of CUDA 12", "update the NVIDIA driver to r535"),
@@ -139,12 +139,13 @@ def test_the_backends_of_other_machines(model: ModelFile) -> None:
     ):
         found = doctor._on_tensorrt(model, {}, machine)
         assert (found.state, says in found.says, mend in found.mend) == ("absent", True, True)
-    assert doctor._on_onnxruntime(model, {}, NONE).mend == "pip install 'ddpm-deploy[cpu]'"
+    assert doctor._on_onnxruntime(model, {}, NONE).mend == "pip install 'onnxruntime>=1.20' 'pillow>=11'"
     pytest.importorskip("tensorrt_rtx")
     hopper = Driver("580", "13.0", (Gpu("H100", "9.0", 1),))
     found = doctor._on_tensorrt_rtx(model, {}, hopper)
     assert (found.state, "none for compute capability 9.0" in found.says) == ("builds", True)
-    assert "pip install 'ddpm-deploy[gpu]'" in found.mend
+    assert "use TensorRT on this GPU: pip install 'cuda-bindings" in found.mend
+    assert "'tensorrt-cu13>=10.16'" in found.mend
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     result = call("doctor")
     assert result.exit_code == 1
     assert "models run here on: nothing yet" in result.stdout
-    assert "pip install 'ddpm-deploy[cpu]'" in result.stdout
+    assert "→ pip install 'onnxruntime>=1.20' 'pillow>=11'\n" in result.stdout
     refused(call("doctor", "x"), 2, "unexpected extra argument")
 
 

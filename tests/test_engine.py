@@ -685,7 +685,7 @@ def test_an_engine_of_an_onnx_and_back(fp16: Path, monkeypatch: pytest.MonkeyPat
         (["m.onnx", "--rtx", "-o", "link.plan"], 1, "link.proof.npz is another file of this command"),
         (["m.onnx", "--rtx", "-o", "other.plan"], 1, "holds another model"),
         (["m.onnx", "--rtx", "-o", "folder.plan"], 1, "is a folder"),
-        (["other.plan"], 1, "neither a checkpoint nor an ONNX file"),
+        (["other.plan"], 1, "is not a TensorRT engine by its first bytes"),
     ],
 )
 def test_bad_arguments(

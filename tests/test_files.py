@@ -208,6 +208,22 @@ def test_an_onnx_file_of_another_maker(tmp_path: Path) -> None:
         assert open_model(tmp_path / "x.onnx").spec
 
 
+@pytest.mark.parametrize("holds", [["model_index.json"], ["scheduler/s.json", "unet/u.json"]])
+@pytest.mark.parametrize("command", ["run", "verify", "export", "inspect"])
+def test_a_folder_of_diffusers_is_told_from_other_folders(
+    tmp_path: Path, command: str, holds: list[str]
+) -> None:
+    """By what diffusers writes: the index of a pipeline, or the folders of its parts."""
+    said = CliRunner().invoke(main, [command, str(tmp_path)])
+    assert (said.exit_code, "is a folder, and a file is needed" in said.stderr) == (1, True)
+    for name in holds:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    said = CliRunner().invoke(main, [command, str(tmp_path)])
+    assert (said.exit_code, said.stdout) == (1, "")
+    assert "is a folder of diffusers, which this version cannot read yet: a .pt of ddpm-train" in said.stderr
+
+
 NAN = protobuf_field(9, np.array([1, np.nan], np.float32).tobytes()) + protobuf_field(8, b"weight")
 DATA_TYPE = bytes([2 << 3])  # the tag of a number in field 2
 

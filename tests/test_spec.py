@@ -107,5 +107,5 @@ def test_what_is_no_spec_is_refused(text: str | bytes) -> None:
 @pytest.mark.parametrize("version", ["spec_version", "noise_version"])
 def test_a_newer_version_says_so_whatever_else_it_holds(version: str) -> None:
     content = json.loads(tiny_spec().to_json()) | {version: 99, "new_field": {}}
-    with pytest.raises(SpecError, match="newer ddpm-deploy.*pip install -U"):
+    with pytest.raises(SpecError, match="newer ddpm-deploy.*from where this one came"):
         ModelSpec.from_json(json.dumps(content), "x.pt")

@@ -73,8 +73,8 @@ def test_a_missing_nvrtc_is_told_before_minutes_of_building(
     monkeypatch.setattr(tensorrt, "require_gpu", lambda otherwise, index: Gpu("A10", "8.6", 1))
     monkeypatch.setattr(tensorrt, "settings_here", lambda *_: EngineSettings(flavour=flavour))
     monkeypatch.setattr(tensorrt, "built_on_arrival", lambda *_, **settings: built.append(settings))
-    extra = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}[flavour]
-    with pytest.raises(DependencyError, match=rf"NVRTC does not load .*libnvrtc.*ddpm-deploy\[{extra}\]"):
+    brings = {"tensorrt": "'tensorrt-cu13>=10.16'", "tensorrt-rtx": "'tensorrt-rtx>=1.3'"}[flavour]
+    with pytest.raises(DependencyError, match=rf"NVRTC does not load .*libnvrtc.*pip install .*{brings}"):
         load_network(open_model(onnx_path), LoadSettings(device="cuda"), backend="tensorrt")
     assert built == []
     with pytest.raises(DependencyError, match="NVRTC does not load"):

@@ -4,7 +4,7 @@ import importlib
 import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import click
@@ -64,10 +64,12 @@ class Command(click.Command):
         """Run the command."""
 
         def interrupt(number: int, frame: object) -> None:
+            if number == signal.SIGHUP:
+                signal.signal(number, signal.SIG_IGN)  # a terminal that closes may send several
             raise KeyboardInterrupt
 
-        # SIGTERM ends the work as Ctrl-C does, so that no temporary file stays behind.
-        with one_line_errors(ctx.command_path), handled([signal.SIGTERM], interrupt):
+        # SIGTERM and SIGHUP end the work as Ctrl-C does, so that no temporary file stays behind.
+        with one_line_errors(ctx.command_path), handled([signal.SIGTERM, signal.SIGHUP], interrupt):
             return super().invoke(ctx)
 
 
@@ -106,8 +108,9 @@ class _Echo(logging.Handler):
     """Writes messages to standard error as it is at the time, closed or not."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
-        click.echo(self.format(record), err=True)
+        """Write one line, unless the terminal has gone: the work matters more."""
+        with suppress(OSError):
+            click.echo(self.format(record), err=True)
 
 
 def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:

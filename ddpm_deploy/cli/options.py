@@ -122,7 +122,10 @@ BACKEND: Final = Option(
     show_default="by the file and the device",
 )
 THREADS: Final = Option(
-    "--threads", "CPU threads to use.", click.IntRange(1, 1024), show_default="one per core"
+    "--threads",
+    "CPU threads to use.",
+    click.IntRange(1, 1024),
+    show_default="OMP_NUM_THREADS, or the cores it may use",
 )
 WEIGHTS: Final = Option(
     "--weights",

@@ -29,7 +29,7 @@ _OF_ANY_TRAINING = [
         "--workers",
         "Threads that read the images.",
         click.IntRange(1, 256),
-        show_default="one for each core that may be used",
+        show_default="OMP_NUM_THREADS, or the cores it may use",
     ),
     Option(
         "--save-every", "Steps from one checkpoint to the next.", click.IntRange(min=1), show_default="1000"

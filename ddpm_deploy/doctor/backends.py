@@ -20,6 +20,7 @@ from typing import Final, Literal
 
 import numpy as np
 
+from ddpm_deploy.dependencies import ONE_ONNXRUNTIME, pip_install
 from ddpm_deploy.doctor import gaussian
 from ddpm_deploy.engine.bindings import MODULES, load_tensorrt
 from ddpm_deploy.engine.build import EngineSettings, build_engine
@@ -116,7 +117,7 @@ def _both_onnxruntimes(packages: Installed) -> Iterator[Finding]:
             "onnxruntime",
             "broken",
             "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other's files",
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'ddpm-deploy[cpu]'  (or [gpu])",
+            ONE_ONNXRUNTIME,
         )
 
 
@@ -128,7 +129,7 @@ def _driver_too_old(packages: Installed, driver: Driver) -> Iterator[Finding]:
         mend = _UPDATE.format(release)
         if major == 13 and not _older(driver, _OLDEST_CUDA):
             old = " ".join(needs)
-            mend = f"pip uninstall -y {old} && pip install 'ddpm-deploy[gpu-cu12]'  (or {mend})"
+            mend = f"pip uninstall -y {old} && {pip_install('gpu-cu12', 'tensorrt')}  (or {mend})"
         says = f"the driver {driver.version} runs CUDA {driver.cuda} and older, and {needs[0]} is of CUDA {major}"
         yield Finding("driver", "broken", says, mend)
 
@@ -173,7 +174,7 @@ def run_backends(packages: Installed, driver: Driver) -> Iterator[Finding]:
 def _on_onnxruntime(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
     name = "ONNX Runtime, CPU"
     if not {"onnxruntime", "onnxruntime-gpu"} & packages.keys():
-        return Finding(name, "absent", "is not installed", "pip install 'ddpm-deploy[cpu]'")
+        return Finding(name, "absent", "is not installed", pip_install("cpu", "onnxruntime"))
     if both := next(_both_onnxruntimes(packages), None):
         return replace(both, name=name)
     return _chain_finding(name, "pip install --force-reinstall onnxruntime", lambda: load_network(model))
@@ -192,7 +193,7 @@ def _on_onnxruntime_cuda(model: ModelFile, packages: Installed, driver: Driver) 
 
 def _install_for(driver: Driver) -> str:
     """The line that installs what this driver runs."""
-    return f"pip install 'ddpm-deploy[{'gpu-cu12' if _older(driver, _CUDA_13) else 'gpu'}]'"
+    return pip_install("gpu-cu12" if _older(driver, _CUDA_13) else "gpu", "tensorrt")
 
 
 def _on_tensorrt(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
@@ -213,7 +214,7 @@ def _on_tensorrt(model: ModelFile, packages: Installed, driver: Driver) -> Findi
 
 def _on_tensorrt_rtx(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
     """It builds anywhere, and runs on the GPUs that it has a target for."""
-    name, mend = "TensorRT-RTX", "pip install 'ddpm-deploy[rtx]'"
+    name, mend = "TensorRT-RTX", pip_install("rtx", "tensorrt_rtx")
     if problem := _import_problem(name, "tensorrt-rtx", packages, mend):
         return problem
     with tempfile.TemporaryDirectory() as folder:
@@ -231,7 +232,7 @@ def _on_tensorrt_rtx(model: ModelFile, packages: Installed, driver: Driver) -> F
         if capability not in CAPABILITIES:
             says = f"{built}; none for compute capability {capability}, which is this GPU's"
             new = _number(capability) >= _OLDEST_CAPABILITY
-            other = "use TensorRT on this GPU: pip install 'ddpm-deploy[gpu]'" if new else "use ONNX Runtime"
+            other = f"use TensorRT on this GPU: {_install_for(driver)}" if new else "use ONNX Runtime"
             return Finding(name, "builds", says, other)
         return _chain_finding(name, mend, lambda: load_network(plan))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
-from ddpm_deploy.dependencies import require
+from ddpm_deploy.dependencies import pip_install, require
 from ddpm_deploy.errors import BackendError, DependencyError, first_line
 from ddpm_deploy.files import show
 from ddpm_deploy.gpu import Gpu, visible_gpu
@@ -35,7 +35,7 @@ def load_tensorrt(flavour: Flavour) -> Any:
     if version < oldest:
         raise DependencyError(
             f"{module} {getattr(trt, '__version__', '')} is too old or broken, and {oldest[0]}.{oldest[1]} is needed: "
-            f"pip install -U 'ddpm-deploy[{extra}]'"
+            f"{pip_install(extra, module, '-U')}"
         )
     return trt
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_deploy.errors import BackendError, SettingError, first_line
+from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
 from ddpm_deploy.runtime.network import HostNetwork
@@ -19,7 +20,7 @@ class TorchNetwork(HostNetwork):
     """A network in PyTorch eager, in full float32 (no TF32). Its memory is the host's, wherever it computes.
 
     network: in the spec's shape; put into evaluation mode. device: a torch device by name.
-    threads: torch's own, for the whole process (None: as they are).
+    threads: torch's own, for the whole process (None: as they are, and no more than it may use).
     """
 
     def __init__(
@@ -33,8 +34,7 @@ class TorchNetwork(HostNetwork):
     ) -> None:
         self._device = torch_device(device)
         super().__init__(spec, max_batch, place=str(self._device))
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or min(torch.get_num_threads(), cpu_threads()))
         self._network: nn.Module | None = network.to(self._device).eval()
         # The same memory as the arrays.
         self._inputs = [torch.from_numpy(self.memory[tensor.name]) for tensor in spec.inputs]

@@ -45,7 +45,7 @@ class Session:
         self._saved: int | None = None  # the step that the checkpoint is of
 
     def run(self) -> bool:
-        """Train and save. Returns whether the last step was reached: not so after SIGINT or SIGTERM."""
+        """Train and save. Returns whether the last step was reached: not so after SIGINT, SIGTERM or SIGHUP."""
         trainer, settings = self.trainer, self.trainer.settings
         make_folder(self.folder)
         metrics = _Metrics(self.folder, trainer.steps_done)

@@ -19,10 +19,10 @@ from ddpm_deploy.cli.bodies.engine import (
 )
 from ddpm_deploy.cli.bodies.outputs import check_outputs, require_same_model
 from ddpm_deploy.dependencies import require, require_onnxruntime
-from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
+from ddpm_deploy.errors import BackendError, SettingError
 from ddpm_deploy.files import quoted, require_suffix, show
 from ddpm_deploy.gpu import visible_gpu
-from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, ONNX_SUFFIX, ModelFile, open_model
+from ddpm_deploy.model_file import ONNX_SUFFIX, ModelFile, open_model
 from ddpm_deploy.plan import PLAN_SUFFIX
 from ddpm_deploy.runtime.proof import proof_path
 from ddpm_deploy.words import GraphPrecision, Precision, Weights
@@ -44,12 +44,8 @@ def export(
     """Export a checkpoint to ONNX, and build its engine; or build the engine of an .onnx file."""
     if fp16 and precision not in (None, "fp16"):
         raise click.UsageError(f"--fp16 and --precision {precision} exclude each other")
-    if model.suffix.lower() not in (*CHECKPOINT_SUFFIXES, ONNX_SUFFIX):
-        raise ArtefactError(
-            f"{show(model)} is neither a checkpoint nor an ONNX file by its name: a .pt of ddpm-train or an .onnx of "
-            "ddpm-export is needed"
-        )
     opened = open_model(model)
+    opened.require_kind("checkpoint", "onnx")
     wanted = _Wanted(opened, output, "fp16" if fp16 else precision, engine, force, options)
     if opened.kind == "onnx":
         given = {"--weights": weights, "--all": every, "--report": report}

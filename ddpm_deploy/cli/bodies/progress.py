@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -49,7 +49,8 @@ def progress(label: str, length: int) -> Iterator[Advance]:
         def advance(steps: int, note: str | None) -> None:
             nonlocal latest
             latest = note or latest  # click forgets a note when a step comes without one
-            bar.update(steps, latest)
+            with suppress(OSError):  # the terminal may have gone
+                bar.update(steps, latest)
 
         yield advance
 

@@ -1,6 +1,7 @@
 """Comparisons for people and programs: a table, a JSON file, a plot."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -150,6 +151,7 @@ def finite(values: Iterable[float]) -> list[float | None]:
 def require_plotting(path: Path) -> None:
     """Raise an error where `write_plot` could not write its plot: call this before long work."""
     require_suffix(path, "a plot", ".png", ".svg", ".pdf")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where its cache cannot be written
     require("matplotlib", "plot")
 
 

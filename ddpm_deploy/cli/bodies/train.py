@@ -8,11 +8,13 @@ from typing import Any, Final, Literal, TypedDict, Unpack
 
 import click
 import msgspec
+import torch
 
 from ddpm_deploy.cli.bodies.progress import progress, stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import DataError, OutputError, SettingError, SpecError, first_line, plural
 from ddpm_deploy.files import quoted, require_output, require_suffix, show
+from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, open_model
 from ddpm_deploy.schedule import SCHEDULES
 from ddpm_deploy.spec import ModelSpec
@@ -96,6 +98,7 @@ def train(
         skip_broken=skip_broken or None,
     )
     place = torch_device(device)
+    torch.set_num_threads(cpu_threads())
     if resume:
         if typed := sorted(f"--{name.replace('_', '-')}" for name in _typed(**new)):
             raise click.UsageError(

@@ -35,8 +35,8 @@ class LoadSettings:
     """How to load a model.
 
     device: "cpu", "cuda" or "cuda:1"; of torch any of its devices (None: an engine on the GPU, others on the CPU).
-    threads: CPU threads to use (None: one per core). max_batch: rows of the batch (None: the backend's own).
-    weights: of a checkpoint. stages: shows how far the build of an engine is.
+    threads: CPU threads to use (None: as many as this process may). max_batch: rows of the batch (None: the backend's
+    own). weights: of a checkpoint. stages: shows how far the build of an engine is.
     """
 
     device: str | None = None

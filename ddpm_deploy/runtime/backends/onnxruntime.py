@@ -9,6 +9,7 @@ from typing import Any, Final, Self
 
 from ddpm_deploy.dependencies import onnxruntime_has_cuda, require_onnxruntime
 from ddpm_deploy.errors import ArtefactError, BackendError, first_line
+from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
 from ddpm_deploy.runtime.device.cuda import Cuda
@@ -25,7 +26,7 @@ _Side = dict[str, tuple[str, list[Any]]]  # inputs or outputs: type and shape be
 class OrtNetwork:
     """An exported network in ONNX Runtime. Follows `protocols.Network`.
 
-    model: an .onnx file. device: where its memory is. threads: CPU threads to use (None: one per core). max_batch:
+    model: an .onnx file. device: where its memory is. threads: CPU threads to use (None: `cpu_threads`). max_batch:
     rows (None: `default_max_batch`). provider: of ONNX Runtime (None: that of the device).
 
     Raises ArtefactError, SpecError or DependencyError where it cannot be loaded, BackendError where ONNX Runtime fails
@@ -152,7 +153,7 @@ def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it logs, it also raises
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or cpu_threads()
     options.inter_op_num_threads = 1
     # Its threads spin while a network runs, and leave the cores to others between two runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")

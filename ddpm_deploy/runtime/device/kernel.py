@@ -4,9 +4,10 @@ from importlib import resources
 from typing import Any, Final
 
 from ddpm_deploy import exponential, noise
-from ddpm_deploy.dependencies import require
+from ddpm_deploy.dependencies import pip_install, require
 from ddpm_deploy.errors import BackendError, DependencyError, one_line
 
+_NVRTC: Final = "cuda.bindings.nvrtc"
 THREADS: Final = 128  # of a block; each makes four numbers
 OPTIONS: Final = (
     "--fmad=false",
@@ -59,12 +60,12 @@ def compiled(source: str, architecture: str, extra: str = "gpu") -> bytes:
 
 def require_nvrtc(extra: str = "gpu") -> Any:
     """The bindings of NVRTC, whose library loads. Raises DependencyError where either is missing."""
-    nvrtc: Any = require("cuda.bindings.nvrtc", extra)
+    nvrtc: Any = require(_NVRTC, extra)
     try:
         nvrtc.nvrtcVersion()
     except RuntimeError as error:  # the library is looked for at the first call
         raise DependencyError(
-            f"NVRTC does not load ({one_line(error)}): pip install 'ddpm-deploy[{extra}]'"
+            f"NVRTC does not load ({one_line(error)}): {pip_install(extra, _NVRTC)}"
         ) from error
     return nvrtc
 
