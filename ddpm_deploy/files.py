@@ -82,7 +82,8 @@ def require_output(path: Path) -> None:
             raise OutputError(
                 f"the folder {show(folder)} does not exist: create it, or choose another output"
             )
-        _create_beside(path).unlink()
+        with signals_held(lambda: None):  # between the two it would stay
+            _create_beside(path).unlink()
 
 
 def make_folder(path: Path) -> None:
@@ -110,7 +111,7 @@ def atomic_together(*paths: Path) -> Iterator[list[Path]]:
     temporaries: dict[Path, Path] = {}  # of each file that is replaced in the end
     try:
         for path in paths:
-            with _naming(path, (OSError, ValueError)):
+            with _naming(path, (OSError, ValueError)), signals_held(lambda: None):
                 target = Path(os.path.realpath(path))
                 temporaries[target] = _create_beside(target)
         with _naming(paths[0]):

@@ -6,7 +6,7 @@ import pickle
 import signal
 import subprocess
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -206,6 +206,19 @@ def test_an_onnx_file_of_another_maker(tmp_path: Path) -> None:
     )
     with pytest.raises(SpecError, match="carries no ModelSpec"):
         assert open_model(tmp_path / "x.onnx").spec
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("writes", [require_output, lambda path: atomic(path).__enter__()])
+def test_a_signal_while_a_file_is_made_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: Callable[[Path], object]
+) -> None:
+    """It comes when the file is there, and nobody knows yet that it is to be removed."""
+    close = os.close
+    monkeypatch.setattr(os, "close", lambda file: (close(file), signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        writes(tmp_path / "x.npz")
+    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("holds", [["model_index.json"], ["scheduler/s.json", "unet/u.json"]])
