@@ -17,6 +17,7 @@ from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import Checkpoint, require_finite
 from ddpm_deploy.train.data import DIGITS, Dataset, Source, find_images, read_images
 from ddpm_deploy.train.diffusion import require_trainable
+from ddpm_deploy.train.memory import require_memory
 from ddpm_deploy.train.network import torch_device
 from ddpm_deploy.train.session import Session
 from ddpm_deploy.train.settings import PRESETS, Settings
@@ -91,10 +92,12 @@ def train(
                 f"{', '.join(typed)} cannot change on --resume: the checkpoint has its own"
             )
         checkpoint, source = _resumed(resume, changes)
+        require_memory(checkpoint.spec, checkpoint.settings, place, source.count)
         images = _read(checkpoint.settings, source, checkpoint.spec, workers)
         trainer = Trainer.resume(checkpoint, images, place, compiled=compiled)
     else:
         spec, settings, source = _new(changes, new)
+        require_memory(spec, settings, place, source.count)
         images = _read(settings, source, spec, workers)
         trainer = Trainer(spec, settings, images, place, compiled=compiled)
     _run(trainer, target)
