@@ -46,8 +46,8 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(
     assert result.exit_code == 1, (result.output, result.exception)
     (line,) = result.output.splitlines()
     assert re.match(
-        rf"Error: training takes about [\d.]+ GB of memory \([\d.]+ GB of it for a step's .*image.* of 3×{size}×{size}\), "
-        r"and [\d.]+ GB can be used here: ",
+        rf"Error: training takes about [\d.]+ GB of memory \([\d.]+ GB of it for a step's .*image.* of "
+        rf"3×{size}×{size}\), and [\d.]+ GB can be used here: ",
         line,
     ), line
     assert helps in line
