@@ -73,3 +73,11 @@ def _groups(controller: str) -> Iterator[Path]:
             group = root / path.lstrip("/")
             yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
             yield root  # in a container, the path may be that of the host
+
+
+def memory_available() -> int:
+    """Bytes of memory that are free now, or would be for the asking; where the system does not say, `memory_limit`."""
+    with suppress(OSError, StopIteration):
+        lines = _MEMORY.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return memory_limit()

@@ -56,7 +56,7 @@ class OnnxFile:
             return True
         content, says = self._mapped(), self.properties[SEAL_KEY]
         digest = hashlib.sha256(content[: self._seal]).hexdigest().encode()
-        return digest == says and content[self._seal :] == _seal_entry(says)
+        return digest == says and content[self._seal :] == entry(SEAL_KEY, says)
 
     @cached_property
     def meant_float32(self) -> list[str] | None:
@@ -96,11 +96,12 @@ class OnnxFile:
 def seal(path: Path) -> bytes:
     """What to append to an ONNX file so that `OnnxFile.intact` can tell: one more entry of its metadata, its digest."""
     with path.open("rb") as file:
-        return _seal_entry(hashlib.file_digest(file, "sha256").hexdigest().encode())
+        return entry(SEAL_KEY, hashlib.file_digest(file, "sha256").hexdigest().encode())
 
 
-def _seal_entry(digest: bytes) -> bytes:
-    return protobuf_field(14, protobuf_field(1, SEAL_KEY.encode()) + protobuf_field(2, digest))
+def entry(key: str, value: bytes) -> bytes:
+    """What to append to an ONNX file for one more entry of its metadata: of fewer than 2¹⁴ bytes."""
+    return protobuf_field(14, protobuf_field(1, key.encode()) + protobuf_field(2, value))
 
 
 def _is_finite(data_type: memoryview, raw: memoryview) -> bool:

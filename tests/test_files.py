@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -119,7 +120,7 @@ def test_names_are_shown_on_one_line(tmp_path: Path) -> None:
 
 def test_spec_of_a_checkpoint_and_of_its_export(checkpoint_path: Path, onnx_path: Path) -> None:
     spec = open_model(checkpoint_path).spec
-    assert spec == open_model(onnx_path).spec
+    assert open_model(onnx_path).spec == msgspec.structs.replace(spec, same_bits=True)
     assert spec.provenance.step == 40
     assert spec.provenance.data == ""
     assert spec.image_shape == (1, 8, 8)

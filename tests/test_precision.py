@@ -1,5 +1,6 @@
 """Reduced precision: the oracle, what it keeps in float32, and the graph that comes of it."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -7,7 +8,9 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from ddpm_deploy.cli import main as ddpm_deploy
 from ddpm_deploy.errors import ParityError
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.onnx_file import OnnxFile
@@ -29,7 +32,7 @@ from ddpm_deploy.export.precision import (  # noqa: E402
     standing_islands,
     unsafe,
 )
-from ddpm_deploy.train.checkpoint import load_network  # noqa: E402
+from ddpm_deploy.train.checkpoint import Checkpoint, load_network  # noqa: E402
 from ddpm_deploy.train.network import TorchNetwork  # noqa: E402
 from ddpm_deploy.train.unet import Conv2d, UNet  # noqa: E402
 
@@ -281,5 +284,35 @@ def test_a_network_of_which_nothing_fits_is_refused() -> None:
     with torch.no_grad():
         for convolution in (network.first, network.body[0], network.body[2], network.last):
             convolution.bias.fill_(6e4)
-    with pytest.raises(ParityError, match=r"nothing of this network fits fp16: .*, so export it in fp32$"):
+    wanted = r"nothing of this network fits fp16: all .*; export it in fp32, or in tf32 or bf16 for an engine"
+    with pytest.raises(ParityError, match=wanted):
+        calibrate(network, recorded(network, spec), "fp16")
+
+
+def test_a_checkpoint_of_which_nothing_fits_is_refused_before_anything_is_written(
+    checkpoint_path: Path, tmp_path: Path
+) -> None:
+    whole = Checkpoint.load(open_model(checkpoint_path))
+    average = {name: tensor.clone() for name, tensor in whole.ema.items()}
+    for name, tensor in average.items():
+        if tensor.ndim == 4 and "conv_" not in name:
+            average[f"{name.removesuffix('weight')}bias"][0] = 2e4  # past a quarter of what fp16 holds
+    spec = msgspec.structs.replace(whole.spec, timesteps=60)
+    dataclasses.replace(whole, spec=spec, ema=average).save(tmp_path / "m.pt")
+    result = CliRunner().invoke(ddpm_deploy, ["export", str(tmp_path / "m.pt"), "--fp16"])
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert result.stderr.splitlines()[-1] == (
+        "Error: nothing of this network fits fp16: all its convolutions must stay in float32; export it in fp32, or in "
+        "tf32 or bf16 for an engine (--precision)"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_a_network_without_convolutions_is_refused() -> None:
+    class Flat(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, x: Any, temb: Any) -> Any:
+            return x * temb.mean()
+
+    network, spec = Flat().eval(), tiny_spec(network=None, timesteps=60)
+    with pytest.raises(ParityError, match="fits fp16: it has no convolutions; export it in fp32"):
         calibrate(network, recorded(network, spec), "fp16")

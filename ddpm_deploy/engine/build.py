@@ -170,7 +170,8 @@ def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> Mode
         gpu = found.gpus[0]
         only = () if settings.hardware_compatible else (gpu.capability,)
         engine = msgspec.structs.replace(engine, capabilities=only, gpu=gpu.name, driver=found.version)
-    return msgspec.structs.replace(spec, engine=engine, precision="tf32" if settings.tf32 else spec.precision)
+    precision = "tf32" if settings.tf32 else spec.precision
+    return msgspec.structs.replace(spec, engine=engine, precision=precision, same_bits=None)
 
 
 def _parse(trt: Any, network: Any, onnx: ModelFile, log: Log) -> None:

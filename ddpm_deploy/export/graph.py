@@ -18,10 +18,11 @@ from torch import nn
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ArtefactError, BackendError, ParityError
+from ddpm_deploy.export.bits import same_bits
 from ddpm_deploy.export.precision import Calibration, calibrate, reduce, widened
 from ddpm_deploy.files import atomic_together, require_output, show
 from ddpm_deploy.model_file import open_model
-from ddpm_deploy.onnx_file import seal
+from ddpm_deploy.onnx_file import entry, seal
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, spot_check
 from ddpm_deploy.runtime.proof import as_proof, proof_path, write_proof
@@ -31,7 +32,7 @@ from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.words import GraphPrecision
 
 _CHECKED_BATCHES: Final = (1, 3)
-_LARGEST_FILE: Final = 2**31 - 1  # what one protobuf holds
+_LARGEST_FILE: Final = 2**31 - 2**13  # what one protobuf holds, but for the spec and the seal
 
 # How long a chain the reference runs is decided by its size, not by a clock, so that the same network gives
 # the same file and the same proof everywhere.
@@ -45,11 +46,13 @@ _PROOF_STEPS: Final = 100  # of the chains, where they are not for calibration
 class Export:
     """How a file was checked.
 
-    comparison: with the recorded chains of the reference. calibration: of a reduced precision.
+    comparison: with the recorded chains of the reference. calibration: of a reduced precision. same_bits: as in the
+    file's spec.
     """
 
     comparison: Comparison
     calibration: Calibration | None
+    same_bits: bool | None
 
 
 def export_onnx(
@@ -69,8 +72,9 @@ def export_onnx(
         far it is.
 
     The file gets its name, and its proof beside it, once it has passed the ONNX checker and agrees with
-    the network in ONNX Runtime. Raises ParityError where it does not, ArtefactError where the network is
-    too large for one file, OutputError where a file cannot be written.
+    the network in ONNX Runtime; its spec says whether bits hold there (`bits.same_bits`). Raises
+    ParityError where it does not agree, ArtefactError where the network is too large for one file,
+    OutputError where a file cannot be written.
     """
     onnx = require("onnx", "export")
     require("onnxscript", "export")
@@ -84,19 +88,18 @@ def export_onnx(
         spec = msgspec.structs.replace(spec, precision=precision)
     proof = as_proof(trajectory)
     model = trace(reduced, spec)
-    describe(model, spec)
     if model.ByteSize() > _LARGEST_FILE:
         raise ArtefactError("the network is over 2 GiB, more than one ONNX file holds: try --fp16")
     with atomic_together(path, proof_path(path)) as (temporary, proof_file):
         write_proof(proof, proof_file)
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, temporary)
-        end = seal(temporary)
-        with temporary.open("ab") as file:
-            file.write(end)
         del model, reduced
         comparison = _require_parity(network, proof, spec, temporary, path, stages)
-    return Export(comparison, calibration)
+        # Nobody runs bfloat16 on a CPU.
+        bits = None if precision == "bf16" else same_bits(open_model(temporary, spec), stages=stages)
+        describe(temporary, msgspec.structs.replace(spec, same_bits=bits))
+    return Export(comparison, calibration, bits)
 
 
 def _record(network: nn.Module, spec: ModelSpec, calibrates: bool, every: bool, stages: Stages) -> Trajectory:
@@ -124,11 +127,14 @@ def _record(network: nn.Module, spec: ModelSpec, calibrates: bool, every: bool, 
     return trajectory
 
 
-def describe(model: Any, spec: ModelSpec) -> None:
-    """Add to an onnx.ModelProto what it says of itself: its spec and, of a reduced precision, what is in float32."""
-    model.metadata_props.add(key=SPEC_KEY, value=spec.to_json())
-    if spec.precision != "fp32":
-        model.metadata_props.add(key=ISLANDS_KEY, value=json.dumps(_float32_products(model)))
+def describe(path: Path, spec: ModelSpec) -> None:
+    """Append to an ONNX file its spec, and then the seal of it all."""
+    said = entry(SPEC_KEY, spec.to_json().encode())
+    with path.open("ab") as file:
+        file.write(said)
+    end = seal(path)
+    with path.open("ab") as file:
+        file.write(end)
 
 
 def _float32_products(model: Any) -> list[str]:
@@ -143,7 +149,8 @@ def _float32_products(model: Any) -> list[str]:
 def trace(network: nn.Module, spec: ModelSpec) -> Any:
     """The network as an onnx.ModelProto, without what the exporter tells of the machine it ran on.
 
-    What has a weight is named as in the network, so that an engine's layers are.
+    What has a weight is named as in the network, so that an engine's layers are. One of a reduced precision says
+    what is in float32.
     """
     batch = torch.export.Dim("batch", min=1)
     example = {
@@ -173,6 +180,8 @@ def trace(network: nn.Module, spec: ModelSpec) -> Any:
         if node.op_type in ("Conv", "Gemm") and weights:
             node.name = weights[0].removesuffix(".weight")
     model.graph.name = "ddpm-deploy"
+    if spec.precision != "fp32":
+        model.metadata_props.add(key=ISLANDS_KEY, value=json.dumps(_float32_products(model)))
     return model
 
 

@@ -125,10 +125,8 @@ def calibrate(
     largest = max(trajectory.count, default_max_batch(trajectory.spec))
     for _ in range(_ATTEMPTS):
         if islands.keys() >= set(convolutions):
-            raise ParityError(
-                f"nothing of this network fits {precision}: all its convolutions must stay in float32, so export it "
-                "in fp32"
-            )
+            why = "all its convolutions must stay in float32" if convolutions else "it has no convolutions"
+            raise ParityError(f"nothing of this network fits {precision}: {why}; {_instead(precision)}")
         oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=largest)
         with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
             steps = teacher_forced(trajectory, oracle, progress)
@@ -139,7 +137,7 @@ def calibrate(
             if not most.within:
                 raise ParityError(
                     f"hardware that rounds to {precision} would be off by {most.relative_rms:.1e} of the prediction's "
-                    f"RMS at t = {most.timestep}, and {most.limit:.0e} is allowed: export this network in FP32"
+                    f"RMS at t = {most.timestep}, and {most.limit:.0e} is allowed: {_instead(precision)}"
                 )
             return Calibration(precision, islands, len(convolutions), ranges, steps)
         if found.keys() <= islands.keys():
@@ -147,8 +145,14 @@ def calibrate(
         islands = found | islands
     raise ParityError(
         f"the network does not fit {precision}: tensors overflow it with "
-        f"{plural(len(islands), 'convolution')} in float32 already"
+        f"{plural(len(islands), 'convolution')} in float32 already; {_instead(precision)}"
     )
+
+
+def _instead(precision: GraphPrecision) -> str:
+    """What to do with a network that a precision is not for."""
+    engines = "tf32 or bf16" if precision == "fp16" else "tf32"
+    return f"export it in fp32, or in {engines} for an engine (--precision)"
 
 
 def unsafe(ranges: dict[str, Range], network: nn.Module, dtype: torch.dtype) -> dict[str, str]:

@@ -42,9 +42,10 @@ class Sampler:
         with Sampler.load("model.onnx") as sampler:
             images = sampler.sample(16, seed=0)  # float32 (16, C, H, W) in [-1, 1]
 
-    The noise of a sample depends on its seed and index alone, so the same image comes out whatever
-    batch, process or machine draws it. A Sampler serves one call at a time: another thread's call
-    during one raises OwnershipError.
+    The noise of a sample depends on its seed and index alone, so the same image comes out whatever batch,
+    process or machine draws it. Its bits are the same too, on one machine and ONNX Runtime version, whatever
+    the batch, its place there or the number of threads, where `spec.same_bits` is True: the export found it so.
+    A Sampler serves one call at a time: another thread's call during one raises OwnershipError.
     """
 
     def __init__(self, network: Network) -> None:

@@ -20,6 +20,8 @@ from ddpm_deploy.words import Weights
 
 FORMAT: Final = 1
 
+_WRAPPER: Final = "module."  # what torch.nn.DataParallel puts before every name
+
 StateDict = dict[str, Tensor]
 
 
@@ -91,10 +93,10 @@ class Checkpoint:
             raise ValueError("its step is not a number")
         if settings.labels != bool(spec.num_classes) or bool(settings.label_dropout) != spec.null_class:
             raise ValueError("its settings and its ModelSpec differ on the labels")
-        for kind in ("ema", "raw"):
-            network = build_network(spec, content[kind])
-        _require_sound(content["optimizer"], network)
-        return cls(spec, content["ema"], content["raw"], content["optimizer"], content["step"], settings)
+        average, raw = (_without_wrapper(content[kind]) for kind in ("ema", "raw"))
+        build_network(spec, average)
+        _require_sound(content["optimizer"], build_network(spec, raw))
+        return cls(spec, average, raw, content["optimizer"], content["step"], settings)
 
 
 def _require_intact(path: Path) -> None:
@@ -105,6 +107,31 @@ def _require_intact(path: Path) -> None:
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f"{damaged} is damaged")
+
+
+def _without_wrapper(state: StateDict) -> StateDict:
+    """The weights by their names in the network, also where torch.nn.DataParallel was around it."""
+    if not all(name.startswith(_WRAPPER) for name in state):
+        return state
+    return {name.removeprefix(_WRAPPER): tensor for name, tensor in state.items()}
+
+
+def _require_fit(state: StateDict, network: UNet) -> None:
+    """Raise ValueError unless the weights are those of the network, by name and shape."""
+    wanted = network.state_dict()
+    strays = [
+        f"{show(names[0])} is {what}" + (f" (and {len(names) - 1} more)" if names[1:] else "")
+        for what, names in (
+            ("missing", [name for name in wanted if name not in state]),
+            ("not of the network", [name for name in state if name not in wanted]),
+        )
+        if names
+    ]
+    if strays:
+        raise ValueError(", ".join(strays))
+    for name, tensor in wanted.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(state[name].shape)}, and {tuple(tensor.shape)} is needed")
 
 
 def _require_sound(optimizer: dict[str, Any], network: UNet) -> None:
@@ -140,10 +167,11 @@ def new_network(spec: ModelSpec) -> UNet:
 def build_network(spec: ModelSpec, state: StateDict) -> UNet:
     """The network of a spec with the given weights, which it shares.
 
-    Raises an error of torch's, TypeError or ValueError where they do not fit it.
+    Raises ValueError where they do not fit it.
     """
     with torch.device("meta"):  # allocates nothing, whatever size the spec claims
         network = new_network(spec)
+    _require_fit(state, network)
     network.load_state_dict(state, assign=True)
     for name, tensor in state.items():
         _require_dense(name, tensor)

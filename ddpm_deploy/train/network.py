@@ -1,5 +1,6 @@
 """PyTorch as a network of the runtime's: the parity reference."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
@@ -82,8 +83,13 @@ def torch_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device {name!r} cannot be used: {first_line(error)}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()  # it knows the names of many that it cannot compute on
+    except Exception as error:  # each kind of device fails in its own way
+        # Of a GPU there may be something to learn; what PyTorch says of others is long, and about itself.
+        why = f" ({first_line(error).partition('. ')[0]})" if name.startswith("cuda") else ""
+        choose = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise SettingError(f"PyTorch cannot use device {name!r} here{why}: choose {choose}") from error
     return device

@@ -16,7 +16,7 @@ from ddpm_deploy.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 LONGEST: Final = 60.0  # seconds of a picture
-_IMAGES: Final = 16
+IMAGES: Final = 16
 _STEPS: Final = 100
 
 
@@ -62,12 +62,12 @@ class Pictures:
                 _about(one),
             )
             return 0
-        images, takes = _IMAGES, self._seconds(_IMAGES)
+        images, takes = IMAGES, self._seconds(IMAGES)
         whole = takes
         while images > 1 and takes > LONGEST:
             images = max(1, min(images - 1, int(images * LONGEST / takes)))
             takes = self._seconds(images)
-        fewer = f": with {_IMAGES} it would take {_about(whole)}" if images < _IMAGES else ""
+        fewer = f": with {IMAGES} it would take {_about(whole)}" if images < IMAGES else ""
         count, time = plural(images, "image"), _about(takes)
         logger.info("each picture of samples has %s and takes about %s%s", count, time, fewer)
         return images

@@ -87,8 +87,11 @@ class Attention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=1)  # (B, heads, head, HW)
         q = q * head**-0.5
         weights = torch.softmax((q.transpose(2, 3) @ k).float(), dim=3).to(v.dtype)  # (B, heads, HW, HW)
-        h = v @ weights.transpose(2, 3)  # (B, heads, head, HW)
-        h = self.out(h.reshape(-1, channels, height, width))
+        # A product that is no wider than tall: ONNX Runtime splits others among its threads along their columns, and
+        # sums in another order then, so that an image would depend on the batch and the number of threads.
+        tall = height * width >= head
+        h = (weights @ v.transpose(2, 3)).transpose(2, 3) if tall else v @ weights.transpose(2, 3)
+        h = self.out(h.reshape(-1, channels, height, width))  # from (B, heads, head, HW)
         result: Tensor = (x + h).to(h.dtype)
         return result
 

@@ -53,6 +53,12 @@ def _tell(export: Export, checkpoint: Path, output: Path, spec: ModelSpec) -> No
         f"checked against PyTorch in ONNX Runtime: error at most {worst.relative_rms:.1e} of the prediction's RMS "
         f"(t = {worst.timestep}), images {psnr:.0f} dB"
     )
+    if export.same_bits is not None:
+        click.echo(
+            "an image has the same bits in every batch and with any number of threads of ONNX Runtime on this CPU"
+            if export.same_bits
+            else "an image may differ in its last bits from one batch size or number of threads to another"
+        )
     if export.calibration:
         _tell_calibration(export.calibration)
     if precision == "bf16":
@@ -91,6 +97,7 @@ def _write_report(export: Export, path: Path) -> None:
         "within_tolerance": export.comparison.within,
         "onnxruntime": predictions_json(export.comparison.steps),
         "psnr": finite(export.comparison.psnr),
+        "same_bits": export.same_bits,
     }
     if found:
         content |= {

@@ -20,7 +20,9 @@ from ddpm_deploy.schedule import SCHEDULES
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import Checkpoint, require_finite
 from ddpm_deploy.train.data import DIGITS, Dataset, Range, Source, find_images, read_images
+from ddpm_deploy.train.data.scale import pixel_type
 from ddpm_deploy.train.diffusion import require_trainable
+from ddpm_deploy.train.memory import require_memory
 from ddpm_deploy.train.network import torch_device
 from ddpm_deploy.train.session import Session
 from ddpm_deploy.train.settings import PRESETS, Preset, Settings
@@ -106,10 +108,12 @@ def train(
             )
         checkpoint, source = _resumed(resume, changes)
         spec = checkpoint.spec
+        require_memory(spec, checkpoint.settings, place, _size(source, spec, spec.data_range))
         images = _read(checkpoint.settings, source, spec, spec.data_range, workers)
         trainer = Trainer.resume(checkpoint, images, place, compiled=compiled)
     else:
         spec, settings, source = _new(data or "", changes, new)
+        require_memory(spec, settings, place, _size(source, spec, new["data_range"]))
         images = _read(settings, source, spec, new["data_range"], workers)
         spec = msgspec.structs.replace(spec, data_range=images.data_range)
         trainer = Trainer(spec, settings, images, place, compiled=compiled)
@@ -221,6 +225,11 @@ def _with_classes(spec: ModelSpec, source: Source, *, null_class: bool) -> Model
             "the model has numbers for its classes, as their names do not fit into it: %s", first_line(error)
         )
         return spec
+
+
+def _size(source: Source, spec: ModelSpec, data_range: Range | None) -> int:
+    """Bytes of the images in memory."""
+    return source.count * math.prod(spec.image_shape) * pixel_type(source.depths(), data_range).itemsize
 
 
 def _read(

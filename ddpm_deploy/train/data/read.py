@@ -17,7 +17,7 @@ from ddpm_deploy.machine import cpu_threads, memory_limit
 from ddpm_deploy.runtime.protocols import Labels
 from ddpm_deploy.stages import Progress, no_progress
 from ddpm_deploy.train.data.pixels import Seen, Size, fit
-from ddpm_deploy.train.data.scale import found_range, is_deep, rescale, tell_use
+from ddpm_deploy.train.data.scale import found_range, pixel_type, rescale, tell_use
 from ddpm_deploy.train.data.source import EIGHT_BITS, Dataset, Range, Source
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,11 @@ def read_images(
     """
     source.require_channels(channels)
     depths = source.depths()
-    deep = is_deep(depths, data_range)
-    shape, dtype = (source.count, channels, *size), np.float32 if deep else np.uint8
-    _require_memory(math.prod(shape) * np.dtype(dtype).itemsize)
+    shape, dtype = (source.count, channels, *size), pixel_type(depths, data_range)
+    deep = dtype == np.float32
+    if not deep and "16 bits" in depths:
+        logger.info("there are images of 8 and of 16 bits: of the latter, the top 8 bits are used")
+    _require_memory(math.prod(shape) * dtype.itemsize)
     images = np.empty(shape, dtype)
     seen: list[Seen | None] = [None] * source.count
     broken: list[tuple[int, Exception]] = []

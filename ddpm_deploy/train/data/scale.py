@@ -1,7 +1,7 @@
 """One scale for all images of a data set: which values become -1 and 1."""
 
 import logging
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,22 +19,20 @@ _LOOKED_AT: Final = 1 << 20  # values, to find outliers
 _BLOCK: Final = 64  # images
 
 
-def is_deep(depths: frozenset[Depth], given: Range | None) -> bool:
-    """Whether images are kept as float32; else they are uint8, from 0 to 255.
+def pixel_type(depths: frozenset[Depth], given: Range | None) -> np.dtype[Any]:
+    """What images are kept as: uint8, from 0 to 255, or float32, which keeps all bits that there are.
 
     given: the range of the data, if it was said. Raises DataError where images of these kinds have no common scale.
     """
     eight_bits = "8 bits" in depths and depths <= {"8 bits", "16 bits"}
     if given is not None:
-        return not (eight_bits and given == EIGHT_BITS)
+        return np.dtype(np.uint8 if eight_bits and given == EIGHT_BITS else np.float32)
     if len(depths) > 1 and not eight_bits and depths != {"16 bits", "32 bits"}:
         raise DataError(
             f"there are images of {' and of '.join(sorted(depths))}, which have no scale in common: keep them apart, "
             "or say which values are the darkest and the brightest with --data-range LO HI"
         )
-    if len(depths) > 1 and eight_bits:
-        logger.info("there are images of 8 and of 16 bits: of the latter, the top 8 bits are used")
-    return not eight_bits
+    return np.dtype(np.uint8 if eight_bits else np.float32)
 
 
 def found_range(lowest: float, highest: float, depths: frozenset[Depth]) -> Range:
