@@ -10,6 +10,7 @@ from typing import Final
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _MEMBERSHIP: Final = Path("/proc/self/cgroup")
+_MEMORY: Final = Path("/proc/meminfo")
 _CPUS: Final = Path("/sys/devices/system/cpu")
 
 
