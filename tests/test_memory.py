@@ -72,7 +72,7 @@ def test_the_estimate_is_near_what_is_used(tmp_path: Path) -> None:
         "from ddpm_deploy.cli import main\n"
         "from ddpm_deploy.train import memory\n"
         "from ddpm_deploy.train.settings import PRESETS\n"
-        "spec = PRESETS['small'].spec('x', 3, 64)\n"
+        "spec = PRESETS['small'].spec('x', 3, (64, 64))\n"
         "settings = PRESETS['small'].settings('x', batch_size=8, sample_every=0)\n"
         "print('told', memory.estimate(spec, settings, torch.device('cpu'), 8).total)\n"
         f"main({words!r}, standalone_mode=False)\n"
