@@ -19,7 +19,7 @@ from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, open_model
 from ddpm_deploy.schedule import SCHEDULES
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.checkpoint import Checkpoint, require_finite
-from ddpm_deploy.train.data import DIGITS, Dataset, Range, Source, find_images, read_images
+from ddpm_deploy.train.data import DIGITS, DataRange, Dataset, Source, find_images, read_images
 from ddpm_deploy.train.data.scale import pixel_type
 from ddpm_deploy.train.diffusion import require_trainable
 from ddpm_deploy.train.memory import require_memory
@@ -227,13 +227,13 @@ def _with_classes(spec: ModelSpec, source: Source, *, null_class: bool) -> Model
         return spec
 
 
-def _size(source: Source, spec: ModelSpec, data_range: Range | None) -> int:
+def _size(source: Source, spec: ModelSpec, data_range: DataRange | None) -> int:
     """Bytes of the images in memory."""
     return source.count * math.prod(spec.image_shape) * pixel_type(source.depths(), data_range).itemsize
 
 
 def _read(
-    settings: Settings, source: Source, spec: ModelSpec, data_range: Range | None, workers: int | None
+    settings: Settings, source: Source, spec: ModelSpec, data_range: DataRange | None, workers: int | None
 ) -> Dataset:
     """Read the images, and tell how many there are."""
     channels, height, width = spec.image_shape

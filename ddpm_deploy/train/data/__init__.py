@@ -2,6 +2,6 @@
 
 from ddpm_deploy.train.data.find import find_images
 from ddpm_deploy.train.data.read import read_images
-from ddpm_deploy.train.data.source import DIGITS, Dataset, Range, Source
+from ddpm_deploy.train.data.source import DIGITS, DataRange, Dataset, Source
 
-__all__ = ["DIGITS", "Dataset", "Range", "Source", "find_images", "read_images"]
+__all__ = ["DIGITS", "DataRange", "Dataset", "Source", "find_images", "read_images"]

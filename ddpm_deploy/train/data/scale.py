@@ -4,22 +4,22 @@ import logging
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddpm_deploy.errors import DataError
-from ddpm_deploy.runtime.images import Pixels
 from ddpm_deploy.runtime.protocols import Array
-from ddpm_deploy.train.data.source import EIGHT_BITS, Depth, Range
+from ddpm_deploy.train.data.source import EIGHT_BITS, DataRange, Depth
 
 logger = logging.getLogger(__name__)
 
-_UNITS: Final[tuple[Range, ...]] = ((0.0, 1.0), (-1.0, 1.0))  # that floats usually have
+_UNITS: Final[tuple[DataRange, ...]] = ((0.0, 1.0), (-1.0, 1.0))  # that floats usually have
 _HARDLY: Final = 1 / 8  # of the range
 _OUTLIERS: Final = 0.1  # percent of the values at either end
 _LOOKED_AT: Final = 1 << 20  # values, to find outliers
 _BLOCK: Final = 64  # images
 
 
-def pixel_type(depths: frozenset[Depth], given: Range | None) -> np.dtype[Any]:
+def pixel_type(depths: frozenset[Depth], given: DataRange | None) -> np.dtype[Any]:
     """What images are kept as: uint8, from 0 to 255, or float32, which keeps all bits that there are.
 
     given: the range of the data, if it was said. Raises DataError where images of these kinds have no common scale.
@@ -35,7 +35,26 @@ def pixel_type(depths: frozenset[Depth], given: Range | None) -> np.dtype[Any]:
     return np.dtype(np.uint8 if eight_bits else np.float32)
 
 
-def found_range(lowest: float, highest: float, depths: frozenset[Depth]) -> Range:
+def scale(
+    images: NDArray[Any], ends: DataRange, depths: frozenset[Depth], given: DataRange | None
+) -> DataRange:
+    """Bring images of more than 8 bits to [-1, 1], in place, and tell how. Returns the values that -1 and 1 stand for.
+
+    images: as `pixel_type` says, in the data's own units. ends: the smallest and the largest value of all of them.
+    given: the range of the data, if it was said.
+    """
+    if images.dtype == np.uint8:
+        _tell_use(images, ends, EIGHT_BITS)
+        return EIGHT_BITS
+    chosen = given or _found_range(*ends, depths)
+    other = "" if given else ": --data-range sets another"
+    logger.info("values from %g to %g become -1 to 1, by one scale for all images%s", *chosen, other)
+    _tell_use(images, ends, chosen)
+    _rescale(images, chosen)
+    return chosen
+
+
+def _found_range(lowest: float, highest: float, depths: frozenset[Depth]) -> DataRange:
     """The range of data with more than 8 bits, by the smallest and the largest value of all images.
 
     Floats that stay in [0, 1] or [-1, 1] have that range, and others the values that occur. Whole numbers begin at 0,
@@ -56,7 +75,7 @@ def found_range(lowest: float, highest: float, depths: frozenset[Depth]) -> Rang
     return found
 
 
-def rescale(images: Array, data_range: Range) -> None:
+def _rescale(images: Array, data_range: DataRange) -> None:
     """From the data's own units to [-1, 1], in place; what is outside is clipped."""
     lowest, highest = data_range
     for first in range(0, len(images), _BLOCK):
@@ -67,9 +86,9 @@ def rescale(images: Array, data_range: Range) -> None:
         np.clip(block, -1, 1, out=block)
 
 
-def tell_use(images: Pixels | Array, lowest: float, highest: float, data_range: Range) -> None:
+def _tell_use(images: NDArray[Any], ends: DataRange, data_range: DataRange) -> None:
     """Warn where images, in the data's own units, leave their range, or hardly use it: all dark, or all alike."""
-    low, high = data_range
+    (lowest, highest), (low, high) = ends, data_range
     if lowest < low or highest > high:
         share = 100 * np.mean([((block < low) | (block > high)).mean() for block in images])
         logger.warning("%.2g %% of the values are outside %g to %g, and clipped to it", share, low, high)
@@ -86,10 +105,10 @@ def tell_use(images: Pixels | Array, lowest: float, highest: float, data_range: 
         )
     elif images.dtype == np.float32:
         some = images.ravel()[:: max(1, images.size // _LOOKED_AT)]
-        ends = np.percentile(some, [_OUTLIERS, 100 - _OUTLIERS]).tolist()
-        if ends[1] - ends[0] < _HARDLY * (high - low):
+        most = np.percentile(some, [_OUTLIERS, 100 - _OUTLIERS]).tolist()
+        if most[1] - most[0] < _HARDLY * (high - low):
             logger.warning(
                 "nearly all values are from %g to %g, a small part of %g to %g: if the others mean nothing, pass "
                 "--data-range %g %g",
-                *(*ends, low, high, *ends),
+                *(*most, low, high, *most),
             )

@@ -16,8 +16,8 @@ from ddpm_deploy.runtime.protocols import Labels
 DIGITS: Final = "digits"  # the word for those that scikit-learn ships
 MOST_CHANNELS: Final = 16  # of an array
 
-Range = tuple[float, float]  # the values that -1 and 1 stand for
-EIGHT_BITS: Final[Range] = (0.0, 255.0)
+DataRange = tuple[float, float]  # the values that -1 and 1 stand for
+EIGHT_BITS: Final[DataRange] = (0.0, 255.0)
 # What holds the numbers of an image; "bool" is of arrays alone.
 Depth = Literal["8 bits", "16 bits", "32 bits", "floats", "bool"]
 
@@ -66,7 +66,7 @@ class Dataset:
 
     images: NDArray[Any]
     labels: Labels | None = None
-    data_range: Range = EIGHT_BITS
+    data_range: DataRange = EIGHT_BITS
 
     def digest(self) -> str:
         """SHA-256 of the images and labels."""
