@@ -104,4 +104,4 @@ def test_a_training_that_needs_what_others_have_now_is_warned_of(
     small = PRESETS["small"]
     monkeypatch.setattr("ddpm_deploy.train.memory.memory_available", lambda: 1_000_000)
     require_memory(small.spec("x", 3, (32, 32)), small.settings("x", batch_size=2), CPU, 8)
-    assert re.search(r"training takes about 0\.\d GB of memory .*, and 0\.0 GB is free now", caplog.text)
+    assert re.search(r"training takes about .* .B of memory .*, and 1 MB is free now", caplog.text)
