@@ -5,6 +5,7 @@ The same text is in the checkpoint (an entry), in the ONNX file (a metadata prop
 """
 
 import math
+import unicodedata
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -307,6 +308,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         if not self.num_classes:
             raise SettingError("this model is unconditional: it takes no label")
         if isinstance(of, str):
+            of = unicodedata.normalize("NFC", of)  # as the names of the classes are
             if of in self.class_names:
                 return self.class_names.index(of)
             if of == "none" and self.null_class:

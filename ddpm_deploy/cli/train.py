@@ -40,6 +40,11 @@ _OF_ANY_TRAINING = [
         click.IntRange(min=0),
         show_default="1000",
     ),
+    Option(
+        "--array",
+        "The array of an .npz that the images are, as x_train.",
+        show_default="images, arr_0, or the only one",
+    ),
     flag("--skip-broken", "Leave out images that cannot be read, and name them."),
     options.as_json("what was trained"),
     options.force("an output that exists"),
@@ -63,11 +68,6 @@ _OF_A_NEW_TRAINING = [
         "Colours of the images; rgba keeps transparency, which is else laid on white.",
         click.Choice(["grey", "rgb", "rgba"]),
         show_default="the preset's, or the images' own",
-    ),
-    Option(
-        "--array",
-        "The array of an .npz that the images are, as x_train.",
-        show_default="images, arr_0, or the only one",
     ),
     Option(
         "--data-range",

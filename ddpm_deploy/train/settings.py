@@ -18,7 +18,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Settings of a training run; a checkpoint carries them, so that resuming needs none of them again.
 
     data: what was trained on: the absolute path, or the word "digits". array: the name of the images' array in an
-    .npz; empty where it needed none. data_digest: SHA-256 of the images as they were read; empty if not known.
+    .npz; empty where it needed none. data_range: the images' darkest and brightest value, where that was said.
+    data_digest: SHA-256 of the images as they were read; empty if not known.
     skip_broken: whether unreadable images were left out.
     loss: what is minimised, see `train.diffusion`.
     steps: where training ends. learning_rate: its peak, reached after `warmup_steps`; from there it
@@ -33,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     data: str
     array: str = ""
+    data_range: tuple[float, float] | None = None
     data_digest: str = ""
     skip_broken: bool = False
     loss: Loss = "simple"

@@ -41,7 +41,6 @@ class NewTraining(TypedDict):
     preset: PresetName | None
     image_size: tuple[int, int] | None
     channels: Literal["grey", "rgb", "rgba"] | None
-    array: str | None
     data_range: tuple[float, float] | None
     batch_size: int | None
     learning_rate: float | None
@@ -61,7 +60,6 @@ _OF_THE_NETWORK: Final = {
     "preset",
     "image_size",
     "channels",
-    "data_range",
     "prediction",
     "variance",
     "schedule",
@@ -79,6 +77,7 @@ def train(
     workers: int | None,
     save_every: int | None,
     sample_every: int | None,
+    array: str | None,
     skip_broken: bool,
     as_json: bool,
     force: bool,
@@ -89,11 +88,12 @@ def train(
         raise click.UsageError(
             "DATA is missing: a folder or a .zip of images, an .npy, .npz or idx file, or the word digits"
         )
-    if data == "-":
+    if data in ("", "-"):
         raise click.UsageError("DATA is read from files, and not from standard input: name them")
     target = _checked_output(output, resume, force)
     changes = _typed(
         data=_lasting(data),
+        array="" if data and array is None else array,  # other data have other arrays
         steps=steps,
         save_every=save_every,
         sample_every=sample_every,
@@ -108,13 +108,13 @@ def train(
             )
         checkpoint, source = _resumed(resume, changes)
         spec = checkpoint.spec
-        require_memory(spec, checkpoint.settings, place, _size(source, spec, spec.data_range))
+        require_memory(spec, checkpoint.settings, place, _size(source, spec, checkpoint.settings))
         images = _read(checkpoint.settings, source, spec, spec.data_range, workers)
         trainer = Trainer.resume(checkpoint, images, place, compiled=compiled)
     else:
         spec, settings, source = _new(data or "", changes, new)
-        require_memory(spec, settings, place, _size(source, spec, new["data_range"]))
-        images = _read(settings, source, spec, new["data_range"], workers)
+        require_memory(spec, settings, place, _size(source, spec, settings))
+        images = _read(settings, source, spec, None, workers)
         spec = msgspec.structs.replace(spec, data_range=images.data_range)
         trainer = Trainer(spec, settings, images, place, compiled=compiled)
     _run(trainer, target, as_json)
@@ -185,7 +185,7 @@ def _new(data: str, changes: dict[str, Any], new: NewTraining) -> tuple[ModelSpe
         raise click.UsageError("--label-dropout is for a model with --labels")
     if labels and dropout is None:
         dropout = _LABEL_DROPOUT
-    source = find_images(data, labels=labels, array=new["array"] or "")
+    source = find_images(data, labels=labels, array=changes["array"])
     spec = preset.spec(
         Path(data).name,
         _channels(new["channels"], preset, source),
@@ -205,7 +205,7 @@ def _channels(typed: str | None, preset: Preset, source: Source) -> int:
     if typed:
         return _CHANNELS[typed]
     own = source.channels()
-    return preset.channels if preset.channels and own in _CHANNELS.values() else own
+    return preset.channels if preset.channels and own in (1, 3) else own
 
 
 def _with_classes(spec: ModelSpec, source: Source, *, null_class: bool) -> ModelSpec:
@@ -227,13 +227,14 @@ def _with_classes(spec: ModelSpec, source: Source, *, null_class: bool) -> Model
         return spec
 
 
-def _size(source: Source, spec: ModelSpec, data_range: DataRange | None) -> int:
+def _size(source: Source, spec: ModelSpec, settings: Settings) -> int:
     """Bytes of the images in memory."""
-    return source.count * math.prod(spec.image_shape) * pixel_type(source.depths(), data_range).itemsize
+    kept = pixel_type(source.depths(), settings.data_range)
+    return source.count * math.prod(spec.image_shape) * kept.itemsize
 
 
 def _read(
-    settings: Settings, source: Source, spec: ModelSpec, data_range: DataRange | None, workers: int | None
+    settings: Settings, source: Source, spec: ModelSpec, known_range: DataRange | None, workers: int | None
 ) -> Dataset:
     """Read the images, and tell how many there are."""
     channels, height, width = spec.image_shape
@@ -242,7 +243,8 @@ def _read(
             source,
             (height, width),
             channels,
-            data_range=data_range,
+            data_range=settings.data_range,
+            known_range=known_range,
             skip_broken=settings.skip_broken,
             workers=workers,
             progress=advance,

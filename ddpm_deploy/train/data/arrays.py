@@ -1,6 +1,8 @@
 """Images in the arrays of .npy and .npz files."""
 
+import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -9,16 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.arrays import require_honest
-from ddpm_deploy.errors import DataError, first_line
+from ddpm_deploy.errors import DataError, first_line, plural
 from ddpm_deploy.files import show
 from ddpm_deploy.machine import memory_limit
 from ddpm_deploy.runtime.images import COLOURS
-from ddpm_deploy.train.data.source import MOST_CHANNELS, Depth, Source, checked_labels
+from ddpm_deploy.train.data.source import MOST_CHANNELS, Source, array_depth, checked_labels
 
 ARRAY_SUFFIXES: Final = (".npy", ".npz")
-# Names that people give to the images and their labels in an .npz, in the order of asking.
-_PAIRS: Final = {"images": "labels", "arr_0": "arr_1", "samples": "arr_1"}
+_IMAGES: Final = ("images", "arr_0", "samples")  # names of an array that need no --array
 _LABELS: Final = ("labels", "arr_1")
+# What stands in the name of an array of images, and in its place in that of their labels.
+_PARTNERS: Final = (
+    (r"(?i)image", "label"),
+    (r"X|(?<![a-z])x(?![a-z])", "y"),
+    (r"(?i)data", "labels"),
+    (r"(?i)data", "target"),
+    (r"(?i)data", "targets"),
+)
 _SHAPES: Final = f"(N, H, W), (N, H, W, C) or (N, C, H, W) with C from 1 to {MOST_CHANNELS}"
 
 
@@ -30,7 +39,7 @@ def array_file(path: Path, labels: bool, array: str) -> Source:
             raise DataError(f"{name} has no labels: an .npz with arrays `images` and `labels` can have them")
         return array_source(_read(path), name)
     names = _names(path)
-    chosen = array or next((known for known in _PAIRS if known in names), "")
+    chosen = array or next((known for known in _IMAGES if known in names), "")
     if not chosen and len(names) == 1:
         chosen = names[0]
     if chosen not in names:
@@ -45,20 +54,17 @@ def array_file(path: Path, labels: bool, array: str) -> Source:
 
 def _labels(path: Path, images: str, names: Sequence[str], count: int) -> NDArray[np.int64]:
     """The labels that go with an array of images: y_train with x_train, train_labels with train_images."""
-    partners = (images.replace("images", "labels"), _swapped(images, "x", "y"), _swapped(images, "X", "y"))
-    wanted = dict.fromkeys([_PAIRS.get(images, ""), *partners, *_LABELS])
-    found = next((name for name in wanted if name in names and name != images), None)
+    partners = [re.sub(there, instead, images).lower() for there, instead in _PARTNERS]
+    # arr_1 goes with the array that nobody named.
+    wanted = [*partners, *(_LABELS if images in _IMAGES else _LABELS[:1])]
+    others = {name.lower(): name for name in names if name != images}
+    found = next((others[name] for name in wanted if name in others), None)
     if found is None:
         raise DataError(
-            f"{show(path)} has no labels for {show(images)}: it holds the arrays {_listed(names)}, and none is named "
-            "labels or arr_1"
+            f"{show(path)} has no labels for {show(images)}: it holds the arrays {_listed(names)}, and labels are "
+            "named as the images are (y_train for x_train, train_labels for train_images), or labels or arr_1"
         )
     return checked_labels(_read(path, found), count, show(path))
-
-
-def _swapped(name: str, x: str, y: str) -> str:
-    """x_train → y_train, train_x → train_y."""
-    return "_".join(y if part == x else part for part in name.split("_"))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -102,52 +108,51 @@ def array_source(array: NDArray[Any], name: str) -> Source:
         raise DataError(f"{name} holds {array.dtype} values, and images are of whole numbers or floats")
     images = _channels_last(array, name)
     own = images.shape[-1]
-    depth = _depth(array.dtype)
+    depth = array_depth(array.dtype)
     # Of 8 bits each, four channels are colours and their transparency.
     channels = 3 if own == 4 and depth == "8 bits" else own
     return Source(
         len(images),
-        load=lambda i: np.ascontiguousarray(images[i]),
+        load=lambda i: nullcontext(np.ascontiguousarray(images[i])),
         name=lambda i: f"image {i} of {name}",
         channels=lambda: channels,
         depths=lambda: frozenset({depth}),
     )
 
 
-def _depth(dtype: np.dtype[Any]) -> Depth:
-    if dtype == np.uint8:
-        return "8 bits"
-    if dtype.kind == "b":
-        return "bool"
-    if dtype.kind == "f":
-        return "floats"
-    return "16 bits" if dtype.itemsize <= 2 else "32 bits"
-
-
 def _channels_last(array: NDArray[Any], name: str) -> NDArray[Any]:
     """A view (N, H, W, C)."""
     shape = array.shape
-    if array.ndim == 3 and shape[-1] in COLOURS:
+    if array.ndim == 3 and shape[-1] <= max(COLOURS):
         height, width, channels = shape
         raise DataError(
-            f"{name} has the shape {shape}: is it one image of {height}×{width} with {channels} channels, or {height} "
-            f"grey ones of {width}×{channels}? Save it as (1, {height}, {width}, {channels}) or as "
+            f"{name} has the shape {shape}: is it one image of {height}×{width} with {plural(channels, 'channel')}, or "
+            f"{height} grey ones of {width}×{channels}? Save it as (1, {height}, {width}, {channels}) or as "
             f"({height}, {width}, {channels}, 1)"
         )
     if array.ndim == 3:
         array = array[..., None]
-    elif array.ndim == 4 and _is_channels_first(shape):
+    elif array.ndim == 4 and _is_channels_first(shape, name):
         array = array.transpose(0, 2, 3, 1)
     if array.ndim != 4 or array.shape[-1] > MOST_CHANNELS or 0 in array.shape:
         raise DataError(f"{name} has the shape {shape}: images are {_SHAPES}")
     return array
 
 
-def _is_channels_first(shape: tuple[int, ...]) -> bool:
-    """Whether (N, ?, ?, ?) is (N, C, H, W). Where both could be, colours come before others, then square images."""
+def _is_channels_first(shape: tuple[int, ...], name: str) -> bool:
+    """Whether (N, ?, ?, ?) is (N, C, H, W): colours come before other numbers of channels, square images before
+    others, fewer channels before more.
+
+    Raises DataError where that does not tell.
+    """
     _, first, middle, last = shape
-    if (first in COLOURS) != (last in COLOURS):
-        return first in COLOURS
-    if (first <= MOST_CHANNELS) != (last <= MOST_CHANNELS):
-        return first <= MOST_CHANNELS
-    return middle == last and first != middle
+    for could_be in (COLOURS, range(MOST_CHANNELS + 1)):
+        if (first in could_be) != (last in could_be):
+            return first in could_be
+    if (middle == last) != (first == middle):
+        return middle == last
+    if first == last != middle:
+        raise DataError(
+            f"{name} has the shape {shape}, and either {first} could be the channels: cut off some"
+        )
+    return first < last

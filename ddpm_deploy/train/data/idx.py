@@ -3,6 +3,7 @@
 import gzip
 import math
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ def is_idx(path: Path) -> bool:
     try:
         with _opened(path) as file:
             head = file.read(4)
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return False
     return len(head) == 4 and head[:2] == b"\0\0" and head[2] in _TYPES and 1 <= head[3] <= 4
 
@@ -38,14 +39,19 @@ def idx_file(path: Path, labels: bool) -> Source:
     source = array_source(_read(path), show(path))
     if not labels:
         return source
-    beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    if beside == path or not beside.exists():
+    name = path.name.replace("images", "labels").replace("idx3", "idx1")
+    packed = name if name.endswith(".gz") else f"{name}.gz"
+    beside = (
+        path.with_name(label) for label in (name, packed, packed.removesuffix(".gz")) if label != path.name
+    )
+    found = next((label for label in beside if label.exists()), None)
+    if found is None:
         raise DataError(
             f"{show(path)} has no labels: they are in a file beside it, as train-labels-idx1-ubyte is beside "
             "train-images-idx3-ubyte"
         )
-    require_file(beside, DataError)
-    return replace(source, labels=checked_labels(_read(beside), source.count, show(beside)))
+    require_file(found, DataError)
+    return replace(source, labels=checked_labels(_read(found), source.count, show(found)))
 
 
 def _read(path: Path) -> NDArray[Any]:

@@ -3,9 +3,10 @@
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -16,8 +17,9 @@ from PIL import Image, UnidentifiedImageError
 from ddpm_deploy.errors import DataError, first_line
 from ddpm_deploy.files import show
 from ddpm_deploy.runtime.protocols import Labels
+from ddpm_deploy.train.data.pixels import depth_of
 from ddpm_deploy.train.data.source import Depth, Source, checked_labels
-from ddpm_deploy.train.data.trees import Tree
+from ddpm_deploy.train.data.trees import Tree, posix_path
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +30,9 @@ Image.init()  # registers its decoders
 _FORMATS: Final = tuple(name for name in _RASTERS.split() if name in Image.OPEN)
 # Of these, those that Pillow may give more than 8 bits of.
 _DEEP_FORMATS: Final = ("JPEG2000", "PNG", "PPM", "TIFF")
-_DEEP: Final[dict[str, Depth]] = {"I": "32 bits", "F": "floats"}  # by Pillow's mode; besides those of 16 bits
-_GREY: Final = ("1", "L", "LA", "I", "F")
-_LABELS: Final = PurePosixPath("dataset.json")  # of an archive that StyleGAN's tools made
-
-
-class _StyleGanLabels(msgspec.Struct):
-    """dataset.json: of each file its label, or none at all (Karras et al., stylegan3, dataset_tool.py)."""
-
-    labels: list[tuple[str, int]] | None = None
+_GREY: Final = ("1", "L", "LA")
+# Of each file its label: {"labels": [["00000/img0.png", 3], …]} (Karras et al., stylegan3, dataset_tool.py).
+_LABELS: Final = "dataset.json"
 
 
 def picture_source(tree: Tree, labels: bool) -> Source:
@@ -45,18 +41,33 @@ def picture_source(tree: Tree, labels: bool) -> Source:
     files = [file for file in tree.files if file.suffix.lower() in known]
     if not files:
         raise DataError(f"{tree.name} holds no images: files such as .png, .jpg or .webp are needed")
-    _tell_others([file for file in tree.files if file.suffix.lower() not in known and file != _LABELS])
+    _tell_others([file for file in tree.files if file.suffix.lower() not in known and file.name != _LABELS])
+    look = cache(partial(_look, tree))
     source = Source(
         len(files),
-        load=lambda i: _open(tree, files[i]),
+        load=lambda i: _opened(tree, files[i]),
         name=lambda i: tree.show(files[i]),
-        channels=cache(lambda: 1 if _all_grey(tree, files) else 3),
-        depths=cache(lambda: _depths(tree, files)),
+        channels=cache(lambda: 1 if all(map(_is_grey, map(look, files))) else 3),
+        depths=cache(lambda: _depths(look, files)),
     )
     if not labels:
         return source
-    listed = _listed_labels(tree, files)
-    return _with_class_folders(source, tree, files) if listed is None else replace(source, labels=listed)
+    root = _root(files)
+    listed = _listed_labels(tree, files, root)
+    return (
+        _with_class_folders(source, tree, files, root) if listed is None else replace(source, labels=listed)
+    )
+
+
+def _root(files: Sequence[PurePosixPath]) -> PurePosixPath:
+    """The folder whose folders are the classes: one that holds all others in a single folder of its own is not it."""
+    root = PurePosixPath()
+    while True:
+        below = [file.relative_to(root).parts for file in files]
+        tops = {parts[0] for parts in below}
+        if len(tops) != 1 or not any(len(parts) > 2 for parts in below):
+            return root
+        root /= tops.pop()
 
 
 def _suffixes(formats: Sequence[str]) -> set[str]:
@@ -71,51 +82,66 @@ def _tell_others(files: Sequence[PurePosixPath]) -> None:
         logger.info("%d %s of other kinds and left out (%s)", len(files), noun, named)
 
 
-def _open(tree: Tree, file: PurePosixPath) -> Image.Image:
-    try:
-        return Image.open(tree.open(file), formats=_FORMATS)
-    except UnidentifiedImageError as error:  # whose text repeats the name
-        raise ValueError("it is not an image of a kind that is read") from error
-
-
-def _modes(tree: Tree, files: Sequence[PurePosixPath]) -> Iterator[str]:
-    """Pillow's mode of every image that opens, by its header. One that does not is told of when it is read."""
-    for file in files:
+@contextmanager
+def _opened(tree: Tree, file: PurePosixPath) -> Iterator[Image.Image]:
+    """What Pillow makes of a file. Raises ValueError where that is nothing, and whatever its decoders raise."""
+    with tree.open(file) as content:
         try:
-            with _open(tree, file) as image:
-                yield image.mode
-        except Exception:  # Pillow's decoders of a broken file raise nearly anything
-            continue
+            image = Image.open(content, formats=_FORMATS)
+        except UnidentifiedImageError as error:  # whose text repeats the name
+            raise ValueError("it is not an image of a kind that is read") from error
+        yield image
 
 
-def _all_grey(tree: Tree, files: Sequence[PurePosixPath]) -> bool:
-    return all(mode in _GREY or mode.startswith("I;16") for mode in _modes(tree, files))
+@dataclass(frozen=True)
+class _Look:
+    """What the header of an image says: Pillow's mode, and its depth."""
+
+    mode: str
+    depth: Depth
 
 
-def _depths(tree: Tree, files: Sequence[PurePosixPath]) -> frozenset[Depth]:
+def _look(tree: Tree, file: PurePosixPath) -> _Look | None:
+    """Look at a header; None where the image does not open, which is told when it is read."""
+    try:
+        with _opened(tree, file) as image:
+            return _Look(image.mode, depth_of(image))
+    except Exception:  # Pillow's decoders of a broken file raise nearly anything
+        return None
+
+
+def _is_grey(look: _Look | None) -> bool:
+    return look is None or look.mode in _GREY or look.depth != "8 bits"
+
+
+def _depths(
+    look: Callable[[PurePosixPath], _Look | None], files: Sequence[PurePosixPath]
+) -> frozenset[Depth]:
     """What holds the numbers of the images; only of formats that can hold more than 8 bits is a header read."""
     deep = _suffixes(_DEEP_FORMATS)
     looked = [file for file in files if file.suffix.lower() in deep]
-    found: set[Depth] = {
-        "16 bits" if mode.startswith("I;16") else _DEEP.get(mode, "8 bits") for mode in _modes(tree, looked)
-    }
+    found = {there.depth for there in map(look, looked) if there}
     return frozenset(found | ({"8 bits"} if len(looked) < len(files) or not found else set()))
 
 
-def _listed_labels(tree: Tree, files: Sequence[PurePosixPath]) -> Labels | None:
+def _listed_labels(tree: Tree, files: Sequence[PurePosixPath], root: PurePosixPath) -> Labels | None:
     """The labels in dataset.json, if there is one and it has some."""
-    if _LABELS not in tree.files:
+    place = next(
+        (folder / _LABELS for folder in (PurePosixPath(), root) if folder / _LABELS in tree.files), None
+    )
+    if place is None:
         return None
-    name = tree.show(_LABELS)
+    name = tree.show(place)
     try:
-        content = tree.open(_LABELS)
-        text = content.read() if hasattr(content, "read") else content.read_bytes()
-        labels = msgspec.json.decode(text, type=_StyleGanLabels).labels
+        with tree.open(place) as content:
+            text = content.read()
+        whole = msgspec.json.decode(text)
+        if not isinstance(whole, dict) or not whole.get("labels"):  # somebody else's, or without labels
+            return None
+        labels = msgspec.convert(whole["labels"], list[tuple[str, int]])
     except (OSError, ValueError, RuntimeError, RecursionError) as error:
         raise DataError(f"{name} does not hold labels as [file, number]: {first_line(error)}") from error
-    if labels is None:
-        return None
-    number = {PurePosixPath(file): label for file, label in labels}
+    number = {place.parent / posix_path(file): label for file, label in labels}
     missing = next((file for file in files if file not in number), None)
     if missing is not None:
         raise DataError(f"{name} has no label for {tree.show(missing)}")
@@ -125,24 +151,31 @@ def _listed_labels(tree: Tree, files: Sequence[PurePosixPath]) -> Labels | None:
         raise DataError(f"{name} holds labels that are no numbers of classes") from error
 
 
-def _with_class_folders(source: Source, tree: Tree, files: Sequence[PurePosixPath]) -> Source:
-    """Label each image by the folder at the top of the tree that holds it."""
-    bare = next((file for file in files if len(file.parts) == 1), None)
+def _with_class_folders(
+    source: Source, tree: Tree, files: Sequence[PurePosixPath], root: PurePosixPath
+) -> Source:
+    """Label each image by the folder in `root` that holds it."""
+    bare = next((file for file in files if file.parent == root), None)
     if bare is not None:
         raise DataError(
             f"{tree.show(bare)} is in no class: with --labels, each image is in a folder of its class"
         )
-    named: dict[str, str] = {}  # the folder of each class; file systems differ in how they compose an é
+    used = {root / file.relative_to(root).parts[0] for file in files}
+    named: dict[
+        str, PurePosixPath
+    ] = {}  # the folder of each class; file systems differ in how they compose an é
     for folder in tree.folders:
-        name = unicodedata.normalize("NFC", folder)
+        if folder.parent != root or folder == root:
+            continue
+        name = unicodedata.normalize("NFC", folder.name)
         if name in named:
             raise DataError(f"{tree.name} has two folders of the name {show(name)}: merge or rename them")
+        if folder not in used:
+            raise DataError(
+                f"{tree.name}: the class {show(name)} has no images: add some, or remove its folder"
+            )
         named[name] = folder
-    used = {file.parts[0] for file in files}
-    empty = next((name for name, folder in named.items() if folder not in used), None)
-    if empty is not None:
-        raise DataError(f"{tree.name}: the class {show(empty)} has no images: add some, or remove its folder")
     names = sorted(named)
     number = {named[name]: i for i, name in enumerate(names)}
-    labels = np.array([number[file.parts[0]] for file in files], np.int64)
+    labels = np.array([number[root / file.relative_to(root).parts[0]] for file in files], np.int64)
     return replace(source, labels=labels, class_names=tuple(names))

@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, Final
 
@@ -18,8 +17,8 @@ from ddpm_deploy.files import show
 from ddpm_deploy.machine import cpu_threads, memory_limit
 from ddpm_deploy.runtime.protocols import Labels
 from ddpm_deploy.stages import Progress, no_progress
-from ddpm_deploy.train.data.pixels import Seen, Size, fit
-from ddpm_deploy.train.data.scale import pixel_type, scale
+from ddpm_deploy.train.data.pixels import DeeperError, Seen, Size, fit
+from ddpm_deploy.train.data.scale import pixel_type, require_common_scale, scale
 from ddpm_deploy.train.data.source import DataRange, Dataset, Source
 
 logger = logging.getLogger(__name__)
@@ -33,6 +32,7 @@ def read_images(
     channels: int,
     *,
     data_range: DataRange | None = None,
+    known_range: DataRange | None = None,
     skip_broken: bool = False,
     workers: int | None = None,
     progress: Progress = no_progress,
@@ -40,51 +40,51 @@ def read_images(
     """Read, scale and crop all of them to (channels, height, width), and tell what that did to them.
 
     size: height and width. data_range: the values that are to be -1 and 1 (None: 0 and 255 of 8-bit images, and of
-    others what `scale` finds). skip_broken: leave out what cannot be read. workers: threads that decode
-    (None: `machine.cpu_threads`).
+    others what `scale` finds). known_range: what it found before, for images that are read again. skip_broken: leave
+    out what cannot be read. workers: threads that decode (None: `machine.cpu_threads`).
 
     Raises DataError naming images that are broken, unless they are to be skipped, and where they
     would not fit in memory.
     """
     source.require_channels(channels)
-    depths = source.depths()
-    images = _allocated((source.count, channels, *size), pixel_type(depths, data_range))
-    if images.dtype == np.uint8 and "16 bits" in depths:
-        logger.info("there are images of 8 and of 16 bits: of the latter, the top 8 bits are used")
-    seen = _read_into(images, source, workers or cpu_threads(), progress)
+    if not skip_broken:  # else it is seen later whether those that can be read have one
+        require_common_scale(source.depths(), data_range)
+    shape, workers = (source.count, channels, *size), workers or cpu_threads()
+    kept = pixel_type(source.depths(), data_range)
+    images, seen = _read(source, shape, kept, workers, progress)
+    depths = frozenset(one.depth for one in seen if isinstance(one, Seen | DeeperError))
+    if depths and (kept := pixel_type(depths, data_range)) != images.dtype:
+        # A header was of a broken image, or a name was of another kind of file.
+        images, seen = _read(source, shape, kept, workers, no_progress)
     labels = source.labels
     if broken := {i: one for i, one in enumerate(seen) if isinstance(one, Exception)}:
         _tell_broken(source, broken, skip_broken)
         images = np.delete(images, list(broken), axis=0)
         labels = None if labels is None else np.delete(labels, list(broken))
     _require_classes(source, labels)
+    require_common_scale(depths, data_range)
     whole = [one for one in seen if isinstance(one, Seen)]
-    _tell_shapes(whole, size)
-    ends = min(one.lowest for one in whole), max(one.highest for one in whole)
-    return Dataset(images, labels, scale(images, ends, depths, data_range))
+    _tell(whole, size)
+    return Dataset(images, labels, scale(images, whole, data_range, known_range))
 
 
-def _allocated(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Room for all images. Raises DataError where there is none."""
-    size, memory = math.prod(shape) * dtype.itemsize, memory_limit()
-    if size > memory:
+def _read(
+    source: Source, shape: tuple[int, ...], dtype: np.dtype[Any], workers: int, progress: Progress
+) -> tuple[NDArray[Any], list[Seen | Exception]]:
+    """All images, and what each was, or why it cannot be read. Raises DataError where they do not fit in memory."""
+    takes, memory = math.prod(shape) * dtype.itemsize, memory_limit()
+    if takes > memory:
         raise DataError(
-            f"the images would take {size / 2**30:.1f} GiB, and this process may use {memory / 2**30:.1f} GiB of "
+            f"the images would take {takes / 2**30:.1f} GiB, and this process may use {memory / 2**30:.1f} GiB of "
             "memory: choose a smaller --image-size, or fewer images"
         )
-    return np.empty(shape, dtype)
-
-
-def _read_into(
-    images: NDArray[Any], source: Source, workers: int, progress: Progress
-) -> list[Seen | Exception]:
-    """Fill `images`, as deep as they are; gives what each was, or why it cannot be read."""
-    channels, *size = images.shape[1:]
+    images = np.empty(shape, dtype)
+    _, channels, height, width = shape
 
     def read(i: int) -> Seen | Exception:
         try:
-            with _closing(source.load(i)) as image:
-                images[i], seen = fit(image, (size[0], size[1]), channels, deep=images.dtype == np.float32)
+            with source.load(i) as image:
+                images[i], seen = fit(image, (height, width), channels, deep=dtype == np.float32)
                 return seen
         except MemoryError:
             raise
@@ -98,12 +98,7 @@ def _read_into(
         for one in pool.map(read, range(source.count)):
             found.append(one)
             progress(1)
-    return found
-
-
-def _closing(image: Any) -> AbstractContextManager[Any]:
-    """A picture, to be closed; an array needs none."""
-    return nullcontext(image) if isinstance(image, np.ndarray) else image
+    return images, found
 
 
 def _tell_broken(source: Source, broken: Mapping[int, Exception], skip: bool) -> None:
@@ -132,8 +127,8 @@ def _require_classes(source: Source, labels: Labels | None) -> None:
         logger.warning("no image has one of the labels %s, which the model will have all the same", listed)
 
 
-def _tell_shapes(seen: Sequence[Seen], size: Size) -> None:
-    """Tell, once, what was done to images of other shapes."""
+def _tell(seen: Sequence[Seen], size: Size) -> None:
+    """Tell, once, what was done to images that are not as the model takes them."""
     for found, what in (
         ([one for one in seen if one.is_cropped], "have other proportions and are cropped to the middle"),
         ([one for one in seen if one.is_enlarged], "are smaller and are enlarged"),
@@ -149,6 +144,21 @@ def _tell_shapes(seen: Sequence[Seen], size: Size) -> None:
                 width,
                 what,
             )
-    if on_white := sum(one.on_white for one in seen):
-        what = "are laid on white where they are transparent: --channels rgba keeps that"
-        logger.info("%d of %d images %s", on_white, len(seen), what)
+    for count, what in (
+        (
+            sum(one.on_white for one in seen),
+            "are laid on white where they are transparent: --channels rgba keeps that",
+        ),
+        (
+            sum(one.is_cut for one in seen),
+            "have colours of 16 bits, of which the top 8 are read: an array has all",
+        ),
+        (_in_top_bits(seen), "have 16 bits, of which the top 8 are used, as the others have 8"),
+    ):
+        if count:
+            logger.info("%d of %d images %s", count, len(seen), what)
+
+
+def _in_top_bits(seen: Sequence[Seen]) -> int:
+    """Images of 16 bits that are read as the others, of 8 bits."""
+    return sum(one.depth == "16 bits" and not len(one.some) for one in seen)

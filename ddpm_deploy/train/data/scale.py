@@ -1,6 +1,7 @@
 """One scale for all images of a data set: which values become -1 and 1."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from ddpm_deploy.errors import DataError
 from ddpm_deploy.runtime.protocols import Array
+from ddpm_deploy.train.data.pixels import Seen
 from ddpm_deploy.train.data.source import EIGHT_BITS, DataRange, Depth
 
 logger = logging.getLogger(__name__)
@@ -15,41 +17,51 @@ logger = logging.getLogger(__name__)
 _UNITS: Final[tuple[DataRange, ...]] = ((0.0, 1.0), (-1.0, 1.0))  # that floats usually have
 _HARDLY: Final = 1 / 8  # of the range
 _OUTLIERS: Final = 0.1  # percent of the values at either end
-_LOOKED_AT: Final = 1 << 20  # values, to find outliers
+_LEVELS: Final = 4096  # that float32 must be able to tell apart in the range
 _BLOCK: Final = 64  # images
 
 
 def pixel_type(depths: frozenset[Depth], given: DataRange | None) -> np.dtype[Any]:
     """What images are kept as: uint8, from 0 to 255, or float32, which keeps all bits that there are.
 
-    given: the range of the data, if it was said. Raises DataError where images of these kinds have no common scale.
+    given: the range of the data, if it was said.
     """
-    eight_bits = "8 bits" in depths and depths <= {"8 bits", "16 bits"}
-    if given is not None:
-        return np.dtype(np.uint8 if eight_bits and given == EIGHT_BITS else np.float32)
-    if len(depths) > 1 and not eight_bits and depths != {"16 bits", "32 bits"}:
+    plain = depths == {"8 bits"} and given == EIGHT_BITS
+    mixed = "8 bits" in depths and depths <= {"8 bits", "16 bits"} and given is None
+    return np.dtype(np.uint8 if plain or mixed else np.float32)
+
+
+def require_common_scale(depths: frozenset[Depth], given: DataRange | None) -> None:
+    """Raise DataError where images of these kinds have no scale in common, and none was said."""
+    if given is None and len(depths) > 1 and depths not in ({"8 bits", "16 bits"}, {"16 bits", "32 bits"}):
         raise DataError(
             f"there are images of {' and of '.join(sorted(depths))}, which have no scale in common: keep them apart, "
             "or say which values are the darkest and the brightest with --data-range LO HI"
         )
-    return np.dtype(np.uint8 if eight_bits else np.float32)
 
 
 def scale(
-    images: NDArray[Any], ends: DataRange, depths: frozenset[Depth], given: DataRange | None
+    images: NDArray[Any], seen: Sequence[Seen], given: DataRange | None, known: DataRange | None
 ) -> DataRange:
     """Bring images of more than 8 bits to [-1, 1], in place, and tell how. Returns the values that -1 and 1 stand for.
 
-    images: as `pixel_type` says, in the data's own units. ends: the smallest and the largest value of all of them.
-    given: the range of the data, if it was said.
+    images: as `pixel_type` says, in the data's own units. seen: what each was. given: the range of the data, if it was
+    said; known: if it was found before.
+
+    Raises DataError where the values are all the same, or too close to one another for float32.
     """
+    ends = min(one.lowest for one in seen), max(one.highest for one in seen)
     if images.dtype == np.uint8:
-        _tell_use(images, ends, EIGHT_BITS)
+        _tell_use(ends, EIGHT_BITS)
         return EIGHT_BITS
-    chosen = given or _found_range(*ends, depths)
+    chosen = given or known or _found_range(*ends, frozenset(one.depth for one in seen))
+    _require_digits(chosen)
     other = "" if given else ": --data-range sets another"
-    logger.info("values from %g to %g become -1 to 1, by one scale for all images%s", *chosen, other)
-    _tell_use(images, ends, chosen)
+    logger.info("values from %.7g to %.7g become -1 to 1, by one scale for all images%s", *chosen, other)
+    some = np.concatenate([one.some for one in seen])
+    _tell_outside(ends, some, chosen)
+    if _tell_use(ends, chosen):
+        _tell_outliers(ends, some, chosen)
     _rescale(images, chosen)
     return chosen
 
@@ -71,8 +83,19 @@ def _found_range(lowest: float, highest: float, depths: frozenset[Depth]) -> Dat
     else:
         found = min(lowest, 0.0), highest
     if found[0] == found[1]:
-        raise DataError(f"all values of all images are {highest:g}: there is nothing to learn from them")
+        raise DataError(f"all values of all images are {highest:.7g}: there is nothing to learn from them")
     return found
+
+
+def _require_digits(data_range: DataRange) -> None:
+    """Raise DataError where float32 does not tell the values in a range apart."""
+    low, high = data_range
+    largest = max(abs(low), abs(high))
+    if largest > np.finfo(np.float32).max or np.spacing(np.float32(largest)) > (high - low) / _LEVELS:
+        raise DataError(
+            f"values from {low:.9g} to {high:.9g} differ in digits that float32 does not keep: subtract the smallest "
+            "from all of them, and save them again"
+        )
 
 
 def _rescale(images: Array, data_range: DataRange) -> None:
@@ -86,29 +109,54 @@ def _rescale(images: Array, data_range: DataRange) -> None:
         np.clip(block, -1, 1, out=block)
 
 
-def _tell_use(images: NDArray[Any], ends: DataRange, data_range: DataRange) -> None:
-    """Warn where images, in the data's own units, leave their range, or hardly use it: all dark, or all alike."""
-    (lowest, highest), (low, high) = ends, data_range
-    if lowest < low or highest > high:
-        share = 100 * np.mean([((block < low) | (block > high)).mean() for block in images])
-        logger.warning("%.2g %% of the values are outside %g to %g, and clipped to it", share, low, high)
-    if highest - low < _HARDLY * (high - low):
+def _tell_outside(ends: DataRange, some: Array, data_range: DataRange) -> None:
+    """Warn where values are outside their range. some: of them."""
+    low, high = data_range
+    if ends[0] < low or ends[1] > high:
+        share = max(((some < low) | (some > high)).mean(), 1 / len(some))
         logger.warning(
-            "the brightest value of all images is %g of %g: if none can be brighter, pass --data-range %g %g",
+            "about %.2g %% of the values are outside %.7g to %.7g, and clipped to it", 100 * share, low, high
+        )
+
+
+def _tell_use(ends: DataRange, data_range: DataRange) -> bool:
+    """Whether images use their range; warns where they hardly do: they would all be dark, or all alike."""
+    (lowest, highest), (low, high) = ends, data_range
+    hardly = _HARDLY * (high - low)
+    if lowest == highest:
+        logger.warning("all values of all images are %.7g: there is nothing to learn from them", lowest)
+    elif lowest >= high or highest <= low:
+        logger.warning("all values are from %.7g to %.7g: pass another --data-range", lowest, highest)
+    elif low < highest < low + hardly:
+        logger.warning(
+            "the brightest value of all images is %.7g of %.7g: if none can be brighter, pass --data-range %.7g %.7g",
             *(highest, high, low, highest),
         )
-    elif high - lowest < _HARDLY * (high - low):
+    elif highest - lowest < hardly:
         logger.warning(
-            "the darkest value of all images is %g, and the range is %g to %g: if none can be darker, pass "
-            "--data-range %g %g",
-            *(lowest, low, high, lowest, high),
+            "all values are from %.7g to %.7g, a small part of %.7g to %.7g: if none can be outside, pass --data-range "
+            "%.7g %.7g",
+            *(*ends, *data_range, *ends),
         )
-    elif images.dtype == np.float32:
-        some = images.ravel()[:: max(1, images.size // _LOOKED_AT)]
-        most = np.percentile(some, [_OUTLIERS, 100 - _OUTLIERS]).tolist()
-        if most[1] - most[0] < _HARDLY * (high - low):
-            logger.warning(
-                "nearly all values are from %g to %g, a small part of %g to %g: if the others mean nothing, pass "
-                "--data-range %g %g",
-                *(*most, low, high, *most),
-            )
+    else:
+        return True
+    return False
+
+
+def _tell_outliers(ends: DataRange, some: Array, data_range: DataRange) -> None:
+    """Warn where the two extremes alone make the range wide: a broken pixel, or a number that stands for no data."""
+    inner = some[(some != ends[0]) & (some != ends[1])]
+    if not len(inner):
+        return
+    low, high = np.percentile(inner, [_OUTLIERS, 100 - _OUTLIERS]).tolist()
+    hardly = _HARDLY * (data_range[1] - data_range[0])
+    if not low < high < low + hardly:
+        return
+    low, high = (
+        end if abs(end - near) < hardly else near for end, near in zip(ends, (low, high), strict=True)
+    )
+    logger.warning(
+        "nearly all values are from %.7g to %.7g, a small part of %.7g to %.7g: if the others mean nothing, pass "
+        "--data-range %.7g %.7g",
+        *(low, high, *data_range, low, high),
+    )

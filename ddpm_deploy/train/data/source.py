@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -15,6 +16,7 @@ from ddpm_deploy.runtime.protocols import Labels
 
 DIGITS: Final = "digits"  # the word for those that scikit-learn ships
 MOST_CHANNELS: Final = 16  # of an array
+_MOST_CLASSES: Final = 100_000  # as of a ModelSpec
 
 DataRange = tuple[float, float]  # the values that -1 and 1 stand for
 EIGHT_BITS: Final[DataRange] = (0.0, 255.0)
@@ -26,14 +28,14 @@ Depth = Literal["8 bits", "16 bits", "32 bits", "floats", "bool"]
 class Source:
     """Images that have been found but not read yet.
 
-    load(i): the i-th, as a picture or as an array (H, W, C) of numbers. name(i): of it, for errors. channels(): C that
-    they have by themselves: 1 where all are grey, 3 for colours with transparency or without, else an array's own.
+    load(i): opens the i-th, as a picture or as an array (H, W, C) of numbers. name(i): of it, for errors. channels():
+    C that they have: 1 where all are grey, 3 for colours with transparency or without, else an array's own.
     depths(): what holds their numbers. labels: (count,) int64, where they were asked for. class_names: of the labels,
     where they have names.
     """
 
     count: int
-    load: Callable[[int], Image.Image | NDArray[Any]]
+    load: Callable[[int], AbstractContextManager[Image.Image | NDArray[Any]]]
     name: Callable[[int], str]
     channels: Callable[[], int]
     depths: Callable[[], frozenset[Depth]]
@@ -47,13 +49,24 @@ class Source:
 
     def require_channels(self, channels: int) -> None:
         """Raise DataError unless the images can be read with so many channels."""
-        own = self.channels()
-        colours = COLOURS if self.depths() == {"8 bits"} else COLOURS[:2]
+        own, depths = self.channels(), self.depths()
+        colours = COLOURS if depths == {"8 bits"} else COLOURS[:2]
         if channels != own and not (own in COLOURS[:2] and channels in colours):
             raise DataError(
-                f"the images have {plural(own, 'channel')} of their own, which cannot make {channels}: leave out "
-                "--channels"
+                f"the images have {plural(own, 'channel')} of {' and '.join(sorted(depths))}, which cannot make "
+                f"the {channels} of the model"
             )
+
+
+def array_depth(dtype: np.dtype[Any]) -> Depth:
+    """What holds the numbers of an array."""
+    if dtype == np.uint8:
+        return "8 bits"
+    if dtype.kind == "b":
+        return "bool"
+    if dtype.kind == "f":
+        return "floats"
+    return "16 bits" if dtype.itemsize <= 2 else "32 bits"
 
 
 @dataclass(frozen=True)
@@ -82,9 +95,12 @@ def checked_labels(labels: NDArray[Any], count: int, name: str) -> Labels:
         labels = labels[:, 0]
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise DataError(
-            f"the labels in {name} are {labels.dtype} {labels.shape}: whole numbers ({count},) are needed"
+            f"the labels in {name} are {labels.dtype} {labels.shape}: whole numbers ({count},) are needed, as "
+            "argmax(1) makes of one-hot rows"
         )
     numbers = labels.astype(np.int64)
-    if numbers.min() < 0 or numbers.max() >= count:
-        raise DataError(f"the labels in {name} are not the numbers of classes, from 0 up")
+    if numbers.min() < 0 or numbers.max() >= _MOST_CLASSES:
+        raise DataError(
+            f"the labels in {name} go from {numbers.min()} to {numbers.max()}: numbers of classes are needed, from 0 up"
+        )
     return numbers
