@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+MOST_THREADS: Final = 1024  # that anybody may ask for
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _MEMBERSHIP: Final = Path("/proc/self/cgroup")
 _MEMORY: Final = Path("/proc/meminfo")
@@ -19,7 +20,7 @@ def cpu_threads() -> int:
     affinity (hyperthreads are no cores), and no more than its cgroups have the time of."""
     with suppress(ValueError):  # it may be a list, one for each level of nesting
         if (typed := int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0])) > 0:
-            return typed
+            return min(typed, MOST_THREADS)
     return max(1, min([_cores(), *map(math.ceil, _cpu_quotas())]))
 
 

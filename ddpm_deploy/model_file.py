@@ -26,6 +26,7 @@ _KINDS: Final[dict[str, Kind]] = {
     ONNX_SUFFIX: "onnx",
     PLAN_SUFFIX: "plan",
 }
+_DIFFUSERS: Final = ("model_index.json", "config.json")  # that a pipeline, and each of its parts, is known by
 # Far above what our checkpoints hold; a file that asks for more is lying.
 _MAX_PICKLE_BYTES: Final = 4 << 20
 
@@ -37,15 +38,22 @@ def open_model(path: str | Path, spec: ModelSpec | None = None) -> "ModelFile":
 
     Raises ArtefactError where it is missing, broken or of another kind.
     """
-    folder = Path(path)
-    if (folder / "model_index.json").is_file() or all(
-        (folder / part).is_dir() for part in ("scheduler", "unet")
-    ):
+    path = Path(path)
+    if _is_of_diffusers(path):
+        what = "a folder" if path.is_dir() else "a file"
         raise ArtefactError(
-            f"{show(folder)} is a folder of diffusers, which this version cannot read yet: a .pt of ddpm-train, or an "
+            f"{show(path)} is {what} of diffusers, which this version cannot read yet: a .pt of ddpm-train, or an "
             ".onnx or .plan of ddpm-export is needed"
         )
-    return ModelFile(Path(path), spec)
+    return ModelFile(path, spec)
+
+
+def _is_of_diffusers(path: Path) -> bool:
+    """Whether it is a pipeline or a part of one by its names."""
+    if path.is_dir():
+        parts = all((path / part).is_dir() for part in ("scheduler", "unet"))
+        return parts or any((path / name).is_file() for name in _DIFFUSERS)
+    return path.name in _DIFFUSERS or path.name.startswith("diffusion_pytorch_model.")
 
 
 class ModelFile:

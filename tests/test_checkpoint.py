@@ -23,9 +23,10 @@ def changed(source: Path, path: Path, change: Callable[[State], State]) -> Path:
     return path
 
 
-def test_the_names_of_data_parallel_are_taken(tmp_path: Path, checkpoint_path: Path) -> None:
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_the_names_of_data_parallel_are_taken(tmp_path: Path, checkpoint_path: Path, wrapper: str) -> None:
     def wrap(state: State) -> State:
-        return {f"module.{name}": tensor for name, tensor in state.items()}
+        return {f"{wrapper}{name}": tensor for name, tensor in state.items()}
 
     path = changed(checkpoint_path, tmp_path / "m.pt", wrap)
     wanted, got = (Checkpoint.load(open_model(p)) for p in (checkpoint_path, path))

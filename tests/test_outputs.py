@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_deploy import SettingError, in_data_range, to_uint8
+from ddpm_deploy import OutputError, SettingError, in_data_range, to_uint8
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.images import Destination, Form, grid, read_pixels
 from ddpm_deploy.runtime.preview import Preview
@@ -48,7 +48,7 @@ def test_a_run_adds_to_its_own_folder(tmp_path: Path, onnx_path: Path) -> None:
     [
         (("--seed", 6), "000000.png, which is of another run (seed 5, not 6)"),
         (("--steps", 3), "000000.png, which is of another run (steps 2, not 3)"),
-        (("--solver", "ddim", "--seed", 6), "solver ddpm, not ddim; seed 5, not 6"),
+        (("--solver", "ddim", "--seed", 6), "seed 5, not 6; solver ddpm, not ddim"),
         (("--first-index", 10**6, "--spacing", "linspace"), "spacing leading, not linspace"),
     ],
 )
@@ -96,6 +96,34 @@ def test_a_folder_with_other_files_is_refused(
     assert call(*run, folder, "--force").exit_code == 0
 
 
+def test_the_same_pictures_said_in_another_way_are_the_same(tmp_path: Path, onnx_path: Path) -> None:
+    run = ("run", onnx_path, *RUN, "--count", 1, "-o", tmp_path / "images", "--solver", "ddim")
+    assert call(*run).exit_code == 0
+    assert call(*run, "--eta", 0).exit_code == 0
+    refused(call(*run, "--eta", 0.5), 1, "of another run (eta 0.0, not 0.5)")
+
+
+def test_a_run_that_began_later_takes_no_picture_from_another(tmp_path: Path) -> None:
+    """Both found an empty folder."""
+    spec, samples = tiny_spec(), np.zeros((2, 1, 8, 8), np.float32)
+    first, second = (
+        Destination(tmp_path / "images", Request(count=2, seed=seed).checked(spec), spec) for seed in (0, 1)
+    )
+    with first.open() as one, second.open() as other:
+        one(samples)
+        with pytest.raises(
+            OutputError, match=r"holds 000000\.png, which is of another run \(seed 0, not 1\)"
+        ):
+            other(samples)
+        one(samples[:0])
+
+
+@pytest.mark.parametrize("name", [".npz", ".png"])
+def test_a_suffix_alone_is_no_name(tmp_path: Path, onnx_path: Path, name: str) -> None:
+    refused(call("run", onnx_path, *RUN, "-o", tmp_path / name), 1, "no name before its suffix")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_knows_the_weights_and_the_labels(tmp_path: Path, checkpoint_path: Path) -> None:
     """Raw weights are another model than the averaged ones of the same file."""
     folder, run = tmp_path / "raw", ("run", checkpoint_path, *RUN, "--count", 1, "-o", tmp_path / "raw")
@@ -106,7 +134,11 @@ def test_a_folder_knows_the_weights_and_the_labels(tmp_path: Path, checkpoint_pa
     for labels, first, strange in (((0, 2), 0, False), ((0, 2), 7, False), ((2, 0), 0, True), ((), 0, True)):
         request = Request(count=4, seed=1, first_index=first, labels=labels).checked(spec)
         destination = Destination(tmp_path / "labels", request, spec)
-        assert bool(destination.stranger()) is strange
+        if strange:
+            with pytest.raises(OutputError, match="of another run .label"):
+                destination.require_own()
+        else:
+            destination.require_own()
         if not strange:
             write(destination, np.zeros((4, 1, 8, 8), np.float32))
     assert folder.is_dir()

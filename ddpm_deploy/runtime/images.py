@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import DataError, OutputError, first_line, plural
+from ddpm_deploy.errors import DataError, OutputError, SettingError, first_line, plural
 from ddpm_deploy.files import atomic, make_folder, require_file, require_output, show
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
@@ -151,13 +151,15 @@ class Destination:
     path: a name with a suffix, or a folder (made if it does not exist), whose files are named by sample index.
     request: the samples to come; a PNG says that it is of it. spec: the model's.
     form: of an .npz, which holds `arr_0`, uint8 (N, H, W, C), or `samples`, float32 (N, C, H, W); and, of a
-    class-conditional model, the labels as `arr_1`, int64 (N,).
+    class-conditional model, the labels as `arr_1`, int64 (N,). force: whether pictures may go among, and replace, those
+    of another run.
     """
 
     path: Path
     request: Request
     spec: ModelSpec
     form: Form = "uint8"
+    force: bool = False
 
     @property
     def _suffix(self) -> str:
@@ -167,6 +169,8 @@ class Destination:
     def check(self) -> None:
         """Raise OutputError where the samples could not be written: ask this before long work."""
         suffix, name = self._suffix, show(self.path)
+        if self.path.name.lower() in (".png", ".npz"):
+            raise OutputError(f"{name} has no name before its suffix: name the file")
         if suffix not in ("", ".png", ".npz"):
             raise OutputError(f"{name}: samples go to a .png (one grid), an .npz or a folder, not a {suffix}")
         if not suffix and self.path.is_file():
@@ -190,18 +194,24 @@ class Destination:
                 "folder"
             )
 
-    def stranger(self) -> str | None:
-        """What in the folder is no picture of this model, seed and settings, and why: the first such name; or None.
+    def require_own(self) -> None:
+        """Raise OutputError where the folder holds what is no picture of this model, seed and settings, unless that is
+        to be replaced.
 
         Whatever its sample index is, so that a run may add to another; hidden files are passed over. The text of each
         picture is read, and not its pixels: 50,000 take seconds.
         """
-        if not self.path.is_dir():
-            return None
-        for path in sorted(self.path.iterdir()):
-            if not path.name.startswith(".") and (why := self._strange(path)):
-                return f"{show(path.name)}, {why}"
-        return None
+        if self.path.is_dir() and not self._suffix:
+            for path in sorted(self.path.iterdir()):
+                if not path.name.startswith("."):
+                    self._require_own(path)
+
+    def _require_own(self, path: Path) -> None:
+        if not self.force and (why := self._strange(path)):
+            raise OutputError(
+                f"{show(self.path)} holds {show(path.name)}, {why}: choose another folder, give the --seed and the "
+                "settings of what is there, or pass --force"
+            )
 
     def _strange(self, path: Path) -> str:
         """Why a file is no picture of this run; nothing where it is one."""
@@ -209,20 +219,37 @@ class Destination:
             origin = read_origin(path)
         except DataError:
             return "which is no picture of ddpm-run"
-        there, digest = origin.request, self.spec.provenance.digest
-        here = msgspec.structs.replace(self.request, first_index=there.first_index, count=1)
+        digest = self.spec.provenance.digest
         if origin.is_grid:
             return "which is a grid"
         if origin.model != digest:
             return f"which is of the model {show(origin.model[:12])}…, and this is {digest[:12]}…"
+        try:
+            there = origin.request.checked(self.spec)
+        except SettingError:
+            return "which no run of this model made"
+        here = msgspec.structs.replace(self.request, first_index=there.first_index, count=1)
         if path.name != _picture_name(there):
             return f"which is {_picture_name(there)} under another name"
         differing = [
-            f"{name} {show(str(theirs))}, not {show(str(mine))}"
-            for name in there.__struct_fields__
-            if (theirs := getattr(there, name)) != (mine := getattr(here, name))
+            f"{name} {theirs}, not {mine}"
+            for (name, theirs), (_, mine) in zip(self._meaning(there), self._meaning(here), strict=True)
+            if theirs != mine
         ]
         return f"which is of another run ({'; '.join(differing)})" if differing else ""
+
+    def _meaning(self, request: Request) -> list[tuple[str, object]]:
+        """What makes the one sample of a request, whichever way that was said."""
+        labels, scales = request.label_numbers(self.spec), request.scales()
+        return [
+            ("seed", request.seed),
+            ("steps", request.steps),
+            ("solver", request.solver),
+            ("eta", request.eta or 0.0),
+            ("spacing", request.spacing),
+            ("label", "none" if labels is None else labels[0]),
+            ("guidance", "none" if scales is None else scales[0]),
+        ]
 
     @contextmanager
     def open(self) -> Iterator[Writer]:
@@ -253,7 +280,10 @@ class Destination:
             for pixels, place in zip(self._pixels(samples), places, strict=False):
                 request = self.request[place : place + 1]
                 text = self._origin(request, is_grid=False)
-                save_png(pixels, self.path / _picture_name(request), text)
+                path = self.path / _picture_name(request)
+                if path.exists():  # another run may have begun after this one
+                    self._require_own(path)
+                save_png(pixels, path, text)
 
         return write
 

@@ -24,7 +24,7 @@ _ARRAYS: Final = ("labels", "timesteps", "x", "prediction", "images")
 
 def proof_path(model: Path) -> Path:
     """Where the proof of a model stands: model.onnx → model.proof.npz."""
-    return model.with_suffix(".proof.npz")
+    return model.parent / f"{model.stem}.proof.npz"
 
 
 def as_proof(trajectory: Trajectory) -> Trajectory:

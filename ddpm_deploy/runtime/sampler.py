@@ -43,8 +43,8 @@ class Sampler:
             images = sampler.sample(16, seed=0)  # float32 (16, C, H, W) in [-1, 1]
 
     The noise of a sample depends on its seed and index alone, so the same image comes out whatever batch,
-    process or machine draws it. Its bits are the same too, on one machine and ONNX Runtime version, whatever
-    the batch, its place there or the number of threads, where `spec.same_bits` is True: the export found it so.
+    process or machine draws it. Its bits are the same too, on one machine and ONNX Runtime version, alone and
+    in a batch, with 1, 8 and 16 threads, where `spec.same_bits` is True: the export found it so.
     A Sampler serves one call at a time: another thread's call during one raises OwnershipError.
     """
 

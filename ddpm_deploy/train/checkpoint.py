@@ -20,7 +20,10 @@ from ddpm_deploy.words import Weights
 
 FORMAT: Final = 1
 
-_WRAPPER: Final = "module."  # what torch.nn.DataParallel puts before every name
+# What torch.nn.DataParallel and torch.compile put before every name.
+_WRAPPERS: Final = ("module.", "_orig_mod.")
+
+_PARTS: Final = ("settings", "step", "ema", "raw", "optimizer")
 
 StateDict = dict[str, Tensor]
 
@@ -88,6 +91,8 @@ class Checkpoint:
 
     @classmethod
     def _checked(cls, content: dict[str, Any], spec: ModelSpec) -> "Checkpoint":
+        if missing := [name for name in _PARTS if name not in content]:
+            raise ValueError(f"it has no {missing[0]}")
         settings = msgspec.json.decode(content["settings"], type=Settings)
         if not isinstance(content["step"], int) or content["step"] < 0:
             raise ValueError("its step is not a number")
@@ -110,10 +115,13 @@ def _require_intact(path: Path) -> None:
 
 
 def _without_wrapper(state: StateDict) -> StateDict:
-    """The weights by their names in the network, also where torch.nn.DataParallel was around it."""
-    if not all(name.startswith(_WRAPPER) for name in state):
-        return state
-    return {name.removeprefix(_WRAPPER): tensor for name, tensor in state.items()}
+    """The weights by their names in the network, also where something was around it."""
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError("its weights are not tensors by name")
+    for wrapper in _WRAPPERS:
+        if state and all(name.startswith(wrapper) for name in state):
+            return _without_wrapper({name.removeprefix(wrapper): tensor for name, tensor in state.items()})
+    return state
 
 
 def _require_fit(state: StateDict, network: UNet) -> None:

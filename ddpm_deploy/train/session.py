@@ -75,6 +75,11 @@ class Session:
         metrics.close()
         return trainer.steps_done >= settings.steps
 
+    @property
+    def records(self) -> str:
+        """What there is in the folder."""
+        return "metrics and samples" if any(self.folder.glob("samples-*.png")) else "metrics"
+
     def _save(self) -> None:
         """Raises BackendError where the weights are not finite: the loss that was checked is from before them."""
         if not all(parameter.isfinite().all() for parameter in self.trainer.network.parameters()):

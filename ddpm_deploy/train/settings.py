@@ -56,7 +56,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def __post_init__(self) -> None:
         if self.accumulate > self.batch_size:
-            raise ValueError(f"a batch of {self.batch_size} does not make {self.accumulate} parts")
+            raise ValueError(
+                f"a batch of {self.batch_size} does not make {self.accumulate} parts: choose a smaller --accumulate"
+            )
         if self.label_dropout and not self.labels:
             raise ValueError("label dropout is for a model with labels")
 

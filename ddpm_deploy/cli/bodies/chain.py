@@ -54,13 +54,12 @@ class ChainOptions(Place):
 class Outputs:
     """The files that a chain writes: its images, a picture of its progress, its snapshot.
 
-    force: whether the images may go among those of another run. as_json: whether what was made is told to programs.
+    as_json: whether what was made is told to programs.
     """
 
     destination: Destination
     preview: Preview | None
     snapshot: Path | None
-    force: bool
     as_json: bool
 
 
@@ -89,9 +88,9 @@ def checked_outputs(
     if progress:
         preview = Preview(progress, model.spec, len(request.table_for(model.spec)), first)
         preview.check()
-    destination = Destination(output, request, model.spec, form)
+    destination = Destination(output, request, model.spec, form, options["force"])
     destination.check()
-    return Outputs(destination, preview, snapshot, options["force"], options["as_json"])
+    return Outputs(destination, preview, snapshot, options["as_json"])
 
 
 def _form(options: ChainOptions) -> Form:
@@ -175,7 +174,7 @@ class Watch:
         model, output = self._model, self.outputs.destination
         raw = model.kind == "checkpoint" and self.sampler.spec.provenance.weights == "raw"
         command = f"ddpm-deploy resume {quoted(model.path)} {quoted(path)} -o {quoted(output.path)}"
-        command += _FORM_OPTIONS[output.form] + " --weights raw" * raw + " --force" * self.outputs.force
+        command += _FORM_OPTIONS[output.form] + " --weights raw" * raw + " --force" * output.force
         told = f"stopped after step {snapshot.step} of {self.steps}; finish it with: {command}"
         click.echo(told, err=self.outputs.as_json)
         raise click.exceptions.Exit(130)
@@ -186,11 +185,7 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
     request, sampler, outputs, preview = watch.request, watch.sampler, watch.outputs, watch.outputs.preview
     # The raw weights of a checkpoint are another model than its file says, and a picture names the model.
     destination = replace(outputs.destination, spec=sampler.spec)
-    if not outputs.force and (stranger := destination.stranger()):
-        raise OutputError(
-            f"{show(destination.path)} holds {stranger}: choose another folder, give the --seed and the settings of "
-            "what is there, or pass --force"
-        )
+    destination.require_own()
     together = min(request.count, sampler.max_batch(guided=bool(request.guidance)))
     batches, steps = -(-request.count // together), watch.steps - watch.first
     forecast = time_call(sampler.network, request[:together].rows) * steps * request.count / together

@@ -30,7 +30,8 @@ def inspect(model: Path, as_json: bool) -> None:
             for key, item in value.items():
                 click.echo(f"    {key:<18} {_text(item)}")
         else:
-            click.echo(f"  {name:<20} {_text(value)}")
+            said = "not tried" if name == "same_bits" and value is None else _text(value)
+            click.echo(f"  {name:<20} {said}")
 
 
 def _of_plan(model: ModelFile) -> dict[str, Any]:

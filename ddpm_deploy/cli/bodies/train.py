@@ -275,7 +275,7 @@ def _run(trainer: Trainer, output: Path, as_json: bool) -> None:
         )
     else:
         click.echo(
-            f"wrote {show(output)} (step {trainer.steps_done}); metrics and samples are in {show(session.folder)}"
+            f"wrote {show(output)} (step {trainer.steps_done}); {session.records} are in {show(session.folder)}"
         )
         click.echo(f"next: ddpm-export {quoted(output)}")
     if not finished:

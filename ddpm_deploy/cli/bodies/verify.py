@@ -17,7 +17,7 @@ from ddpm_deploy.errors import ArtefactError, SettingError, plural
 from ddpm_deploy.files import require_suffix, show
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.network import time_call
-from ddpm_deploy.runtime.parity import Trajectory, judge, record
+from ddpm_deploy.runtime.parity import Trajectory, judge, record, require_comparable
 from ddpm_deploy.runtime.proof import load_proof, proof_path
 from ddpm_deploy.runtime.protocols import Network
 
@@ -57,6 +57,8 @@ def verify(
         if proof:
             raise click.UsageError("--proof is for a single model")
         first, *candidates = opened
+        for candidate in candidates:
+            require_comparable(first.spec, candidate.spec)
         trajectory = _recorded(first, count or _COUNT, steps, seed or 0, every, len(candidates), place)
         reference = first.name
     rungs = _climb(candidates, trajectory, place)

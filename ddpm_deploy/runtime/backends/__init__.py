@@ -13,6 +13,7 @@ from ddpm_deploy.dependencies import onnxruntime_has_cuda, require
 from ddpm_deploy.engine.bindings import require_gpu
 from ddpm_deploy.engine.cache import flavour_here
 from ddpm_deploy.errors import SettingError
+from ddpm_deploy.machine import MOST_THREADS
 from ddpm_deploy.model_file import Kind, ModelFile
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.stages import Stages, silent
@@ -27,7 +28,6 @@ _BACKENDS: Final[dict[Backend, tuple[str, str, tuple[Kind, ...]]]] = {
     "tensorrt": ("ddpm_deploy.runtime.backends.tensorrt", "TrtNetwork", ("onnx", "plan")),
     "torch": ("ddpm_deploy.train.network", "TorchNetwork", ("checkpoint",)),
 }
-_MOST_THREADS: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class LoadSettings:
     stages: Stages = silent
 
     def __post_init__(self) -> None:
-        for name, most in (("threads", _MOST_THREADS), ("max_batch", MAX_BATCH)):
+        if self.device == "":
+            raise SettingError("the name of the device is empty: say cpu, cuda or cuda:1, or leave it out")
+        for name, most in (("threads", MOST_THREADS), ("max_batch", MAX_BATCH)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise SettingError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
