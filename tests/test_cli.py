@@ -137,7 +137,7 @@ def test_train_export_verify_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     onnx = tmp_path / "m.onnx"
     assert f"ddpm-verify {model} {onnx}" in exported.stdout
     assert f"ddpm-run {onnx} --steps 1000" in exported.stdout
-    assert "an image has the same bits in every batch" in exported.stdout
+    assert "an image has the same bits alone and in a batch of 8" in exported.stdout
     said = [json.loads(call("inspect", path, "--json").stdout) for path in (model, onnx)]
     assert said[1] == said[0] | {"same_bits": True}
     assert "image_shape          3, 8, 8" in call("inspect", onnx).stdout
