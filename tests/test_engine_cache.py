@@ -94,7 +94,7 @@ def test_an_engine_that_cannot_be_used_is_built_again_loudly(
     plan.write_bytes(whole[:-1])
     built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path)
     assert "the cached engine cannot be used, and is built again: " in caplog.text
-    assert len(plan.read_bytes()) == len(whole)
+    trusted(plan)  # whole; a second build may be some bytes longer
     digest_path(plan).unlink()
     caplog.clear()
     built_on_arrival(open_model(exported["fp16"]), RTX, same, folder=tmp_path)

@@ -89,7 +89,7 @@ def _read(
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders of a broken file raise nearly anything
-            return error
+            return error.with_traceback(None)  # which would hold its image
 
     found: list[Seen | Exception] = []
     with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
