@@ -25,7 +25,7 @@ def test_mutated_files(checkpoint_path: Path, onnx_path: Path) -> None:
         "-m",
         "tests.mutations",
         "--count",
-        "40",
+        "46",
         "--seed",
         "1",
         "--model",
