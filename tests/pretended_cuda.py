@@ -308,8 +308,11 @@ class Runtime:
         if mark := self._mark(event):
             self._put(self._of(stream, Stream), partial(self._finish, mark.stream, mark))
 
-    def launchHostFunc(self, stream: int, callback: Callable[[int], None], argument: int) -> None:
+    def launchHostFunc(self, stream: int, callback: Callable[[Any], None], argument: Any) -> None:
         self._put(self._of(stream, Stream), partial(callback, argument))
+
+    def _launchHostFuncUnmanaged(self, stream: int, call: tuple[Callable[[Any], None], Any]) -> None:
+        self.launchHostFunc(stream, *call)
 
     # Graphs
 

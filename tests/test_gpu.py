@@ -58,6 +58,7 @@ class EchoNetwork:
     def close(self) -> None:
         """Free the memory."""
         self.memory = {}
+        self.device.release()
 
 
 @pytest.mark.parametrize("name", [*TABLES, *LEARNED_TABLES])
