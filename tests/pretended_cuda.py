@@ -13,7 +13,6 @@ noted as a fault, which may not get lost where an error is handled.
 import collections
 import ctypes
 import itertools
-import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -118,7 +117,8 @@ class Runtime:
         self._seeds = np.random.default_rng(0)
         source = kernel_source()
         self._step = build(source)
-        self._parameters = ["*" in parameter for parameter in _parameters(source)]
+        parameters = source.partition("__global__ void step(")[2].partition(")")[0].split(",")
+        self._types = [ctypes.c_void_p if "*" in one else ctypes.c_int for one in parameters]
 
     def _fault(self, status: int, says: str) -> None:
         """Of a rule that was broken; while a thread captures, so is its capture."""
@@ -128,9 +128,11 @@ class Runtime:
         raise _error(status)
 
     def _capturing(self) -> list[Stream]:
-        streams = [one for one in self.handles.values() if isinstance(one, Stream)]
-        me = threading.get_ident()
-        return [stream for stream in streams if stream.recorded is not None and stream.thread == me]
+        """The streams of this thread that are."""
+        streams = [
+            one for one in self.handles.values() if isinstance(one, Stream) and one.recorded is not None
+        ]
+        return [stream for stream in streams if stream.thread == threading.get_ident()]
 
     def _refuse_capture(self, what: str) -> None:
         if self._capturing():
@@ -143,14 +145,12 @@ class Runtime:
 
     def _of(self, handle: int, kind: type, here: bool = True) -> Any:
         """What a handle is of. here: it must be the thread's current device's."""
-        found = (
-            self._defaults[self.getDevice()] if kind is Stream and not handle else self.handles.get(handle)
-        )
+        current = self.getDevice()
+        found: Any = self.handles.get(handle) if handle else self._defaults[current]
         if not isinstance(found, kind):
             self._fault(_INVALID_HANDLE, f"{handle:#x} is no {kind.__name__}")
-        if here and found.device != self.getDevice():  # type: ignore[union-attr]
-            device = found.device  # type: ignore[union-attr]
-            self._fault(_INVALID_HANDLE, f"a {kind.__name__} of GPU {device} used on GPU {self.getDevice()}")
+        if here and found.device != current:
+            self._fault(_INVALID_HANDLE, f"a {kind.__name__} of GPU {found.device} used on GPU {current}")
         return found
 
     # Devices
@@ -352,10 +352,6 @@ class Runtime:
             self._fault(_INVALID_VALUE, "what is loaded is no cubin")
         return self._new(Module(self.getDevice(), bytes(data)))
 
-    def moduleLoad(self, path: str) -> int:
-        with open(path, "rb") as file:  # noqa: PTH123  as CUDA does
-            return self.moduleLoadData(file.read())
-
     def moduleUnload(self, module: int) -> None:
         self._of(module, Module, here=False)
         del self.handles[module]
@@ -377,34 +373,22 @@ class Runtime:
         too_large = any(n > most for n, most in zip(grid, (2**31 - 1, 65535, 65535), strict=True))
         if min(geometry) < 1 or too_large or np.prod(block) > 1024:
             self._fault(_INVALID_CONFIGURATION, f"a grid of {grid}, of blocks of {block}")
-        places = (ctypes.c_void_p * len(self._parameters)).from_address(arguments)
-        values = [
-            (ctypes.c_void_p if is_pointer else ctypes.c_int).from_address(place or 0).value or 0
-            for place, is_pointer in zip(places, self._parameters, strict=True)
+        places = (ctypes.c_void_p * len(self._types)).from_address(arguments)
+        given = [
+            kind.from_buffer_copy(kind.from_address(place or 0))
+            for kind, place in zip(self._types, places, strict=True)
         ]
-        pointers = [value for value, is_pointer in zip(values, self._parameters, strict=True) if is_pointer]
 
         def check() -> None:
-            for pointer in pointers:
+            for pointer in [value.value or 0 for value in given if isinstance(value, ctypes.c_void_p)]:
                 self._require_on(on.device, pointer, 4, f"{pointer:#x}, given to a kernel,")
 
         def work() -> None:
             check()
-            given = [
-                ctypes.c_void_p(value) if is_pointer else value
-                for value, is_pointer in zip(values, self._parameters, strict=True)
-            ]
             self._step.launch(*grid[:2], block[0], int(self._seeds.integers(2**31)), *given)
 
         check()
         self._put(on, work)
-
-
-def _parameters(source: str) -> list[str]:
-    """Of the kernel."""
-    found = re.search(r"__global__ void step\(([^)]*)\)", source)
-    assert found
-    return found[1].split(",")
 
 
 def _error(status: int) -> Exception:
