@@ -29,12 +29,12 @@ FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wl,-Bsy
 _BUILT = Path(tempfile.gettempdir()) / "ddpm-deploy-kernels"
 
 
-def build(source: str) -> ctypes.PyDLL:
-    """step.cu over the stand-in for CUDA, as a library; built once for each source."""
+def build(source: str, main: str = "main.cpp") -> ctypes.PyDLL:
+    """step.cu over the stand-in for CUDA, or a source within another main, as a library; built once for each source."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    parts = [source, *(path.read_text() for path in sorted(STAND_IN.iterdir()))]
+    parts = [main, source, *(path.read_text() for path in sorted(STAND_IN.iterdir()))]
     folder = _BUILT / hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
     library = folder / "step.so"
     if not library.exists():
@@ -42,7 +42,7 @@ def build(source: str) -> ctypes.PyDLL:
         (folder / "step.cu").write_text(source)
         temporary = folder / f"{id(parts)}.so"
         include = f'-DSOURCE="{folder / "step.cu"}"'
-        subprocess.run([compiler, *FLAGS, include, "-o", temporary, STAND_IN / "main.cpp"], check=True)
+        subprocess.run([compiler, *FLAGS, include, "-o", temporary, STAND_IN / main], check=True)
         temporary.replace(library)
     return ctypes.PyDLL(str(library))  # one thread at a time: its fibers are not the threads'
 

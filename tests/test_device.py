@@ -1,6 +1,5 @@
 """A Sampler whose chain is a device's: step.cu over the stand-in for a GPU, with a real network in ONNX Runtime."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -325,7 +324,7 @@ def test_a_graph_that_does_not_fit_is_refused_on_a_device_too(onnx_path: Path, t
         OrtNetwork(open_model(onnx_path, spec), HostDevice(), provider="CPUExecutionProvider")  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
-def test_cuda_without_cupy() -> None:
+def test_cuda_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)  # an import fails as where it is not installed
     with pytest.raises(DependencyError, match=r"cupy is not installed: pip install .*'tensorrt-rtx>=1.3'"):
         Cuda(extra="rtx")

@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped where there is none."""
+"""What only a GPU can show; skipped where there is none, and run over a pretended one too (test_pretended_cuda.py)."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +22,12 @@ from ddpm_deploy.words import Precision
 from tests.models import ArrayNetwork
 from tests.test_chain import LEARNED_SPEC, LEARNED_TABLES, SPEC, TABLES, reference_images
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(visible_gpu() is None, reason="no NVIDIA GPU is visible")]
+_GPU = visible_gpu()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_GPU is None, reason="no NVIDIA GPU is visible")]
+nvidias_network = pytest.mark.skipif(
+    _GPU is not None and _GPU.name == "a pretended GPU",
+    reason="the pretended GPU runs no network of NVIDIA's",
+)
 
 
 class Echo(ArrayNetwork):
@@ -38,21 +43,22 @@ class EchoNetwork:
 
     capturable = True
 
-    def __init__(self, spec: ModelSpec, slots: int) -> None:
-        self.spec, self.device, self.max_batch = spec, Cuda(), slots
+    def __init__(self, spec: ModelSpec, slots: int, index: int = 0) -> None:
+        self.spec, self.device, self.max_batch = spec, Cuda(index), slots
         self.buckets = range(1, slots + 1)
         self.memory = allocate(self.device, spec, slots)
 
     def enqueue(self, bucket: int) -> None:
         x, prediction = self.memory["x"], self.memory["prediction"]
-        size = x[0].nbytes
+        channels = x.shape[1]
         for row in range(bucket):
-            for half in range(prediction[0].nbytes // size):
-                place = prediction[row].data + half * size
-                place.copy_from_device_async(x[row].data, size, self.device._stream)
+            for first in range(0, prediction.shape[1], channels):
+                self.device.copy(x[row], prediction[row, first : first + channels])
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Free the memory."""
+        self.memory = {}
+        self.device.release()
 
 
 @pytest.mark.parametrize("name", [*TABLES, *LEARNED_TABLES])
@@ -89,6 +95,7 @@ def test_two_samplers_in_two_threads() -> None:
             np.testing.assert_array_equal(images, wanted)
 
 
+@nvidias_network
 def test_onnx_runtime_on_the_gpu(onnx_path: Path) -> None:
     if not onnxruntime_has_cuda():
         pytest.skip("this ONNX Runtime has no CUDA")
@@ -99,6 +106,7 @@ def test_onnx_runtime_on_the_gpu(onnx_path: Path) -> None:
         assert abs(images - host.sample(4, steps=50, seed=0)).max() < 1e-3
 
 
+@nvidias_network
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_engine_built_on_arrival_passes_its_proof(
     exported: dict[Precision, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision

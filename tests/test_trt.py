@@ -5,6 +5,7 @@ profile, scratch memory is given) and computes by running the .onnx it would hav
 """
 
 import ctypes
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,7 +235,7 @@ def test_between_noise_and_images_there_is_the_device_alone(
 
 
 def test_the_queue_is_bounded(load: Callable[..., tuple[TrtNetwork, Engine]]) -> None:
-    """The host is at most some hundred steps ahead of the device, and never behind what it still has to do."""
+    """The host is at most a quarter of a second ahead of the device, and does not let it idle."""
     network, engine = load([(1, 1, 1)])
     device: Any = network.device
     behind: list[int] = []
@@ -242,13 +243,13 @@ def test_the_queue_is_bounded(load: Callable[..., tuple[TrtNetwork, Engine]]) ->
         chain: Any = sampler._chain
         engine.ran.clear()
         chain.start(np.array([0]), Request(seed=0))
-        for step in range(network.spec.timesteps):
+        for step in range(50):
+            device.start(lambda: time.sleep(0.01))
             chain.step()
             behind.append(step + 1 - len(engine.ran))
         assert device._pending
         chain.clear()
-    assert max(behind) <= 96
-    assert min(behind[96:]) >= 64
+    assert 4 < max(behind) <= 25
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ Small on purpose: tests put the host in its place (tests/host_device.py), and so
 way without a GPU.
 """
 
-import tempfile
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -23,7 +23,9 @@ from ddpm_deploy.solvers import COLUMNS, IDENTITY, T
 # Launches a kernel on a grid of (x, y) blocks of THREADS threads; whole numbers are passed as int32.
 Kernel = Callable[[tuple[int, int], tuple[Any, ...]], None]
 
-_AHEAD: Final = 32  # steps between two marks in the stream
+_AHEAD: Final = 0.25  # seconds of work that wait on the device, at most
+
+logger = logging.getLogger(__name__)
 
 
 class Cuda:
@@ -51,6 +53,7 @@ class Cuda:
                 f"CuPy cannot use the GPU: {one_line(error)} (see ddpm-deploy doctor)"
             ) from error
         self.name, self.index, self.stream = f"cuda:{index}", index, self._stream.ptr
+        self._staged: deque[tuple[Any, NDArray[Any]]] = deque()  # what uploads read, until they are done
 
     @contextmanager
     def here(self) -> Iterator[None]:
@@ -94,8 +97,13 @@ class Cuda:
 
     def upload(self, host: NDArray[Any], memory: Any) -> None:
         """Start to copy an array into memory of its shape."""
+        staged = self.pinned(host.shape, host.dtype)
+        staged[...] = host
         with self.here():
-            memory.set(host, stream=self._stream)  # from pageable memory: staged before it returns
+            while self._staged and self._staged[0][0].done:
+                self._staged.popleft()
+            memory.set(staged, stream=self._stream)
+            self._staged.append((self._event(self._stream), staged))
 
     def copy(self, source: Any, target: Any) -> None:
         """Start to copy memory into other memory of its shape."""
@@ -104,11 +112,11 @@ class Cuda:
 
     def fetch(self, memory: Any) -> NDArray[Any]:
         """A new array with what memory holds, once everything that was started is done."""
-        host: NDArray[Any] = np.empty(memory.shape, memory.dtype)
+        host = self.pinned(memory.shape, memory.dtype)
         with self.here():
             memory.get(stream=self._stream, out=host, blocking=False)
-            self._stream.synchronize()
-        return host
+        self.mark()()
+        return host.copy()
 
     def copy_out(self, copies: Sequence[tuple[Any, Any, NDArray[Any]]]) -> Callable[[], None]:
         """Bring memory as it is at this point of the stream to arrays, beside what is started later; gives what waits
@@ -116,15 +124,19 @@ class Cuda:
         with self.here():
             for memory, kept, _ in copies:
                 self.copy(memory, kept)
-            self._side.wait_event(self._stream.record())
+            self._side.wait_event(self._event(self._stream))
             for _, kept, host in copies:
                 kept.get(stream=self._side, out=host, blocking=False)
-            return self._waits_for(self._side.record())
+            return self._waits_for(self._event(self._side))
 
     def mark(self) -> Callable[[], None]:
         """What waits for everything that was started so far, and not for what is later."""
         with self.here():
-            return self._waits_for(self._stream.record())
+            return self._waits_for(self._event(self._stream))
+
+    def _event(self, stream: Any) -> Any:
+        """This point of a stream. Whoever waits for it sleeps, where a stream's own wait keeps a core busy."""
+        return stream.record(self._cupy.cuda.Event(block=True, disable_timing=True))
 
     def _waits_for(self, event: Any) -> Callable[[], None]:
         def wait() -> None:
@@ -140,22 +152,25 @@ class Cuda:
             return int(left) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def synchronize(self) -> None:
-        """Wait for all that was started."""
+        """Wait for all that was started, on its way out too."""
         with self.here():
-            self._stream.synchronize()
+            for stream in (self._stream, self._side):
+                self._event(stream).synchronize()
+        self._staged.clear()
 
     def release(self) -> None:
         """Give back to the GPU what is not in use any more; CuPy keeps it otherwise."""
         with self._device:
             self._cupy.get_default_memory_pool().free_all_blocks()
+            self._cupy.get_default_pinned_memory_pool().free_all_blocks()
 
     def compile(self, source: str, name: str) -> Kernel:
         """Compile for this GPU."""
         cubin = compiled(source, self._device.compute_capability, self._extra)
-        with self.here(), tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{name}.cubin"
-            path.write_bytes(cubin)
-            kernel = self._cupy.RawModule(path=str(path)).get_function(name)
+        module = self._cupy.cuda.Module()  # unloaded with its last function: CuPy keeps a RawModule for ever
+        with self.here():
+            module.load(cubin)
+            kernel = module.get_function(name)
 
         def launch(grid: tuple[int, int], arguments: tuple[Any, ...]) -> None:
             with self.here():
@@ -215,8 +230,9 @@ class CudaStepper:
         device.upload(np.repeat(self._embedding[:1], slots, axis=0), memory["temb"][:slots])
         # What `watch` keeps and gives, in turn: x and x̂0, on the device and on the host; made when it is first asked.
         self._kept: list[tuple[Any, NDArray[np.float32]]] = []
-        self._taken = 0
-        self._marks: deque[Callable[[], None]] = deque()
+        self._marks: deque[tuple[Callable[[], None], int]] = deque()  # with the steps before each
+        self._unmarked, self._stride, self._bucket, self._passed = 0, 1, 0, 0.0
+        self._captures = network.capturable
         self._steps = {bucket: self._prepare(bucket) for bucket in network.buckets}
 
     def put_rows(self, first: int, rows: Array) -> None:
@@ -266,23 +282,41 @@ class CudaStepper:
     def step(self, bucket: int) -> None:
         """It returns as soon as the step is started."""
         self._steps[bucket]()
-        self._bound_queue()
+        self._bound_queue(bucket)
 
-    def _bound_queue(self) -> None:
-        """Wait for what was started long ago, so that signals and progress are not a whole chain ahead."""
-        self._taken += 1
-        if self._taken % _AHEAD == 0:
-            self._marks.append(self._device.mark())
-            if len(self._marks) > 2:  # the device has 2 × _AHEAD steps to go, and does not idle
-                self._marks.popleft()()
+    def _bound_queue(self, bucket: int) -> None:
+        """Wait for what was started long ago, so that signals and progress are not a whole chain ahead.
+
+        A mark is set every so many steps, and the one before it waited for: how many, the last ones tell; the first
+        step of another batch size is waited for itself.
+        """
+        if bucket != self._bucket:
+            self._bucket, self._stride = bucket, 1
+        self._unmarked += 1
+        if self._unmarked < self._stride:
+            return
+        self._marks.append((self._device.mark(), self._unmarked))
+        self._unmarked = 0
+        while len(self._marks) > (self._stride > 1):
+            wait, steps = self._marks.popleft()
+            wait()
+            now = time.perf_counter()
+            fitting = _AHEAD / 3 * steps / max(now - self._passed, 1e-9)
+            self._stride, self._passed = max(1, min(2 * self._stride, int(fitting))), now
 
     def _prepare(self, bucket: int) -> Callable[[], None]:
         """What starts a step of a bucket: captured, where that can be, after a run of it with every slot idle."""
-        if not self._network.capturable:
-            return lambda: self._start_step(bucket)
-        self._start_step(bucket)
-        self._device.synchronize()
-        return self._device.capture(lambda: self._start_step(bucket))
+        if self._captures:
+            self._start_step(bucket)
+            try:
+                return self._device.capture(lambda: self._start_step(bucket))
+            except BackendError as error:
+                logger.warning(
+                    "this network cannot be captured into a CUDA graph, so its steps are started one by one, which "
+                    f"takes longer: {one_line(error)}"
+                )
+                self._captures = False
+        return lambda: self._start_step(bucket)
 
     def _start_step(self, bucket: int) -> None:
         self._network.enqueue(bucket)
@@ -334,7 +368,7 @@ class CudaStepper:
         if self._steps:
             with suppress(BackendError):
                 self._device.synchronize()
-        self._steps, self._kept = {}, []
+        self._steps, self._kept, self._inputs = {}, [], []
         self._marks.clear()
         self._x0 = self._given = self._slots = self._rows = self._embeddings = None
 
