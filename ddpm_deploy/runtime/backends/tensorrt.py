@@ -18,7 +18,7 @@ from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
 from ddpm_deploy.runtime.device.cuda import Cuda
 from ddpm_deploy.runtime.device.kernel import require_nvrtc
-from ddpm_deploy.runtime.network import allocate, require_open
+from ddpm_deploy.runtime.network import allocate, bucket_sizes, require_open
 from ddpm_deploy.spec import ModelSpec
 
 
@@ -154,11 +154,9 @@ class TrtNetwork:
 
 def _buckets(profiles: list[tuple[int, int]], max_batch: int) -> tuple[int, ...]:
     """The sizes that are run for batches up to max_batch."""
-    sizes = set()
-    for low, high in profiles:
-        top = max(low, min(high, max_batch))
-        sizes |= {top, *(size for size in (1 << bit for bit in range(17)) if low <= size <= top)}
-    ordered = sorted(sizes)
+    ordered = sorted(
+        {size for low, high in profiles for size in bucket_sizes(low, max(low, min(high, max_batch)))}
+    )
     return tuple(ordered[: bisect_left(ordered, max_batch) + 1])
 
 
