@@ -18,7 +18,6 @@ from ddpm_deploy import reference
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.engine.build import EngineSettings
 from ddpm_deploy.errors import BackendError, DependencyError
-from ddpm_deploy.gpu import Gpu
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network, tensorrt
 from ddpm_deploy.runtime.chain import Chain
@@ -109,7 +108,6 @@ def test_a_missing_nvrtc_is_told_before_minutes_of_building(
 ) -> None:
     built: list[object] = []
     monkeypatch.setattr(kernel, "require", lambda module, extra: SimpleNamespace(nvrtcVersion=no_library))
-    monkeypatch.setattr(tensorrt, "require_gpu", lambda otherwise, index: Gpu("A10", "8.6", 1))
     monkeypatch.setattr(tensorrt, "settings_here", lambda *_: EngineSettings(flavour=flavour))
     monkeypatch.setattr(tensorrt, "built_on_arrival", lambda *_, **settings: built.append(settings))
     brings = {"tensorrt": "'tensorrt-cu13>=10.16'", "tensorrt-rtx": "'tensorrt-rtx>=1.3'"}[flavour]

@@ -40,13 +40,14 @@ def load_tensorrt(flavour: Flavour) -> Any:
     return trt
 
 
-def require_builder(flavour: Flavour) -> Any:
-    """Load a flavour that can build engines here: TensorRT times kernels on a GPU, and TensorRT-RTX needs none.
+def require_builder(flavour: Flavour, index: int = 0) -> Any:
+    """Load a flavour that can build engines here: TensorRT times kernels on a GPU, of that number, and TensorRT-RTX
+    needs none.
 
     Raises DependencyError or BackendError where it cannot.
     """
     if flavour == "tensorrt":
-        require_gpu()
+        require_gpu(index=index)
     return load_tensorrt(flavour)
 
 

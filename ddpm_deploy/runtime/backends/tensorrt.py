@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ddpm_deploy.engine.bindings import MODULES, made, require_gpu
+from ddpm_deploy.engine.bindings import MODULES, made
 from ddpm_deploy.engine.cache import built_on_arrival, settings_here
 from ddpm_deploy.engine.load import LoadedEngine, load_engine
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
@@ -61,8 +61,7 @@ class TrtNetwork:
         index = settings.gpu or 0
         if model.kind == "plan":
             return cls._loaded(model, settings, index)
-        gpu = require_gpu("leave backend and device out to run on the CPU", index)
-        how = settings_here(model.spec, settings.max_batch, gpu)
+        how = settings_here(model.spec, settings.max_batch, index)
         _, extra = MODULES[how.flavour]
         require_nvrtc(extra)  # what is missing to run it is told before minutes of building
         with Cuda(index, extra).here():
@@ -148,7 +147,8 @@ class TrtNetwork:
         if self._contexts:
             with suppress(BackendError):
                 self.device.synchronize()
-        self._contexts, self._scratch, self.memory = {}, None, {}
+        with self.device.here():  # TensorRT frees on the device that is the thread's
+            self._contexts, self._scratch, self.memory = {}, None, {}
         self.device.release()
 
 
