@@ -363,6 +363,29 @@ def test_onnx_runtime_that_falls_back_to_the_cpu_is_refused(onnx_path: Path) -> 
         OrtNetwork(open_model(onnx_path), HostDevice())  # type: ignore[arg-type]
 
 
+def test_what_onnx_runtime_prints_is_logged(
+    onnx_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of a build for CUDA on a machine without its libraries: stdout is for results."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0")
+    monkeypatch.setattr("ddpm_deploy.runtime.backends.onnxruntime.onnxruntime_has_cuda", lambda: True)
+    caplog.set_level("INFO")
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(BackendError, match="cannot use"),
+    ):
+        OrtNetwork(open_model(onnx_path), HostDevice())  # type: ignore[arg-type]
+    assert "ONNX Runtime: Failed to load libcu" in caplog.text
+    assert capfd.readouterr().out == ""
+
+
 def test_a_graph_that_does_not_fit_is_refused_on_a_device_too(onnx_path: Path, tmp_path: Path) -> None:
     spec = msgspec.structs.replace(tiny_spec((3, 8, 8)))
     with pytest.raises(ArtefactError, match="does not fit its ModelSpec"):

@@ -1,10 +1,12 @@
 """ONNX Runtime, on the CPU or on a GPU, through memory of ours that is bound once for each batch size."""
 
 import ctypes
+import io
+import logging
 import os
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any, Final, Self
 
 from ddpm_deploy.dependencies import onnxruntime_has_cuda, require_onnxruntime
@@ -18,6 +20,8 @@ from ddpm_deploy.runtime.device.host import Host
 from ddpm_deploy.runtime.network import allocate, bucket_sizes, default_max_batch, require_open
 from ddpm_deploy.runtime.protocols import Device
 from ddpm_deploy.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 _CPU: Final = ["CPUExecutionProvider"]
 _CUDA: Final = "CUDAExecutionProvider"
@@ -143,8 +147,11 @@ def _require_cuda() -> None:
             f"onnxruntime-gpu {onnxruntime.__version__} does not say what it runs on the CPU, as 1.24 and later do: "
             "update it (ddpm-deploy doctor says which build this driver runs)"
         )
-    if hasattr(onnxruntime, "preload_dlls"):
+    said = io.StringIO()
+    with redirect_stdout(said):  # which is for results
         onnxruntime.preload_dlls()  # CUDA's libraries and cuDNN, out of NVIDIA's packages
+    for line in said.getvalue().splitlines():
+        logger.info("ONNX Runtime: %s", line)
 
 
 def _unusable() -> BackendError:
@@ -196,7 +203,10 @@ def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
     if providers != _CPU:  # what of it runs there instead is looked at
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        session = onnxruntime.InferenceSession(str(model.path), options, providers=providers)
+        # Where the provider fails it would print that, and go on with the CPU.
+        session = onnxruntime.InferenceSession(
+            str(model.path), options, providers=providers, enable_fallback=0
+        )
     except Exception as error:
         raise ArtefactError(
             f"{model.name}: ONNX Runtime cannot load it: {first_line(error)}{hint}"
