@@ -54,6 +54,7 @@ class Engine:
         self.network = OrtNetwork(open_model(onnx))
         self.ran: list[tuple[int, int]] = []
         self.refuses = ""
+        self.config: Config | None = None
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.shapes)[index]
@@ -74,6 +75,7 @@ class Engine:
         return Config()
 
     def create_execution_context(self, config: "Config") -> "Context":
+        self.config = config
         assert config.strategy == "user"
         assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
         return Context(self)
@@ -87,6 +89,40 @@ class Config:
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
         self.strategy = strategy
+
+
+class RtxConfig(Config):
+    """IRuntimeConfig of TensorRT-RTX."""
+
+    cache: "Cache | None" = None
+
+    def create_runtime_cache(self) -> "Cache":
+        return Cache()
+
+    def set_runtime_cache(self, cache: "Cache") -> bool:
+        self.cache = cache
+        return True
+
+
+class Cache:
+    """IRuntimeCache: the sizes whose kernels are compiled. It takes nothing but what it wrote."""
+
+    def __init__(self) -> None:
+        self.sizes: set[int] = set()
+        self.compilations = 0
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(b"sizes "):
+            return False
+        self.sizes = {int(size) for size in blob.split()[1:]}
+        return True
+
+    def serialize(self) -> bytes:
+        return b"sizes " + b" ".join(b"%d" % size for size in sorted(self.sizes))
+
+    def compile(self, rows: int) -> None:
+        self.compilations += rows not in self.sizes
+        self.sizes.add(rows)
 
 
 class Context:
@@ -145,6 +181,8 @@ class Context:
         return self._engine.refuses != "run"
 
     def _compute(self, rows: int) -> None:
+        if isinstance(self._engine.config, RtxConfig) and self._engine.config.cache:
+            self._engine.config.cache.compile(rows)
         self._engine.ran.append((self._profile, rows))
         inputs = self._at("x", rows), self._at("temb", rows)
         self._at("prediction", rows)[:] = ask(self._engine.network, *inputs)
@@ -297,3 +335,56 @@ def test_too_little_memory_says_which_batch_would_fit(onnx_path: Path) -> None:
     device.left = 10
     with pytest.raises(BackendError, match="free some, or use a larger GPU"):
         TrtNetwork(loaded, open_model(onnx_path).spec, device)
+
+
+class RtxEngine(Engine):
+    """ICudaEngine of TensorRT-RTX, which compiles on the GPU."""
+
+    def create_runtime_config(self) -> Config:
+        return RtxConfig()
+
+
+def compilations(onnx_path: Path, kernels: Path, max_batch: int = 4) -> int:
+    """How many sizes were compiled to load a network, and to sample."""
+    device, log = HostDevice(), Log()
+    engine: Any = RtxEngine(onnx_path, [(1, 8, 8)], device)
+    loaded = LoadedEngine(PLAN, TRT, engine, log)  # type: ignore[arg-type]
+    network = TrtNetwork(loaded, open_model(onnx_path).spec, device, max_batch, kernels)  # type: ignore[arg-type]
+    compiled: int = engine.config.cache.compilations
+    with Sampler(network) as sampler:
+        sampler.sample(3, steps=2, seed=0)
+    assert engine.config.cache.compilations == compiled  # nothing is left to be compiled in a chain
+    return compiled
+
+
+def test_what_was_compiled_is_kept_for_the_next_process(
+    onnx_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole, in a folder of one's own; a larger batch adds to it; what does not fit is made anew, and that is said."""
+    kernels = tmp_path / "kernels" / "x.kernels"
+    assert [compilations(onnx_path, kernels) for _ in range(2)] == [3, 0]
+    written = kernels.stat().st_mtime_ns
+    assert compilations(onnx_path, kernels, 2) == 0
+    assert kernels.stat().st_mtime_ns == written
+    assert [compilations(onnx_path, kernels, 8) for _ in range(2)] == [1, 0]
+    assert (kernels.parent.stat().st_mode & 0o777, kernels.stat().st_mode & 0o777) == (0o700, 0o600)
+    assert [path.name for path in kernels.parent.iterdir()] == ["x.kernels"]
+    assert caplog.text == ""
+    kernels.write_bytes(b"of another driver")
+    assert compilations(onnx_path, kernels) == 3
+    assert "the kept kernels are not used, and are compiled again: it said so" in caplog.text
+    assert compilations(onnx_path, kernels) == 0
+
+
+def test_kernels_that_others_may_have_written_are_not_run(
+    onnx_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And none are kept where they may write, or nothing can be; it runs all the same."""
+    kernels = tmp_path / "kernels" / "x.kernels"
+    compilations(onnx_path, kernels)
+    kernels.parent.chmod(0o777)
+    assert [compilations(onnx_path, kernels) for _ in range(2)] == [3, 3]
+    assert "the kept kernels are not used, and are compiled again: others may write to" in caplog.text
+    assert "the compiled kernels were not kept: others may write to" in caplog.text
+    (tmp_path / "file").touch()
+    assert compilations(onnx_path, tmp_path / "file" / "x.kernels") == 3

@@ -22,7 +22,7 @@ from ddpm_deploy.engine.build import (
     engine_spec,
 )
 from ddpm_deploy.errors import ArtefactError, OutputError
-from ddpm_deploy.files import quoted, show
+from ddpm_deploy.files import atomic, quoted, show
 from ddpm_deploy.gpu import Gpu, driver, visible_gpu
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.spec import ModelSpec
@@ -123,6 +123,38 @@ def built_on_arrival(
         return load(open_model(plan))
 
 
+def kernels_path(plan: ModelFile, version: str, index: int) -> Path:
+    """Where the kernels are kept that TensorRT-RTX of a version compiles of an engine, for the GPU of that number."""
+    found = driver()
+    gpu = found.gpus[index]
+    all_of_it = plan.digest, version, found.version, gpu.name, gpu.capability
+    name = hashlib.sha256(msgspec.json.encode(all_of_it)).hexdigest()
+    return cache_folder() / "kernels" / f"{name}.kernels"
+
+
+def kept_kernels(path: Path) -> bytes:
+    """What is kept, or b"": what somebody else may have put there is left alone, as it would be run; that is said."""
+    try:
+        if os.path.lexists(path):
+            _require_own_file(path)
+            return path.read_bytes()
+    except (OutputError, OSError) as error:
+        logger.warning("the kept kernels are not used, and are compiled again: %s", error)
+    return b""
+
+
+def keep_kernels(path: Path, kernels: memoryview) -> None:
+    """Keep them for other processes, whole or not at all; where that cannot be, it is said and costs nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _require_own(path.parent)
+        with atomic(path) as temporary:
+            temporary.write_bytes(kernels)
+            temporary.chmod(0o600)
+    except (OutputError, OSError) as error:
+        logger.warning("the compiled kernels were not kept: %s", error)
+
+
 def _if_there(plan: Path, load: Callable[[ModelFile], Loaded], level: int) -> Loaded | None:
     """What is in the cache, if it can be used; where it cannot that is said at `level`.
 
@@ -130,10 +162,7 @@ def _if_there(plan: Path, load: Callable[[ModelFile], Loaded], level: int) -> Lo
     """
     if not os.path.lexists(plan):
         return None
-    _require_own(plan.parent)
-    status = plan.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:  # which every link is
-        raise OutputError(f"{show(plan)}, in the cache of engines, may be somebody else's: remove it")
+    _require_own_file(plan)
     try:
         return load(open_model(plan))
     except ArtefactError as error:
@@ -171,6 +200,14 @@ def _locked(path: Path) -> Iterator[None]:
         ) from error
     with file:
         yield
+
+
+def _require_own_file(path: Path) -> None:
+    """Raise OutputError where anybody else may have written a file of the cache."""
+    _require_own(path.parent)
+    status = path.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:  # which every link is
+        raise OutputError(f"{show(path)}, in the cache of engines, may be somebody else's: remove it")
 
 
 def _require_own(folder: Path) -> None:
