@@ -8,6 +8,7 @@ import ctypes
 import logging
 import math
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -24,10 +25,11 @@ from ddpm_deploy.dependencies import ONE_ONNXRUNTIME, pip_install
 from ddpm_deploy.doctor import gaussian
 from ddpm_deploy.engine.bindings import MODULES, load_tensorrt
 from ddpm_deploy.engine.build import EngineSettings, build_engine
-from ddpm_deploy.errors import one_line
+from ddpm_deploy.errors import DependencyError, one_line
 from ddpm_deploy.gpu import Driver
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network
+from ddpm_deploy.runtime.device.kernel import require_nvrtc
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.tolerances import DOCTOR
@@ -43,6 +45,9 @@ PACKAGES: Final = (
     "tensorrt-rtx",
     "cupy-cuda13x",
     "cupy-cuda12x",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-nvrtc-cu12",
     "torch",
     "onnx",
     "onnxscript",
@@ -58,6 +63,8 @@ PACKAGES: Final = (
     "nvidia-cudnn-cu12",
 )
 _CUDNN: Final = "libcudnn.so.9"  # which onnxruntime-gpu loads
+_NVRTC: Final = "NVRTC"  # which compiles the step kernel
+_ORT_OF_CUDA_13: Final = (1, 27)  # the first
 _OLDEST_CUDA: Final = (12, 2)
 _CUDA_13: Final = (13, 0)
 # What packages of each CUDA need the driver to run, and the release that brings it.
@@ -93,7 +100,21 @@ def installed() -> dict[str, str]:
     with suppress(OSError):
         ctypes.CDLL(_CUDNN)
         found[_CUDNN] = "9"
+    with suppress(DependencyError):
+        _, major, minor = require_nvrtc().nvrtcVersion()
+        found[_NVRTC] = f"{major}.{minor}"
     return found
+
+
+def cuda_of(name: str, version: str) -> int | None:
+    """The major version of CUDA that a package was built for; None where it is of none, or of any."""
+    if told := re.search(r"cu(?:da)?(1\d)", name):
+        return int(told[1])
+    if name in ("cuda-bindings", "nvidia-cuda-nvrtc", _NVRTC):
+        return _number(version)[0]
+    if name == "onnxruntime-gpu":
+        return 13 if _number(version) >= _ORT_OF_CUDA_13 else 12
+    return None
 
 
 def about() -> str:
@@ -108,6 +129,7 @@ def problems(packages: Installed, driver: Driver) -> list[Finding]:
         *_driver_too_old(packages, driver),
         *_both_cudas(packages, driver),
         *_without_libraries(packages, driver),
+        *_without_nvrtc(packages, driver),
     ]
 
 
@@ -123,7 +145,9 @@ def _both_onnxruntimes(packages: Installed) -> Iterator[Finding]:
 
 def _driver_too_old(packages: Installed, driver: Driver) -> Iterator[Finding]:
     for major, (oldest, release) in _DRIVERS.items():
-        needs = [name for name in packages if f"cu{major}" in name or f"cuda{major}" in name]
+        needs = [
+            name for name, version in packages.items() if name in PACKAGES and cuda_of(name, version) == major
+        ]
         if not needs or not _older(driver, oldest):
             continue
         mend = _UPDATE.format(release)
@@ -150,12 +174,20 @@ def _without_libraries(packages: Installed, driver: Driver) -> Iterator[Finding]
             says = f"{bindings} is installed without {libraries}, which pip takes from NVIDIA's own index"
             mend = f"pip install {libraries}=={packages[bindings]}  (or use NVIDIA's container, which has it)"
             yield Finding("tensorrt", "broken", says, mend)
-    cudnn = {_CUDNN, "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"}
-    if "onnxruntime-gpu" in packages and not cudnn & packages.keys():
-        says = f"onnxruntime-gpu is installed without cuDNN ({_CUDNN}): it falls back to the CPU"
+    runtime = packages.get("onnxruntime-gpu", "")
+    built = cuda_of("onnxruntime-gpu", runtime)
+    if runtime and not {_CUDNN, f"nvidia-cudnn-cu{built}"} & packages.keys():
+        says = f"onnxruntime-gpu {runtime} is installed without the cuDNN of CUDA {built}: it falls back to the CPU"
         # Its own extras bring what its build is of.
         mend = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         yield Finding("cudnn", "broken" if driver.gpus else "absent", says, mend)
+
+
+def _without_nvrtc(packages: Installed, driver: Driver) -> Iterator[Finding]:
+    cupy = next((name for name in packages if name.startswith("cupy-")), None)
+    if cupy and _NVRTC not in packages:
+        says = f"{cupy} is installed without NVRTC, which compiles what a GPU runs of a chain, or that does not load"
+        yield Finding("nvrtc", "broken" if driver.gpus else "absent", says, _install_for(driver))
 
 
 def run_backends(packages: Installed, driver: Driver) -> Iterator[Finding]:
@@ -286,7 +318,7 @@ def _get_a_gpu(driver: Driver) -> str:
 
 
 def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+    return tuple(int(digits[0]) for part in version.split(".")[:2] if (digits := re.match(r"\d+", part)))
 
 
 def _older(driver: Driver, cuda: tuple[int, int]) -> bool:
