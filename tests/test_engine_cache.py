@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_deploy import gpu
-from ddpm_deploy.engine import build, cache
+from ddpm_deploy.engine import bindings, build, cache
 from ddpm_deploy.engine.build import EngineSettings, engine_spec
 from ddpm_deploy.engine.cache import built_on_arrival, cache_folder, settings_here, with_timing_cache
 from ddpm_deploy.errors import ArtefactError, BackendError, OutputError
@@ -107,7 +107,8 @@ def test_an_engine_on_arrival_is_tuned_for_one_a_middle_and_the_largest(
     profiles: tuple[tuple[int, int, int], ...],
 ) -> None:
     """And takes every batch between, in the engine that is built; of the GPU that it is for."""
-    monkeypatch.setattr(gpu, "driver", lambda: TWO)
+    for module in (gpu, bindings):
+        monkeypatch.setattr(module, "driver", lambda: TWO)
     how = settings_here(open_model(exported["fp16"]).spec, max_batch, 1)
     assert (how.flavour, how.batches, how.capabilities, how.gpu) == ("tensorrt-rtx", profiles, ("12.0",), 1)
     monkeypatch.setattr(gpu, "driver", Driver)  # nothing is loaded on it
@@ -119,7 +120,8 @@ def test_an_engine_on_arrival_is_tuned_for_one_a_middle_and_the_largest(
 def test_a_small_batch_has_as_many_profiles_as_it_has_sizes(
     exported: dict[Precision, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "driver", lambda: TWO)
+    for module in (gpu, bindings):
+        monkeypatch.setattr(module, "driver", lambda: TWO)
     monkeypatch.setattr(cache, "default_engine_batch", lambda spec: 1)
     wanted = {1: ((1, 1, 1),), 2: ((1, 1, 1), (2, 2, 2)), 4: ((1, 1, 1), (2, 2, 2), (3, 4, 4))}
     for largest, profiles in wanted.items():
@@ -131,7 +133,7 @@ def test_an_engine_is_of_the_gpu_that_was_asked_for(
 ) -> None:
     """Its spec, its name in the cache, and its timing cache; and two GPUs of a kind share one."""
     onnx = open_model(exported["fp16"])
-    for module in (gpu, cache, build):
+    for module in (gpu, bindings, cache, build):
         monkeypatch.setattr(module, "driver", lambda: TWO)
     specs = [engine_spec(onnx.spec, EngineSettings(gpu=index), "11.4.0").engine for index in range(2)]
     assert [(spec.gpu, spec.capabilities) for spec in specs if spec] == [

@@ -26,7 +26,7 @@ from ddpm_deploy.doctor import gaussian
 from ddpm_deploy.engine.bindings import MODULES, load_tensorrt
 from ddpm_deploy.engine.build import EngineSettings, build_engine
 from ddpm_deploy.errors import DependencyError, one_line
-from ddpm_deploy.gpu import Driver
+from ddpm_deploy.gpu import CUDA_13, DRIVERS, OLDEST_CUDA, UPDATE, Driver, numbers
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network
 from ddpm_deploy.runtime.device.kernel import require_nvrtc
@@ -65,12 +65,7 @@ PACKAGES: Final = (
 _CUDNN: Final = "libcudnn.so.9"  # which onnxruntime-gpu loads
 _NVRTC: Final = "NVRTC"  # which compiles the step kernel
 _ORT_OF_CUDA_13: Final = (1, 27)  # the first
-_OLDEST_CUDA: Final = (12, 2)
-_CUDA_13: Final = (13, 0)
-# What packages of each CUDA need the driver to run, and the release that brings it.
-_DRIVERS: Final = {12: (_OLDEST_CUDA, 535), 13: (_CUDA_13, 580)}
 _OLDEST_CAPABILITY: Final = (7, 5)  # of TensorRT 11
-_UPDATE: Final = "update the NVIDIA driver to r{} or newer"
 _NO_GPU: Final = "needs an NVIDIA GPU, and none is visible"
 _COUNT: Final = 64
 _SIGMAS: Final = 5.0
@@ -111,9 +106,9 @@ def cuda_of(name: str, version: str) -> int | None:
     if told := re.search(r"cu(?:da)?(1\d)", name):
         return int(told[1])
     if name in ("cuda-bindings", "nvidia-cuda-nvrtc", _NVRTC):
-        return _number(version)[0]
+        return numbers(version)[0]
     if name == "onnxruntime-gpu":
-        return 13 if _number(version) >= _ORT_OF_CUDA_13 else 12
+        return 13 if numbers(version) >= _ORT_OF_CUDA_13 else 12
     return None
 
 
@@ -144,14 +139,14 @@ def _both_onnxruntimes(packages: Installed) -> Iterator[Finding]:
 
 
 def _driver_too_old(packages: Installed, driver: Driver) -> Iterator[Finding]:
-    for major, (oldest, release) in _DRIVERS.items():
+    for major, (oldest, release) in DRIVERS.items():
         needs = [
             name for name, version in packages.items() if name in PACKAGES and cuda_of(name, version) == major
         ]
-        if not needs or not _older(driver, oldest):
+        if not needs or not driver.older_than(oldest):
             continue
-        mend = _UPDATE.format(release)
-        if major == 13 and not _older(driver, _OLDEST_CUDA):
+        mend = UPDATE.format(release)
+        if major == 13 and not driver.older_than(OLDEST_CUDA):
             old = " ".join(needs)
             mend = f"pip uninstall -y {old} && {pip_install('gpu-cu12', 'tensorrt')}  (or {mend})"
         says = f"the driver {driver.version} runs CUDA {driver.cuda} and older, and {needs[0]} is of CUDA {major}"
@@ -161,14 +156,14 @@ def _driver_too_old(packages: Installed, driver: Driver) -> Iterator[Finding]:
 def _both_cudas(packages: Installed, driver: Driver) -> Iterator[Finding]:
     for newer, older in (("tensorrt-cu13", "tensorrt-cu12"), ("cupy-cuda13x", "cupy-cuda12x")):
         if {newer, older} <= packages.keys():
-            kept = older if _older(driver, _CUDA_13) else newer
+            kept = older if driver.older_than(CUDA_13) else newer
             says = f"{newer} and {older} are both installed, and hold the same modules"
             mend = f"pip uninstall -y {newer} {older} && pip install {kept}"
             yield Finding(newer.split("-")[0], "broken", says, mend)
 
 
 def _without_libraries(packages: Installed, driver: Driver) -> Iterator[Finding]:
-    for major in _DRIVERS:
+    for major in DRIVERS:
         bindings, libraries = f"tensorrt-cu{major}-bindings", f"tensorrt-cu{major}-libs"
         if bindings in packages and libraries not in packages:
             says = f"{bindings} is installed without {libraries}, which pip takes from NVIDIA's own index"
@@ -225,7 +220,7 @@ def _on_onnxruntime_cuda(model: ModelFile, packages: Installed, driver: Driver) 
 
 def _install_for(driver: Driver) -> str:
     """The line that installs what this driver runs."""
-    return pip_install("gpu-cu12" if _older(driver, _CUDA_13) else "gpu", "tensorrt")
+    return pip_install("gpu-cu12" if driver.older_than(CUDA_13) else "gpu", "tensorrt")
 
 
 def _on_tensorrt(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
@@ -233,11 +228,11 @@ def _on_tensorrt(model: ModelFile, packages: Installed, driver: Driver) -> Findi
     if not driver.gpus:
         return Finding(name, "absent", _NO_GPU, _get_a_gpu(driver))
     capability = driver.gpus[0].capability
-    if _number(capability) < _OLDEST_CAPABILITY:
+    if numbers(capability) < _OLDEST_CAPABILITY:
         return Finding(name, "absent", f"does not know compute capability {capability}", "use ONNX Runtime")
-    if _older(driver, _OLDEST_CUDA):
+    if driver.older_than(OLDEST_CUDA):
         says = f"needs CUDA 12.2, and the driver runs {driver.cuda}"
-        return Finding(name, "absent", says, _UPDATE.format(535))
+        return Finding(name, "absent", says, UPDATE.format(535))
     if problem := _import_problem(name, "tensorrt", packages, mend):
         return problem
     with tempfile.TemporaryDirectory() as folder:
@@ -263,7 +258,7 @@ def _on_tensorrt_rtx(model: ModelFile, packages: Installed, driver: Driver) -> F
         capability = driver.gpus[0].capability
         if capability not in CAPABILITIES:
             says = f"{built}; none for compute capability {capability}, which is this GPU's"
-            new = _number(capability) >= _OLDEST_CAPABILITY
+            new = numbers(capability) >= _OLDEST_CAPABILITY
             other = f"use TensorRT on this GPU: {_install_for(driver)}" if new else "use ONNX Runtime"
             return Finding(name, "builds", says, other)
         return _chain_finding(name, mend, lambda: load_network(plan))
@@ -315,12 +310,3 @@ def _get_a_gpu(driver: Driver) -> str:
     if driver.problem.startswith("no NVIDIA driver"):
         return "on a machine with an NVIDIA GPU, install its driver (in a container: docker run --gpus all)"
     return f"{driver.problem}: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(digits[0]) for part in version.split(".")[:2] if (digits := re.match(r"\d+", part)))
-
-
-def _older(driver: Driver, cuda: tuple[int, int]) -> bool:
-    """Whether a driver runs no CUDA as new as this."""
-    return bool(driver.cuda) and _number(driver.cuda) < cuda

@@ -10,6 +10,7 @@ from contextlib import redirect_stdout, suppress
 from typing import Any, Final, Self
 
 from ddpm_deploy.dependencies import onnxruntime_has_cuda, require_onnxruntime
+from ddpm_deploy.engine.bindings import require_gpu
 from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, first_line
 from ddpm_deploy.files import show
 from ddpm_deploy.machine import cpu_threads
@@ -81,7 +82,10 @@ class OrtNetwork:
     @classmethod
     def open(cls, model: ModelFile, settings: LoadSettings) -> Self:
         """Load an .onnx file."""
-        device = None if settings.gpu is None else Cuda(settings.gpu)
+        device = None
+        if settings.gpu is not None:
+            require_gpu("leave device out to run on the CPU", settings.gpu)
+            device = Cuda(settings.gpu)
         return cls(model, device, threads=settings.threads, max_batch=settings.max_batch)
 
     def _warm_up(self) -> None:
@@ -189,11 +193,9 @@ def _cuda_options(spec: ModelSpec, device: Any) -> dict[str, str]:
 def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
     """A session that has the interface of the contract."""
     onnxruntime = require_onnxruntime()
-    hint = (
-        " (it has no bfloat16 on a CPU: this file is for building an engine)"
-        if model.spec.precision == "bf16"
-        else ""
-    )
+    hint = "" if providers == _CPU else " (ddpm-deploy doctor says whether it works on this GPU)"
+    if not hint and model.spec.precision == "bf16":
+        hint = " (it has no bfloat16 on a CPU: this file is for building an engine)"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it logs, it also raises
     options.intra_op_num_threads = threads or cpu_threads()
