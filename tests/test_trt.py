@@ -55,6 +55,7 @@ class Engine:
         self.ran: list[tuple[int, int]] = []
         self.refuses = ""
         self.config: Config | None = None
+        self.log = Log()
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.shapes)[index]
@@ -156,6 +157,9 @@ class Context:
     def update_device_memory_size_for_shapes(self) -> int:
         assert self._set.keys() == self._engine.shapes.keys() - {"prediction"}
         (rows,) = {shape[0] for shape in self._set.values()}
+        if self._engine.refuses == "scratch" and rows == 1:
+            self._engine.log.errors.append("it said so")
+            return 0
         return SCRATCH * rows
 
     def set_device_memory(self, address: int, size: int) -> None:
@@ -196,6 +200,9 @@ class Context:
 class Log:
     """What TensorRT said."""
 
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
     def reason(self, otherwise: str) -> str:
         return "it said so"
 
@@ -209,8 +216,7 @@ def load(onnx_path: Path) -> Callable[..., tuple[TrtNetwork, Engine]]:
         engine: Any = Engine(onnx_path, profiles, device)
         engine.refuses = changed.pop("refuses", "")
         spec = msgspec.structs.replace(open_model(onnx_path).spec, **changed)
-        log: Any = Log()
-        loaded = LoadedEngine(PLAN, TRT, engine, log)
+        loaded = LoadedEngine(PLAN, TRT, engine, engine.log)
         return TrtNetwork(loaded, spec, device, max_batch), engine
 
     return make
@@ -296,6 +302,7 @@ def test_the_queue_is_bounded(load: Callable[..., tuple[TrtNetwork, Engine]]) ->
         ("run", "a batch of 1"),
         ("profile", "profile 0"),
         ("address", "the address of x"),
+        ("scratch", "to say how much scratch memory it needs"),
     ],
 )
 def test_a_refusal_is_an_error(

@@ -160,7 +160,11 @@ class TrtNetwork:
     def _give_memory(self) -> None:
         """The largest scratch of the contexts, and the inputs' and output's memory, for as long as it is loaded."""
         contexts = self._contexts.values()
+        self._log.errors.clear()
         scratch = max(context.update_device_memory_size_for_shapes() for context in contexts)
+        self._must(
+            not self._log.errors, "to say how much scratch memory it needs"
+        )  # by a 0, which may also be true
         self._require_room(scratch)
         self._scratch = self.device.empty((max(scratch, 1),), np.uint8)
         self.memory = allocate(self.device, self.spec, self.buckets[-1])
