@@ -5,10 +5,11 @@ profile, scratch memory is given) and computes by running the .onnx it would hav
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from ddpm_deploy.engine.load import LoadedEngine
 from ddpm_deploy.errors import ArtefactError, BackendError
+from ddpm_deploy.gpu import Driver, Gpu
 from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.backends import LoadSettings, tensorrt
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.backends.tensorrt import TrtNetwork
 from ddpm_deploy.runtime.network import ask
@@ -395,3 +398,74 @@ def test_kernels_that_others_may_have_written_are_not_run(
     assert "the compiled kernels were not kept: others may write to" in caplog.text
     (tmp_path / "file").touch()
     assert compilations(onnx_path, tmp_path / "file" / "x.kernels") == 3
+
+
+class SecondGpu(HostDevice):
+    """A device that knows whether it is the thread's own."""
+
+    index = 1
+    depth = 0
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+
+class Placed:
+    """An object of TensorRT's, which is touched and freed only while its device is the thread's."""
+
+    misplaced: ClassVar[list[str]] = []
+
+    def __init__(self, inner: Any, device: SecondGpu, of: object = None) -> None:
+        vars(self).update(_inner=inner, _device=device, _of=of)  # what made it lives as long
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not self._device.depth:
+            self.misplaced.append(name)
+        return self._called(found) if callable(found) else found
+
+    def _called(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            plain = [vars(each)["_inner"] if isinstance(each, Placed) else each for each in arguments]
+            result = method(*plain)
+            return Placed(result, self._device, self) if isinstance(result, Config | Context) else result
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._inner, name, value)
+
+    def __del__(self) -> None:
+        if not self._device.depth:
+            self.misplaced.append(f"the end of {type(self._inner).__name__}")
+
+
+def test_tensorrt_works_on_the_networks_own_device(onnx_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From loading to freeing, on the GPU that was asked for, whatever the thread's own is."""
+    device = SecondGpu()
+    spec = open_model(onnx_path).spec
+    asked: list[int] = []
+
+    def load_engine(plan: Any, index: int, here: Callable[[], Any]) -> LoadedEngine:
+        asked.append(index)
+        with here():
+            engine = Engine(onnx_path, [(1, 4, 4)], device)
+            return LoadedEngine(plan, trt, Placed(engine, device), engine.log)  # type: ignore[arg-type]
+
+    trt = SimpleNamespace(**vars(TRT), __version__="11.4.0")
+    two = Driver("580.65", "13.0", (Gpu("A10", "8.6", 1), Gpu("RTX 5090", "12.0", 1)))
+    monkeypatch.setattr(tensorrt, "Cuda", lambda index, extra: asked.append(index) or device)
+    monkeypatch.setattr(tensorrt, "load_engine", load_engine)
+    monkeypatch.setattr("ddpm_deploy.engine.cache.driver", lambda: two)
+    head = SimpleNamespace(flavour="tensorrt")
+    plan: Any = SimpleNamespace(kind="plan", name="e.plan", spec=spec, digest="0" * 64, head=head)
+    network = TrtNetwork.open(plan, LoadSettings(device="cuda:1"))
+    with Sampler(network) as sampler:
+        sampler.sample(3, steps=2, seed=0)
+    assert asked == [1, 1]
+    assert Placed.misplaced == []
