@@ -69,7 +69,7 @@ def _requirements(extra: str) -> list[str]:
     An onnxruntime-gpu that is there takes onnxruntime's place: they install over one another.
     """
     here = {"extra": extra, "sys_platform": sys.platform, "platform_machine": os.uname().machine}
-    on_gpu = _installed("onnxruntime-gpu") and not _installed("onnxruntime")
+    on_gpu = is_installed("onnxruntime-gpu") and not is_installed("onnxruntime")
     found = []
     with suppress(metadata.PackageNotFoundError):
         for line in metadata.requires("ddpm-deploy") or []:
@@ -103,7 +103,7 @@ def require_onnxruntime() -> ModuleType:
             f"{_NO_TELEMETRY}=1 before that import"
         )
     os.environ.setdefault(_NO_TELEMETRY, "1")
-    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+    if is_installed("onnxruntime") and is_installed("onnxruntime-gpu"):
         raise DependencyError(
             "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other's files: "
             f"{ONE_ONNXRUNTIME}"
@@ -119,7 +119,8 @@ def onnxruntime_has_cuda() -> bool:
         return False
 
 
-def _installed(distribution: str) -> bool:
+def is_installed(distribution: str) -> bool:
+    """Whether a distribution is, of whatever modules."""
     try:
         metadata.version(distribution)
     except metadata.PackageNotFoundError:

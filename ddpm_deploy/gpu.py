@@ -1,6 +1,7 @@
 """What NVIDIA hardware this machine shows, asked of the driver itself: no package is needed for it."""
 
 import ctypes
+import re
 from ctypes import byref, c_char_p, c_int, c_size_t, create_string_buffer
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,11 @@ from typing import Final
 
 _LIBRARY: Final = "libcuda.so.1"
 _VERSION_FILE: Final = Path("/proc/driver/nvidia/version")
+OLDEST_CUDA: Final = (12, 2)
+CUDA_13: Final = (13, 0)
+# What packages of each CUDA need the driver to run, and the release that brings it.
+DRIVERS: Final = {12: (OLDEST_CUDA, 535), 13: (CUDA_13, 580)}
+UPDATE: Final = "update the NVIDIA driver to r{} or newer"
 # Of CUdevice_attribute, in cuda.h.
 _MAJOR, _MINOR = 75, 76
 
@@ -33,6 +39,15 @@ class Driver:
     cuda: str = ""
     gpus: tuple[Gpu, ...] = ()
     problem: str = ""
+
+    def older_than(self, cuda: tuple[int, int]) -> bool:
+        """Whether it runs no CUDA as new as this."""
+        return bool(self.cuda) and numbers(self.cuda) < cuda
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, as "13.0" or "1.28.0rc1", fewer where it has no more."""
+    return tuple(int(digits[0]) for part in version.split(".")[:2] if (digits := re.match(r"\d+", part)))
 
 
 def driver() -> Driver:

@@ -37,6 +37,7 @@ VARIABLES = {
     "severity": "ILogger.Severity",
     "context": "IExecutionContext",
     "runtime_config": "IRuntimeConfig",
+    "runtime_cache": "IRuntimeCache",
 }
 RESULTS = {
     "get_input": "ITensor",
@@ -50,6 +51,10 @@ RTX_ONLY = {
     "DynamicShapesKernelSpecializationStrategy.EAGER",
     "IExecutionContext.is_stream_capturable",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.create_runtime_cache",
+    "IRuntimeConfig.set_runtime_cache",
+    "IRuntimeCache.deserialize",
+    "IRuntimeCache.serialize",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
 }

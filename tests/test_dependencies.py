@@ -62,9 +62,9 @@ def test_a_source_tree_that_was_not_installed_names_the_missing_package() -> Non
 
 def test_onnxruntime_is_not_installed_over_that_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     here: set[str] = {"onnxruntime-gpu"}
-    monkeypatch.setattr(dependencies, "_installed", lambda name: name in here)
+    monkeypatch.setattr(dependencies, "is_installed", lambda name: name in here)
     assert pip_install("cpu", "PIL") == "pip install 'pillow>=11'"
-    assert "'onnxruntime-gpu>=1.20'" in pip_install("gpu", "PIL")
+    assert "'onnxruntime-gpu[cuda,cudnn]>=1.28'" in pip_install("gpu", "PIL")
 
 
 def test_a_package_that_does_not_import_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from ddpm_deploy.runtime.sampler import Sampler
 from tests.host_device import DeviceNetwork, HostDevice
 from tests.models import ArrayNetwork, tiny_spec
 
+ROOT = Path(__file__).parent.parent
+
 
 def on_device(path: Path, max_batch: int = 4) -> Sampler:
     """ONNX Runtime's CPU provider, bound by pointers to memory of the stand-in's."""
@@ -306,6 +308,48 @@ def test_a_forked_process_is_refused_on_a_device_too(onnx_path: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+LEFT_OPEN = """
+import atexit, os, sys
+from ddpm_deploy.runtime.sampler import Sampler
+from tests.models import ArrayNetwork, tiny_spec
+
+class Network(ArrayNetwork):
+    def close(self):
+        print("closed", self.name, os.getpid() == parent, flush=True)
+        super().close()
+
+def loaded(name):
+    network = Network(tiny_spec(network=None), 2)
+    network.name = name
+    return Sampler(network)
+
+parent = os.getpid()
+kept, closed, dropped = loaded("kept"), loaded("closed"), loaded("dropped")
+atexit.register(print, "the library's own exit", flush=True)  # as CuPy registers, imported by another backend
+late = loaded("late")
+closed.close()
+del dropped
+images = late.iter_samples(2, steps=2)
+next(images)  # and still open
+if not (child := os.fork()):
+    sys.exit()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print("end", flush=True)
+"""
+
+
+def test_what_is_open_is_closed_at_the_end_of_the_process() -> None:
+    """Once, before the backend's libraries end, in the process that loaded it, and not in its fork."""
+    command = [sys.executable, "-c", LEFT_OPEN]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    said = result.stdout.splitlines()
+    start, end = said.index("closed closed True"), said.index("end")
+    assert said[start + 1 : end] == ["the library's own exit"]  # of the fork
+    assert sorted(said[end + 1 : -1]) == ["closed kept True", "closed late True"]
+    assert said[-1] == "the library's own exit"
+
+
 def test_onnx_runtime_that_falls_back_to_the_cpu_is_refused(onnx_path: Path) -> None:
     """It does so without a word."""
     import onnxruntime
@@ -316,6 +360,29 @@ def test_onnx_runtime_that_falls_back_to_the_cpu_is_refused(onnx_path: Path) -> 
         BackendError, match="cannot use its CUDAExecutionProvider here, and would run on the CPU"
     ):
         OrtNetwork(open_model(onnx_path), HostDevice())  # type: ignore[arg-type]
+
+
+def test_what_onnx_runtime_prints_is_logged(
+    onnx_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of a build for CUDA on a machine without its libraries: stdout is for results."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0")
+    monkeypatch.setattr("ddpm_deploy.runtime.backends.onnxruntime.onnxruntime_has_cuda", lambda: True)
+    caplog.set_level("INFO")
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(BackendError, match="cannot use"),
+    ):
+        OrtNetwork(open_model(onnx_path), HostDevice())  # type: ignore[arg-type]
+    assert "ONNX Runtime: Failed to load libcu" in caplog.text
+    assert capfd.readouterr().out == ""
 
 
 def test_a_graph_that_does_not_fit_is_refused_on_a_device_too(onnx_path: Path, tmp_path: Path) -> None:

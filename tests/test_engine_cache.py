@@ -5,13 +5,15 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ddpm_deploy.engine import cache
-from ddpm_deploy.engine.build import EngineSettings
-from ddpm_deploy.engine.cache import built_on_arrival, cache_folder, with_timing_cache
+from ddpm_deploy import gpu
+from ddpm_deploy.engine import bindings, build, cache
+from ddpm_deploy.engine.build import EngineSettings, engine_spec
+from ddpm_deploy.engine.cache import built_on_arrival, cache_folder, settings_here, with_timing_cache
 from ddpm_deploy.errors import ArtefactError, BackendError, OutputError
 from ddpm_deploy.gpu import Driver, Gpu
 from ddpm_deploy.model_file import ModelFile, open_model
@@ -84,6 +86,65 @@ def test_the_machine_is_in_its_name(exported: dict[Precision, Path], monkeypatch
         monkeypatch.setattr(version, "1.8.0")
         keys.append(cache._key(open_model(exported["fp16"]), RTX))
     assert len(set(keys)) == len(machines) + 2
+
+
+TWO = Driver("580", "13.0", (Gpu("A10", "8.6", 1), Gpu("RTX 5090", "12.0", 1)))
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "profiles"),
+    [
+        (None, ((1, 1, 1), (2, 8, 8), (9, 64, 64))),
+        (100, ((1, 1, 1), (2, 8, 8), (9, 100, 100))),
+        (64, ((1, 1, 1), (2, 8, 8), (9, 64, 64))),
+    ],
+)
+def test_an_engine_on_arrival_is_tuned_for_one_a_middle_and_the_largest(
+    exported: dict[Precision, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_batch: int | None,
+    profiles: tuple[tuple[int, int, int], ...],
+) -> None:
+    """And takes every batch between, in the engine that is built; of the GPU that it is for."""
+    for module in (gpu, bindings):
+        monkeypatch.setattr(module, "driver", lambda: TWO)
+    how = settings_here(open_model(exported["fp16"]).spec, max_batch, 1)
+    assert (how.flavour, how.batches, how.capabilities, how.gpu) == ("tensorrt-rtx", profiles, ("12.0",), 1)
+    monkeypatch.setattr(gpu, "driver", Driver)  # nothing is loaded on it
+    built = open_model(built_on_arrival(open_model(exported["fp16"]), how, same, folder=tmp_path)).spec.engine
+    assert built
+    assert (built.batches, built.capabilities) == (profiles, ("12.0",))
+
+
+def test_a_small_batch_has_as_many_profiles_as_it_has_sizes(
+    exported: dict[Precision, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (gpu, bindings):
+        monkeypatch.setattr(module, "driver", lambda: TWO)
+    monkeypatch.setattr(cache, "default_engine_batch", lambda spec: 1)
+    wanted = {1: ((1, 1, 1),), 2: ((1, 1, 1), (2, 2, 2)), 4: ((1, 1, 1), (2, 2, 2), (3, 4, 4))}
+    for largest, profiles in wanted.items():
+        assert settings_here(open_model(exported["fp16"]).spec, largest, 0).batches == profiles
+
+
+def test_an_engine_is_of_the_gpu_that_was_asked_for(
+    exported: dict[Precision, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its spec, its name in the cache, and its timing cache; and two GPUs of a kind share one."""
+    onnx = open_model(exported["fp16"])
+    for module in (gpu, bindings, cache, build):
+        monkeypatch.setattr(module, "driver", lambda: TWO)
+    specs = [engine_spec(onnx.spec, EngineSettings(gpu=index), "11.4.0").engine for index in range(2)]
+    assert [(spec.gpu, spec.capabilities) for spec in specs if spec] == [
+        ("A10", ("8.6",)),
+        ("RTX 5090", ("12.0",)),
+    ]
+    assert cache._key(onnx, RTX) != cache._key(onnx, replace(RTX, gpu=1))
+    with pytest.raises(BackendError, match="no NVIDIA GPU has the number 2"):
+        settings_here(onnx.spec, None, 2)
+    monkeypatch.setattr(cache, "driver", lambda: Driver("580", "13.0", (TWO.gpus[0], TWO.gpus[0])))
+    assert cache._key(onnx, RTX) == cache._key(onnx, replace(RTX, gpu=1))
 
 
 def test_an_engine_that_cannot_be_used_is_built_again_loudly(

@@ -2,15 +2,18 @@
 
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from email.parser import BytesParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import ddpm_deploy
 
@@ -226,6 +229,37 @@ def test_wheel_content(distributions: Path) -> None:
         [f"ddpm_deploy/{name}" for name in (*DATA, *(f"{module}.py" for module in MODULES))]
     )
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("extra", "right", "wrong", "other"),
+    [
+        ("gpu", ("1.28.0", "1.31.1"), ("1.26.0", "1.27.0"), r"cu12|cuda12"),
+        ("gpu-cu12", ("1.24.1", "1.26.0"), ("1.21.0", "1.27.0", "1.31.1"), r"cu13|cuda13"),
+    ],
+)
+def test_an_extra_for_gpus_is_of_one_cuda(
+    distributions: Path, extra: str, right: tuple[str, ...], wrong: tuple[str, ...], other: str
+) -> None:
+    """onnxruntime-gpu is of CUDA 12 up to 1.26, and brings its libraries by extras, which 1.27 has wrong.
+
+    So their own metadata says: 1.27.0 asks for nvidia-cuda-nvrtc-cu13~=13.0, of which there is only a 0.0.1; and up to
+    1.23 a session does not say where it places its nodes.
+    """
+    (wheel,) = distributions.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = BytesParser().parsebytes(archive.read(name)).get_all("Requires-Dist", [])
+    brings = {
+        each.name: each
+        for each in map(Requirement, lines)
+        if each.marker and each.marker.evaluate({"extra": extra}) and not each.marker.evaluate({"extra": ""})
+    }
+    runtime = brings["onnxruntime-gpu"]
+    assert runtime.extras == {"cuda", "cudnn"}
+    assert all(runtime.specifier.contains(version) for version in right)
+    assert not any(runtime.specifier.contains(version) for version in wrong)
+    assert not [name for name in brings if re.search(other, name)]
 
 
 def test_sdist_content(distributions: Path) -> None:

@@ -22,6 +22,7 @@ from ddpm_deploy.errors import (
     SettingError,
     SpecError,
 )
+from ddpm_deploy.gpu import Driver, Gpu
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends import load_network
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
@@ -32,6 +33,7 @@ from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.solvers import StepTable, ddpm
 from ddpm_deploy.spec import ChainSettings, ModelSpec
 from ddpm_deploy.tolerances import MEAN_PSNR, PARITY
+from ddpm_deploy.words import Backend
 from tests.models import ArrayNetwork, tiny_spec
 
 # --- Sampler ------------------------------------------------------------------------------------------
@@ -285,6 +287,39 @@ def test_loads_that_are_refused(
     arguments = {**arguments, "path": onnx_path.parent / str(arguments.get("path", onnx_path.name))}
     with pytest.raises(error, match=problem):
         Sampler.load(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", [None, "onnxruntime", "tensorrt"])
+def test_a_gpu_that_is_not_there(
+    onnx_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend | None
+) -> None:
+    """Whichever backend is asked for; described, as none is here."""
+    two = Driver("580.65", "13.0", (Gpu("A10", "8.6", 1), Gpu("A10", "8.6", 1)))
+    monkeypatch.setattr("ddpm_deploy.engine.bindings.driver", lambda: two)
+    with pytest.raises(BackendError) as caught:
+        Sampler.load(onnx_path, device="cuda:2", backend=backend)
+    assert str(caught.value).startswith(
+        "no NVIDIA GPU has the number 2 (visible: cuda:0, cuda:1; CUDA_VISIBLE_DEVICES chooses): leave "
+    )
+
+
+@pytest.mark.parametrize("backend", [None, "onnxruntime", "tensorrt"])
+def test_a_driver_that_is_older_than_the_packages(
+    onnx_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend | None
+) -> None:
+    """By the metadata of the CuPy that is installed, before it is imported."""
+    metadata = tmp_path / "cupy_cuda13x-14.2.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: cupy-cuda13x\nVersion: 14.2.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    old = Driver("550.54", "12.4", (Gpu("A10", "8.6", 1),))
+    monkeypatch.setattr("ddpm_deploy.engine.bindings.driver", lambda: old)
+    with pytest.raises(BackendError) as caught:
+        Sampler.load(onnx_path, device="cuda", backend=backend)
+    assert str(caught.value) == (
+        "the NVIDIA driver 550.54 runs CUDA 12.4 and older, and cupy-cuda13x is of CUDA 13: update the NVIDIA driver "
+        "to r580 or newer (ddpm-deploy doctor says what this one runs)"
+    )
 
 
 def test_a_graph_that_does_not_fit_its_spec(onnx_path: Path) -> None:

@@ -1,5 +1,6 @@
 """step.cu: compiled for every GPU that is supported, and run on the CPU, where a race would show."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from ddpm_deploy import reference
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.engine.build import EngineSettings
 from ddpm_deploy.errors import BackendError, DependencyError
-from ddpm_deploy.gpu import Gpu
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network, tensorrt
 from ddpm_deploy.runtime.chain import Chain
@@ -51,6 +51,44 @@ def test_nvrtc_compiles_it(architecture: str) -> None:
     assert b"step" in cubin
 
 
+def ptx(architecture: str, *options: str) -> str:
+    """What NVRTC makes of the kernel before it is an architecture's own code."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    _, program = nvrtc.nvrtcCreateProgram(kernel_source().encode(), b"step.cu", 0, [], [])
+    every = [option.encode() for option in (f"--gpu-architecture=compute_{architecture}", *options)]
+    assert not int(nvrtc.nvrtcCompileProgram(program, len(every), every)[0])
+    text = bytearray(nvrtc.nvrtcGetPTXSize(program)[1])
+    assert not int(nvrtc.nvrtcGetPTX(program, text)[0])
+    nvrtc.nvrtcDestroyProgram(program)
+    return text.decode()
+
+
+def inexact(text: str) -> set[str]:
+    """Instructions on floats that may give other bits than IEEE 754's: fused, flushing, approximate, or whose rounding
+    is not said, which the next compiler may fuse."""
+    instructions = set(
+        re.findall(r"^\s+(?:@!?%p\d+\s+)?([a-z]\w*(?:\.\w+)*\.f(?:32|64))\b", text, re.MULTILINE)
+    )
+    return {
+        each
+        for each in instructions
+        if re.search(r"fma|\bmad|ftz|approx|\.full", each)
+        or (re.match(r"(add|sub|mul|div|sqrt|rcp)\.", each) and ".rn." not in each)
+    }
+
+
+@pytest.mark.parametrize("architecture", ["75", "90", "120"])
+def test_every_instruction_rounds_as_ieee_754_says(architecture: str) -> None:
+    """Asserted of what NVRTC made; and with its own defaults, or fast ones, it would not be so."""
+    text = ptx(architecture, *OPTIONS)
+    assert len(re.findall(r"\b(?:add|mul)\.rn\.f(?:32|64)\b", text)) > 100
+    assert inexact(text) == set()
+    assert any("fma" in each for each in inexact(ptx(architecture)))
+    fast = inexact(ptx(architecture, "--use_fast_math", "--fmad=false"))
+    assert any("approx" in each for each in fast)
+    assert any("ftz" in each for each in fast)
+
+
 def test_what_nvrtc_does_not_compile_is_told() -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
     with pytest.raises(BackendError, match="does not compile the kernel for sm_86: NVRTC_ERROR_COMPILATION"):
@@ -70,7 +108,6 @@ def test_a_missing_nvrtc_is_told_before_minutes_of_building(
 ) -> None:
     built: list[object] = []
     monkeypatch.setattr(kernel, "require", lambda module, extra: SimpleNamespace(nvrtcVersion=no_library))
-    monkeypatch.setattr(tensorrt, "require_gpu", lambda otherwise, index: Gpu("A10", "8.6", 1))
     monkeypatch.setattr(tensorrt, "settings_here", lambda *_: EngineSettings(flavour=flavour))
     monkeypatch.setattr(tensorrt, "built_on_arrival", lambda *_, **settings: built.append(settings))
     brings = {"tensorrt": "'tensorrt-cu13>=10.16'", "tensorrt-rtx": "'tensorrt-rtx>=1.3'"}[flavour]

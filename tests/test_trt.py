@@ -6,10 +6,11 @@ profile, scratch memory is given) and computes by running the .onnx it would hav
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 
 from ddpm_deploy.engine.load import LoadedEngine
 from ddpm_deploy.errors import ArtefactError, BackendError
+from ddpm_deploy.gpu import Driver, Gpu
 from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.backends import LoadSettings, tensorrt
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.backends.tensorrt import TrtNetwork
 from ddpm_deploy.runtime.network import ask
@@ -55,6 +58,8 @@ class Engine:
         self.network = OrtNetwork(open_model(onnx))
         self.ran: list[tuple[int, int]] = []
         self.refuses = ""
+        self.config: Config | None = None
+        self.log = Log()
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.shapes)[index]
@@ -75,6 +80,7 @@ class Engine:
         return Config()
 
     def create_execution_context(self, config: "Config") -> "Context":
+        self.config = config
         assert config.strategy == "user"
         assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
         return Context(self)
@@ -88,6 +94,40 @@ class Config:
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
         self.strategy = strategy
+
+
+class RtxConfig(Config):
+    """IRuntimeConfig of TensorRT-RTX."""
+
+    cache: "Cache | None" = None
+
+    def create_runtime_cache(self) -> "Cache":
+        return Cache()
+
+    def set_runtime_cache(self, cache: "Cache") -> bool:
+        self.cache = cache
+        return True
+
+
+class Cache:
+    """IRuntimeCache: the sizes whose kernels are compiled. It takes nothing but what it wrote."""
+
+    def __init__(self) -> None:
+        self.sizes: set[int] = set()
+        self.compilations = 0
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(b"sizes "):
+            return False
+        self.sizes = {int(size) for size in blob.split()[1:]}
+        return True
+
+    def serialize(self) -> bytes:
+        return b"sizes " + b" ".join(b"%d" % size for size in sorted(self.sizes))
+
+    def compile(self, rows: int) -> None:
+        self.compilations += rows not in self.sizes
+        self.sizes.add(rows)
 
 
 class Context:
@@ -121,6 +161,9 @@ class Context:
     def update_device_memory_size_for_shapes(self) -> int:
         assert self._set.keys() == self._engine.shapes.keys() - {"prediction"}
         (rows,) = {shape[0] for shape in self._set.values()}
+        if self._engine.refuses == "scratch" and rows == 1:
+            self._engine.log.errors.append("it said so")
+            return 0
         return SCRATCH * rows
 
     def set_device_memory(self, address: int, size: int) -> None:
@@ -146,6 +189,8 @@ class Context:
         return self._engine.refuses != "run"
 
     def _compute(self, rows: int) -> None:
+        if isinstance(self._engine.config, RtxConfig) and self._engine.config.cache:
+            self._engine.config.cache.compile(rows)
         self._engine.ran.append((self._profile, rows))
         inputs = self._at("x", rows), self._at("temb", rows)
         self._at("prediction", rows)[:] = ask(self._engine.network, *inputs)
@@ -158,6 +203,9 @@ class Context:
 
 class Log:
     """What TensorRT said."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
 
     def reason(self, otherwise: str) -> str:
         return "it said so"
@@ -172,8 +220,7 @@ def load(onnx_path: Path) -> Callable[..., tuple[TrtNetwork, Engine]]:
         engine: Any = Engine(onnx_path, profiles, device)
         engine.refuses = changed.pop("refuses", "")
         spec = msgspec.structs.replace(open_model(onnx_path).spec, **changed)
-        log: Any = Log()
-        loaded = LoadedEngine(PLAN, TRT, engine, log)
+        loaded = LoadedEngine(PLAN, TRT, engine, engine.log)
         return TrtNetwork(loaded, spec, device, max_batch), engine
 
     return make
@@ -259,6 +306,7 @@ def test_the_queue_is_bounded(load: Callable[..., tuple[TrtNetwork, Engine]]) ->
         ("run", "a batch of 1"),
         ("profile", "profile 0"),
         ("address", "the address of x"),
+        ("scratch", "to say how much scratch memory it needs"),
     ],
 )
 def test_a_refusal_is_an_error(
@@ -298,3 +346,127 @@ def test_too_little_memory_says_which_batch_would_fit(onnx_path: Path) -> None:
     device.left = 10
     with pytest.raises(BackendError, match="free some, or use a larger GPU"):
         TrtNetwork(loaded, open_model(onnx_path).spec, device)
+
+
+class RtxEngine(Engine):
+    """ICudaEngine of TensorRT-RTX, which compiles on the GPU."""
+
+    def create_runtime_config(self) -> Config:
+        return RtxConfig()
+
+
+def compilations(onnx_path: Path, kernels: Path, max_batch: int = 4) -> int:
+    """How many sizes were compiled to load a network, and to sample."""
+    device, log = HostDevice(), Log()
+    engine: Any = RtxEngine(onnx_path, [(1, 8, 8)], device)
+    loaded = LoadedEngine(PLAN, TRT, engine, log)  # type: ignore[arg-type]
+    network = TrtNetwork(loaded, open_model(onnx_path).spec, device, max_batch, kernels)  # type: ignore[arg-type]
+    compiled: int = engine.config.cache.compilations
+    with Sampler(network) as sampler:
+        sampler.sample(3, steps=2, seed=0)
+    assert engine.config.cache.compilations == compiled  # nothing is left to be compiled in a chain
+    return compiled
+
+
+def test_what_was_compiled_is_kept_for_the_next_process(
+    onnx_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole, in a folder of one's own; a larger batch adds to it; what does not fit is made anew, and that is said."""
+    kernels = tmp_path / "kernels" / "x.kernels"
+    assert [compilations(onnx_path, kernels) for _ in range(2)] == [3, 0]
+    written = kernels.stat().st_mtime_ns
+    assert compilations(onnx_path, kernels, 2) == 0
+    assert kernels.stat().st_mtime_ns == written
+    assert [compilations(onnx_path, kernels, 8) for _ in range(2)] == [1, 0]
+    assert (kernels.parent.stat().st_mode & 0o777, kernels.stat().st_mode & 0o777) == (0o700, 0o600)
+    assert [path.name for path in kernels.parent.iterdir()] == ["x.kernels"]
+    assert caplog.text == ""
+    kernels.write_bytes(b"of another driver")
+    assert compilations(onnx_path, kernels) == 3
+    assert "the kept kernels are not used, and are compiled again: it said so" in caplog.text
+    assert compilations(onnx_path, kernels) == 0
+
+
+def test_kernels_that_others_may_have_written_are_not_run(
+    onnx_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And none are kept where they may write, or nothing can be; it runs all the same."""
+    kernels = tmp_path / "kernels" / "x.kernels"
+    compilations(onnx_path, kernels)
+    kernels.parent.chmod(0o777)
+    assert [compilations(onnx_path, kernels) for _ in range(2)] == [3, 3]
+    assert "the kept kernels are not used, and are compiled again: others may write to" in caplog.text
+    assert "the compiled kernels were not kept: others may write to" in caplog.text
+    (tmp_path / "file").touch()
+    assert compilations(onnx_path, tmp_path / "file" / "x.kernels") == 3
+
+
+class SecondGpu(HostDevice):
+    """A device that knows whether it is the thread's own."""
+
+    index = 1
+    depth = 0
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+
+class Placed:
+    """An object of TensorRT's, which is touched and freed only while its device is the thread's."""
+
+    misplaced: ClassVar[list[str]] = []
+
+    def __init__(self, inner: Any, device: SecondGpu, of: object = None) -> None:
+        vars(self).update(_inner=inner, _device=device, _of=of)  # what made it lives as long
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not self._device.depth:
+            self.misplaced.append(name)
+        return self._called(found) if callable(found) else found
+
+    def _called(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            plain = [vars(each)["_inner"] if isinstance(each, Placed) else each for each in arguments]
+            result = method(*plain)
+            return Placed(result, self._device, self) if isinstance(result, Config | Context) else result
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._inner, name, value)
+
+    def __del__(self) -> None:
+        if not self._device.depth:
+            self.misplaced.append(f"the end of {type(self._inner).__name__}")
+
+
+def test_tensorrt_works_on_the_networks_own_device(onnx_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From loading to freeing, on the GPU that was asked for, whatever the thread's own is."""
+    device = SecondGpu()
+    spec = open_model(onnx_path).spec
+    asked: list[int] = []
+
+    def load_engine(plan: Any, index: int, here: Callable[[], Any]) -> LoadedEngine:
+        asked.append(index)
+        with here():
+            engine = Engine(onnx_path, [(1, 4, 4)], device)
+            return LoadedEngine(plan, trt, Placed(engine, device), engine.log)  # type: ignore[arg-type]
+
+    trt = SimpleNamespace(**vars(TRT), __version__="11.4.0")
+    two = Driver("580.65", "13.0", (Gpu("A10", "8.6", 1), Gpu("RTX 5090", "12.0", 1)))
+    monkeypatch.setattr(tensorrt, "Cuda", lambda index, extra: asked.append(index) or device)
+    monkeypatch.setattr(tensorrt, "load_engine", load_engine)
+    monkeypatch.setattr("ddpm_deploy.engine.cache.driver", lambda: two)
+    head = SimpleNamespace(flavour="tensorrt")
+    plan: Any = SimpleNamespace(kind="plan", name="e.plan", spec=spec, digest="0" * 64, head=head)
+    network = TrtNetwork.open(plan, LoadSettings(device="cuda:1"))
+    with Sampler(network) as sampler:
+        sampler.sample(3, steps=2, seed=0)
+    assert asked == [1, 1]
+    assert Placed.misplaced == []

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import math
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -24,10 +25,11 @@ from ddpm_deploy.dependencies import ONE_ONNXRUNTIME, pip_install
 from ddpm_deploy.doctor import gaussian
 from ddpm_deploy.engine.bindings import MODULES, load_tensorrt
 from ddpm_deploy.engine.build import EngineSettings, build_engine
-from ddpm_deploy.errors import one_line
-from ddpm_deploy.gpu import Driver
+from ddpm_deploy.errors import DependencyError, one_line
+from ddpm_deploy.gpu import CUDA_13, DRIVERS, OLDEST_CUDA, UPDATE, Driver, numbers
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network
+from ddpm_deploy.runtime.device.kernel import require_nvrtc
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.tolerances import DOCTOR
@@ -43,6 +45,9 @@ PACKAGES: Final = (
     "tensorrt-rtx",
     "cupy-cuda13x",
     "cupy-cuda12x",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-nvrtc-cu12",
     "torch",
     "onnx",
     "onnxscript",
@@ -58,12 +63,9 @@ PACKAGES: Final = (
     "nvidia-cudnn-cu12",
 )
 _CUDNN: Final = "libcudnn.so.9"  # which onnxruntime-gpu loads
-_OLDEST_CUDA: Final = (12, 2)
-_CUDA_13: Final = (13, 0)
-# What packages of each CUDA need the driver to run, and the release that brings it.
-_DRIVERS: Final = {12: (_OLDEST_CUDA, 535), 13: (_CUDA_13, 580)}
+_NVRTC: Final = "NVRTC"  # which compiles the step kernel
+_ORT_OF_CUDA_13: Final = (1, 27)  # the first
 _OLDEST_CAPABILITY: Final = (7, 5)  # of TensorRT 11
-_UPDATE: Final = "update the NVIDIA driver to r{} or newer"
 _NO_GPU: Final = "needs an NVIDIA GPU, and none is visible"
 _COUNT: Final = 64
 _SIGMAS: Final = 5.0
@@ -93,7 +95,21 @@ def installed() -> dict[str, str]:
     with suppress(OSError):
         ctypes.CDLL(_CUDNN)
         found[_CUDNN] = "9"
+    with suppress(DependencyError):
+        _, major, minor = require_nvrtc().nvrtcVersion()
+        found[_NVRTC] = f"{major}.{minor}"
     return found
+
+
+def cuda_of(name: str, version: str) -> int | None:
+    """The major version of CUDA that a package was built for; None where it is of none, or of any."""
+    if told := re.search(r"cu(?:da)?(1\d)", name):
+        return int(told[1])
+    if name in ("cuda-bindings", "nvidia-cuda-nvrtc", _NVRTC):
+        return numbers(version)[0]
+    if name == "onnxruntime-gpu":
+        return 13 if numbers(version) >= _ORT_OF_CUDA_13 else 12
+    return None
 
 
 def about() -> str:
@@ -108,6 +124,7 @@ def problems(packages: Installed, driver: Driver) -> list[Finding]:
         *_driver_too_old(packages, driver),
         *_both_cudas(packages, driver),
         *_without_libraries(packages, driver),
+        *_without_nvrtc(packages, driver),
     ]
 
 
@@ -122,12 +139,14 @@ def _both_onnxruntimes(packages: Installed) -> Iterator[Finding]:
 
 
 def _driver_too_old(packages: Installed, driver: Driver) -> Iterator[Finding]:
-    for major, (oldest, release) in _DRIVERS.items():
-        needs = [name for name in packages if f"cu{major}" in name or f"cuda{major}" in name]
-        if not needs or not _older(driver, oldest):
+    for major, (oldest, release) in DRIVERS.items():
+        needs = [
+            name for name, version in packages.items() if name in PACKAGES and cuda_of(name, version) == major
+        ]
+        if not needs or not driver.older_than(oldest):
             continue
-        mend = _UPDATE.format(release)
-        if major == 13 and not _older(driver, _OLDEST_CUDA):
+        mend = UPDATE.format(release)
+        if major == 13 and not driver.older_than(OLDEST_CUDA):
             old = " ".join(needs)
             mend = f"pip uninstall -y {old} && {pip_install('gpu-cu12', 'tensorrt')}  (or {mend})"
         says = f"the driver {driver.version} runs CUDA {driver.cuda} and older, and {needs[0]} is of CUDA {major}"
@@ -137,25 +156,33 @@ def _driver_too_old(packages: Installed, driver: Driver) -> Iterator[Finding]:
 def _both_cudas(packages: Installed, driver: Driver) -> Iterator[Finding]:
     for newer, older in (("tensorrt-cu13", "tensorrt-cu12"), ("cupy-cuda13x", "cupy-cuda12x")):
         if {newer, older} <= packages.keys():
-            kept = older if _older(driver, _CUDA_13) else newer
+            kept = older if driver.older_than(CUDA_13) else newer
             says = f"{newer} and {older} are both installed, and hold the same modules"
             mend = f"pip uninstall -y {newer} {older} && pip install {kept}"
             yield Finding(newer.split("-")[0], "broken", says, mend)
 
 
 def _without_libraries(packages: Installed, driver: Driver) -> Iterator[Finding]:
-    for major in _DRIVERS:
+    for major in DRIVERS:
         bindings, libraries = f"tensorrt-cu{major}-bindings", f"tensorrt-cu{major}-libs"
         if bindings in packages and libraries not in packages:
             says = f"{bindings} is installed without {libraries}, which pip takes from NVIDIA's own index"
             mend = f"pip install {libraries}=={packages[bindings]}  (or use NVIDIA's container, which has it)"
             yield Finding("tensorrt", "broken", says, mend)
-    cudnn = {_CUDNN, "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"}
-    if "onnxruntime-gpu" in packages and not cudnn & packages.keys():
-        says = f"onnxruntime-gpu is installed without cuDNN ({_CUDNN}): it falls back to the CPU"
+    runtime = packages.get("onnxruntime-gpu", "")
+    built = cuda_of("onnxruntime-gpu", runtime)
+    if runtime and not {_CUDNN, f"nvidia-cudnn-cu{built}"} & packages.keys():
+        says = f"onnxruntime-gpu {runtime} is installed without the cuDNN of CUDA {built}: it falls back to the CPU"
         # Its own extras bring what its build is of.
         mend = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         yield Finding("cudnn", "broken" if driver.gpus else "absent", says, mend)
+
+
+def _without_nvrtc(packages: Installed, driver: Driver) -> Iterator[Finding]:
+    cupy = next((name for name in packages if name.startswith("cupy-")), None)
+    if cupy and _NVRTC not in packages:
+        says = f"{cupy} is installed without NVRTC, which compiles what a GPU runs of a chain, or that does not load"
+        yield Finding("nvrtc", "broken" if driver.gpus else "absent", says, _install_for(driver))
 
 
 def run_backends(packages: Installed, driver: Driver) -> Iterator[Finding]:
@@ -193,7 +220,7 @@ def _on_onnxruntime_cuda(model: ModelFile, packages: Installed, driver: Driver) 
 
 def _install_for(driver: Driver) -> str:
     """The line that installs what this driver runs."""
-    return pip_install("gpu-cu12" if _older(driver, _CUDA_13) else "gpu", "tensorrt")
+    return pip_install("gpu-cu12" if driver.older_than(CUDA_13) else "gpu", "tensorrt")
 
 
 def _on_tensorrt(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
@@ -201,11 +228,11 @@ def _on_tensorrt(model: ModelFile, packages: Installed, driver: Driver) -> Findi
     if not driver.gpus:
         return Finding(name, "absent", _NO_GPU, _get_a_gpu(driver))
     capability = driver.gpus[0].capability
-    if _number(capability) < _OLDEST_CAPABILITY:
+    if numbers(capability) < _OLDEST_CAPABILITY:
         return Finding(name, "absent", f"does not know compute capability {capability}", "use ONNX Runtime")
-    if _older(driver, _OLDEST_CUDA):
+    if driver.older_than(OLDEST_CUDA):
         says = f"needs CUDA 12.2, and the driver runs {driver.cuda}"
-        return Finding(name, "absent", says, _UPDATE.format(535))
+        return Finding(name, "absent", says, UPDATE.format(535))
     if problem := _import_problem(name, "tensorrt", packages, mend):
         return problem
     with tempfile.TemporaryDirectory() as folder:
@@ -231,7 +258,7 @@ def _on_tensorrt_rtx(model: ModelFile, packages: Installed, driver: Driver) -> F
         capability = driver.gpus[0].capability
         if capability not in CAPABILITIES:
             says = f"{built}; none for compute capability {capability}, which is this GPU's"
-            new = _number(capability) >= _OLDEST_CAPABILITY
+            new = numbers(capability) >= _OLDEST_CAPABILITY
             other = f"use TensorRT on this GPU: {_install_for(driver)}" if new else "use ONNX Runtime"
             return Finding(name, "builds", says, other)
         return _chain_finding(name, mend, lambda: load_network(plan))
@@ -283,12 +310,3 @@ def _get_a_gpu(driver: Driver) -> str:
     if driver.problem.startswith("no NVIDIA driver"):
         return "on a machine with an NVIDIA GPU, install its driver (in a container: docker run --gpus all)"
     return f"{driver.problem}: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
-def _older(driver: Driver, cuda: tuple[int, int]) -> bool:
-    """Whether a driver runs no CUDA as new as this."""
-    return bool(driver.cuda) and _number(driver.cuda) < cuda

@@ -82,7 +82,8 @@ def _steps() -> list[tuple[float, float, float]]:
 def onnx_model() -> Iterator[ModelFile]:
     """The network as an .onnx file with its ModelSpec; tests/golden/gaussian.py made it.
 
-    prediction = x·unsqueeze(temb @ P) + unsqueeze(temb @ Q), P and Q the interpolation of p and q.
+    prediction = x·unsqueeze(temb @ P) + unsqueeze(temb @ Q), P and Q the interpolation of p and q; and x goes through a
+    normalisation, as in real networks, whose effect is undone from the mean and variance of each channel.
     """
     with resources.as_file(resources.files("ddpm_deploy.doctor").joinpath("gaussian.onnx")) as path:
         yield open_model(path)

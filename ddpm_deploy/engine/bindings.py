@@ -5,10 +5,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
-from ddpm_deploy.dependencies import pip_install, require
+from ddpm_deploy.dependencies import is_installed, pip_install, require
 from ddpm_deploy.errors import BackendError, DependencyError, first_line
 from ddpm_deploy.files import show
-from ddpm_deploy.gpu import Gpu, visible_gpu
+from ddpm_deploy.gpu import DRIVERS, UPDATE, Gpu, driver
 from ddpm_deploy.words import Flavour
 
 logger = logging.getLogger(__name__)
@@ -40,25 +40,37 @@ def load_tensorrt(flavour: Flavour) -> Any:
     return trt
 
 
-def require_builder(flavour: Flavour) -> Any:
-    """Load a flavour that can build engines here: TensorRT times kernels on a GPU, and TensorRT-RTX needs none.
+def require_builder(flavour: Flavour, index: int = 0) -> Any:
+    """Load a flavour that can build engines here: TensorRT times kernels on a GPU, of that number, and TensorRT-RTX
+    needs none.
 
     Raises DependencyError or BackendError where it cannot.
     """
     if flavour == "tensorrt":
-        require_gpu()
+        require_gpu(index=index)
     return load_tensorrt(flavour)
 
 
 def require_gpu(otherwise: str = "", index: int = 0) -> Gpu:
-    """The GPU of that number. Raises BackendError where it is not visible, with what to do otherwise."""
-    gpu = visible_gpu(index)
-    if gpu is None:
-        what = (
-            f"no NVIDIA GPU has the number {index}" if index and visible_gpu() else "no NVIDIA GPU is visible"
-        )
+    """The GPU of that number.
+
+    Raises BackendError where it is not visible, with what to do otherwise, or the driver is older than the CuPy that is
+    installed, by which whatever runs on a GPU does.
+    """
+    found = driver()
+    if index >= len(found.gpus):
+        what = "no NVIDIA GPU is visible"
+        if found.gpus:
+            here = ", ".join(f"cuda:{number}" for number in range(len(found.gpus)))
+            what = f"no NVIDIA GPU has the number {index} (visible: {here}; CUDA_VISIBLE_DEVICES chooses)"
         raise BackendError(what + (f": {otherwise}" if otherwise else ""))
-    return gpu
+    for major, (cuda, release) in DRIVERS.items():
+        if is_installed(cupy := f"cupy-cuda{major}x") and found.older_than(cuda):
+            raise BackendError(
+                f"the NVIDIA driver {found.version} runs CUDA {found.cuda} and older, and {cupy} is of CUDA {major}: "
+                f"{UPDATE.format(release)} (ddpm-deploy doctor says what this one runs)"
+            )
+    return found.gpus[index]
 
 
 class Log:

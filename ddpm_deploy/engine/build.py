@@ -60,7 +60,8 @@ class EngineSettings:
     level: of TensorRT's optimisation, 0 to 5.
     hardware_compatible: of TensorRT: run on every GPU from Ampere on, at some cost in speed.
     capabilities: of TensorRT-RTX: compute capabilities to build for, out of CAPABILITIES (none: all, compiled on
-        the target). timing_cache: a file of TensorRT's measurements, made where it does not exist.
+        the target). timing_cache: a file of TensorRT's measurements, made where it does not exist. gpu: the number
+        of the GPU that TensorRT builds on, which must be the thread's own.
     """
 
     flavour: Flavour = "tensorrt"
@@ -71,6 +72,7 @@ class EngineSettings:
     hardware_compatible: bool = False
     capabilities: tuple[str, ...] = ()
     timing_cache: Path | None = None
+    gpu: int = 0
 
     def __post_init__(self) -> None:
         for smallest, best, largest in self.batches:
@@ -128,7 +130,7 @@ def _build(
     onnx: ModelFile, settings: EngineSettings, stopped: threading.Event, stages: Stages
 ) -> tuple[Layers, memoryview]:
     """All that is TensorRT's."""
-    trt = require_builder(settings.flavour)
+    trt = require_builder(settings.flavour, settings.gpu)
     log = log_of(settings.flavour)
     log.errors.clear()
     builder = made("a builder", log, trt.Builder, log.handle)
@@ -151,7 +153,7 @@ def _build(
         raise BackendError("the build was stopped by a signal")
     if plan is None:
         raise BackendError(f"TensorRT built no engine: {log.reason()}")
-    _inspect(trt, plan, spec, log)
+    _inspect(trt, plan, spec, settings.gpu, log)
     return layers, memoryview(plan)
 
 
@@ -167,7 +169,7 @@ def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> Mode
     )
     if settings.flavour == "tensorrt":  # which builds for the GPU that it runs on
         found = driver()
-        gpu = found.gpus[0]
+        gpu = found.gpus[settings.gpu]
         only = () if settings.hardware_compatible else (gpu.capability,)
         engine = msgspec.structs.replace(engine, capabilities=only, gpu=gpu.name, driver=found.version)
     precision = "tf32" if settings.tf32 else spec.precision
@@ -310,9 +312,9 @@ def _monitor(trt: Any, stopped: threading.Event, stages: Stages) -> Any:
     return Monitor()
 
 
-def _inspect(trt: Any, plan: memoryview, spec: ModelSpec, log: Log) -> None:
+def _inspect(trt: Any, plan: memoryview, spec: ModelSpec, index: int, log: Log) -> None:
     """Where there is a GPU that can run it: load the engine, and ask it what it is."""
-    gpu = visible_gpu()
+    gpu = visible_gpu(index)
     if gpu is None or spec.engine is None or not runs_on(spec.engine, gpu):
         return
     try:

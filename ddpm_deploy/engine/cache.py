@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from ddpm_deploy.dependencies import importable
-from ddpm_deploy.engine.bindings import load_tensorrt, require_builder
+from ddpm_deploy.engine.bindings import load_tensorrt, require_builder, require_gpu
 from ddpm_deploy.engine.build import (
     EngineSettings,
     build_engine,
@@ -22,7 +22,7 @@ from ddpm_deploy.engine.build import (
     engine_spec,
 )
 from ddpm_deploy.errors import ArtefactError, OutputError
-from ddpm_deploy.files import quoted, show
+from ddpm_deploy.files import atomic, quoted, show
 from ddpm_deploy.gpu import Gpu, driver, visible_gpu
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.spec import ModelSpec
@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 
 def with_timing_cache(settings: EngineSettings) -> EngineSettings:
     """The settings with the user's own timing cache where they name none, for this GPU and TensorRT."""
-    gpu = visible_gpu()
+    gpu = visible_gpu(settings.gpu)
     if settings.timing_cache or settings.flavour != "tensorrt" or gpu is None:
         return settings
     version = load_tensorrt("tensorrt").__version__
@@ -66,16 +66,28 @@ def flavour_here(gpu: Gpu) -> Flavour | None:
     return "tensorrt-rtx" if importable("tensorrt_rtx") and gpu.capability in CAPABILITIES else None
 
 
-def settings_here(spec: ModelSpec, max_batch: int | None, gpu: Gpu) -> EngineSettings:
-    """How to build a model on this machine. max_batch: of which there may be less in use than the engine can.
+def settings_here(spec: ModelSpec, max_batch: int | None, index: int = 0) -> EngineSettings:
+    """How to build a model for the GPU of that number. max_batch: of which there may be less in use than the engine
+    can.
 
-    Raises DependencyError where no TensorRT is installed that could.
+    Raises BackendError where that GPU is not visible, DependencyError where no TensorRT is installed that could.
     """
+    gpu = require_gpu("leave backend and device out to run on the CPU", index)
     flavour = flavour_here(gpu) or "tensorrt"
     load_tensorrt(flavour)  # with the line that installs it
     largest = max(max_batch or 1, default_engine_batch(spec))
     own = (gpu.capability,) if flavour == "tensorrt-rtx" else ()
-    return with_timing_cache(EngineSettings(flavour, ((1, largest, largest),), capabilities=own))
+    return with_timing_cache(EngineSettings(flavour, _tuned(largest), capabilities=own, gpu=index))
+
+
+def _tuned(largest: int) -> tuple[tuple[int, int, int], ...]:
+    """Profiles for every batch up to the largest, tuned for 1, a middle and the largest.
+
+    TensorRT tunes a profile for its best batch alone: tuned for 64, it is slow at 1.
+    """
+    middle = min(largest, 1 << largest.bit_length() // 2)  # between the two in the number of doublings
+    tops = sorted({1, middle, largest})
+    return tuple((below + 1, top, top) for below, top in zip([0, *tops], tops, strict=False))
 
 
 def built_on_arrival(
@@ -111,6 +123,38 @@ def built_on_arrival(
         return load(open_model(plan))
 
 
+def kernels_path(plan: ModelFile, version: str, index: int) -> Path:
+    """Where the kernels are kept that TensorRT-RTX of a version compiles of an engine, for the GPU of that number."""
+    found = driver()
+    gpu = found.gpus[index]
+    all_of_it = plan.digest, version, found.version, gpu.name, gpu.capability
+    name = hashlib.sha256(msgspec.json.encode(all_of_it)).hexdigest()
+    return cache_folder() / "kernels" / f"{name}.kernels"
+
+
+def kept_kernels(path: Path) -> bytes:
+    """What is kept, or b"": what somebody else may have put there is left alone, as it would be run; that is said."""
+    try:
+        if os.path.lexists(path):
+            _require_own_file(path)
+            return path.read_bytes()
+    except (OutputError, OSError) as error:
+        logger.warning("the kept kernels are not used, and are compiled again: %s", error)
+    return b""
+
+
+def keep_kernels(path: Path, kernels: memoryview) -> None:
+    """Keep them for other processes, whole or not at all; where that cannot be, it is said and costs nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _require_own(path.parent)
+        with atomic(path) as temporary:
+            temporary.write_bytes(kernels)
+            temporary.chmod(0o600)
+    except (OutputError, OSError) as error:
+        logger.warning("the compiled kernels were not kept: %s", error)
+
+
 def _if_there(plan: Path, load: Callable[[ModelFile], Loaded], level: int) -> Loaded | None:
     """What is in the cache, if it can be used; where it cannot that is said at `level`.
 
@@ -118,10 +162,7 @@ def _if_there(plan: Path, load: Callable[[ModelFile], Loaded], level: int) -> Lo
     """
     if not os.path.lexists(plan):
         return None
-    _require_own(plan.parent)
-    status = plan.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:  # which every link is
-        raise OutputError(f"{show(plan)}, in the cache of engines, may be somebody else's: remove it")
+    _require_own_file(plan)
     try:
         return load(open_model(plan))
     except ArtefactError as error:
@@ -132,9 +173,9 @@ def _if_there(plan: Path, load: Callable[[ModelFile], Loaded], level: int) -> Lo
 def _key(onnx: ModelFile, settings: EngineSettings) -> str:
     """Of the file's bytes, not of the weights alone, as a graph may change with them the same; and of this product's
     version, as another builds otherwise."""
-    trt = require_builder(settings.flavour)
-    found = driver()
-    machine = (found.version, found.cuda, [(gpu.name, gpu.capability) for gpu in found.gpus[:1]])
+    trt = require_builder(settings.flavour, settings.gpu)
+    found, own = driver(), slice(settings.gpu, settings.gpu + 1)
+    machine = (found.version, found.cuda, [(gpu.name, gpu.capability) for gpu in found.gpus[own]])
     how = msgspec.structs.astuple(engine_spec(onnx.spec, settings, str(trt.__version__)))
     all_of_it = onnx.digest, __version__, machine, how, settings.workspace, settings.level
     return hashlib.sha256(msgspec.json.encode(all_of_it)).hexdigest()
@@ -159,6 +200,14 @@ def _locked(path: Path) -> Iterator[None]:
         ) from error
     with file:
         yield
+
+
+def _require_own_file(path: Path) -> None:
+    """Raise OutputError where anybody else may have written a file of the cache."""
+    _require_own(path.parent)
+    status = path.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:  # which every link is
+        raise OutputError(f"{show(path)}, in the cache of engines, may be somebody else's: remove it")
 
 
 def _require_own(folder: Path) -> None:

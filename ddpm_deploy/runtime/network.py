@@ -32,6 +32,11 @@ def default_max_batch(spec: ModelSpec) -> int:
     return max(2 if spec.null_class else 1, min(64, 128 * 128 // (height * width)))
 
 
+def bucket_sizes(low: int, high: int) -> list[int]:
+    """The batch sizes that stand for those from low to high: powers of two, and the largest."""
+    return [*(size for size in (1 << bit for bit in range(high.bit_length())) if low <= size < high), high]
+
+
 def bucket_of(network: Network, batch: int) -> int:
     """The smallest bucket that holds a batch."""
     return network.buckets[bisect_left(network.buckets, batch)]

@@ -1,14 +1,16 @@
 """Sampler: the public face of the runtime."""
 
+import atexit
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Final, Self, Unpack
 
 import numpy as np
 
@@ -55,6 +57,10 @@ class Sampler:
         self._busy = threading.Lock()
         self._thread = 0  # that takes the steps
         self._process = os.getpid()
+        _OPEN.add(self)
+        # Again for each, as what is registered last runs first: before the exit of the backend's libraries.
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
 
     @classmethod
     def load(
@@ -349,7 +355,8 @@ class Sampler:
             )
 
     def close(self) -> None:
-        """Free the backend. The Sampler cannot be used afterwards; closing again does nothing.
+        """Free the backend. The Sampler cannot be used afterwards; closing again does nothing, and the end of the
+        process closes what is still open.
 
         In a process that was forked after the model was loaded, it is left as it is: freeing it would hang. Raises
         OwnershipError while another thread uses it.
@@ -357,6 +364,7 @@ class Sampler:
         if self._busy.locked() and self._thread != threading.get_ident():
             raise self._taken()
         if os.getpid() == self._process:
+            _OPEN.discard(self)
             self._chain.close()
             self.network.close()
 
@@ -367,6 +375,16 @@ class Sampler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+_OPEN: Final["weakref.WeakSet[Sampler]"] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """At the end of the process: a backend is to be freed before its libraries are, and waits for what it runs."""
+    for sampler in list(_OPEN):
+        with suppress(Exception):  # another thread may use it, or the GPU be gone
+            sampler.close()
 
 
 def _part(noise: Noise, shape: tuple[int, ...], first: int, count: int) -> Noise:

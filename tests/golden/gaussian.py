@@ -12,9 +12,15 @@ from ddpm_deploy.spec import SPEC_KEY, Tensor
 
 FILE = Path(gaussian.__file__).with_name("gaussian.onnx")
 
+EPSILON = 1e-2  # that counts: a backend that has another gives other numbers
+
 
 def model() -> Any:
-    """prediction = x·unsqueeze(temb @ P) + unsqueeze(temb @ Q), P and Q the interpolation of p and q."""
+    """prediction = image·unsqueeze(temb @ P) + unsqueeze(temb @ Q), P and Q the interpolation of p and q.
+
+    image is x, normalised and brought back: with μ and v the mean and variance of each channel, ε, s and b those of
+    the normalisation, ((x - μ)/√(v + ε)·s + b - b)·√(v + ε)/s + μ = x.
+    """
     spec = gaussian.SPEC
     table = spec.embedding.table(spec.timesteps).astype(np.float64)
     weights = {
@@ -26,10 +32,32 @@ def model() -> Any:
         helper.make_node("MatMul", ["temb", "Q"], ["q"], name="q"),
         helper.make_node("Unsqueeze", ["p", "axes"], ["slope"], name="slope"),
         helper.make_node("Unsqueeze", ["q", "axes"], ["shift"], name="shift"),
-        helper.make_node("Mul", ["x", "slope"], ["scaled"], name="scaled"),
+        helper.make_node(
+            "GroupNormalization", ["x", "s", "b"], ["norm"], name="norm", num_groups=3, epsilon=EPSILON
+        ),
+        helper.make_node("ReduceMean", ["x", "axes"], ["mean"], name="mean"),
+        helper.make_node("Sub", ["x", "mean"], ["centred"], name="centred"),
+        helper.make_node("Mul", ["centred", "centred"], ["squares"], name="squares"),
+        helper.make_node("ReduceMean", ["squares", "axes"], ["variance"], name="variance"),
+        helper.make_node("Add", ["variance", "epsilon"], ["above"], name="above"),
+        helper.make_node("Sqrt", ["above"], ["std"], name="std"),
+        helper.make_node("Div", ["std", "s_image"], ["back"], name="back"),
+        helper.make_node("Sub", ["norm", "b_image"], ["unbiased"], name="unbiased"),
+        helper.make_node("Mul", ["unbiased", "back"], ["restored"], name="restored"),
+        helper.make_node("Add", ["restored", "mean"], ["image"], name="image"),
+        helper.make_node("Mul", ["image", "slope"], ["scaled"], name="scaled"),
         helper.make_node("Add", ["scaled", "shift"], ["prediction"], name="prediction"),
     ]
-    constants = {**weights, "axes": np.array([2, 3], np.int64)}
+    scale, bias = np.array([[0.5, 1, 2], [-1, 0.5, 1]], np.float32)
+    constants = {
+        **weights,
+        "axes": np.array([2, 3], np.int64),
+        "epsilon": np.array(EPSILON, np.float32),
+        "s": scale,
+        "b": bias,
+        "s_image": scale[:, None, None],
+        "b_image": bias[:, None, None],
+    }
     graph = helper.make_graph(
         nodes,
         "gaussian",

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import click
 
-from ddpm_deploy.doctor.backends import Finding, about, installed, problems, run_backends
+from ddpm_deploy.doctor.backends import Finding, about, cuda_of, installed, problems, run_backends
 from ddpm_deploy.files import show
 from ddpm_deploy.gpu import Driver
 from ddpm_deploy.gpu import driver as ask_driver
@@ -17,7 +17,8 @@ _MARKS: Final = {"works": "works", "builds": "builds", "absent": "-", "broken": 
 def doctor(as_json: bool) -> None:
     """Print what is installed and visible, what each backend made of a known chain, and a verdict."""
     packages, driver = installed(), ask_driver()
-    found: dict[str, Any] = {"about": about(), "packages": packages, "driver": driver}
+    cuda = {name: major for name, version in packages.items() if (major := cuda_of(name, version))}
+    found: dict[str, Any] = {"about": about(), "packages": packages, "cuda": cuda, "driver": driver}
     if not as_json:
         _show_machine(**found)
     wrong = problems(packages, driver)
@@ -41,8 +42,12 @@ def doctor(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _show_machine(about: str, packages: dict[str, str], driver: Driver) -> None:
-    lines = [about, f"  packages   {', '.join(f'{name} {version}' for name, version in packages.items())}"]
+def _show_machine(about: str, packages: dict[str, str], cuda: dict[str, int], driver: Driver) -> None:
+    named = [
+        f"{name} {version}" + (f" (CUDA {cuda[name]})" if name in cuda else "")
+        for name, version in packages.items()
+    ]
+    lines = [about, f"  packages   {', '.join(named)}"]
     if driver.cuda:
         lines.append(f"  driver     NVIDIA {driver.version or '?'}, for CUDA up to {driver.cuda}")
     for gpu in driver.gpus:

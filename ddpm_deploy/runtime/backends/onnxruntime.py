@@ -1,25 +1,32 @@
 """ONNX Runtime, on the CPU or on a GPU, through memory of ours that is bound once for each batch size."""
 
 import ctypes
+import io
+import logging
 import os
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any, Final, Self
 
 from ddpm_deploy.dependencies import onnxruntime_has_cuda, require_onnxruntime
-from ddpm_deploy.errors import ArtefactError, BackendError, first_line
+from ddpm_deploy.engine.bindings import require_gpu
+from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, first_line
+from ddpm_deploy.files import show
 from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
 from ddpm_deploy.runtime.device.cuda import Cuda
 from ddpm_deploy.runtime.device.host import Host
-from ddpm_deploy.runtime.network import allocate, default_max_batch, require_open
+from ddpm_deploy.runtime.network import allocate, bucket_sizes, default_max_batch, require_open
 from ddpm_deploy.runtime.protocols import Device
 from ddpm_deploy.spec import ModelSpec
 
+logger = logging.getLogger(__name__)
+
 _CPU: Final = ["CPUExecutionProvider"]
 _CUDA: Final = "CUDAExecutionProvider"
+_PRODUCTS: Final = ("Conv", "Gemm", "MatMul", "Attention")  # in the names of what a GPU is there for
 _Side = dict[str, tuple[str, list[Any]]]  # inputs or outputs: type and shape behind B, by name
 
 
@@ -28,6 +35,9 @@ class OrtNetwork:
 
     model: an .onnx file. device: where its memory is. threads: CPU threads to use (None: `cpu_threads`). max_batch:
     rows (None: `default_max_batch`). provider: of ONNX Runtime (None: that of the device).
+
+    On a GPU its buckets are powers of two, each of which is run once when it is loaded, as cuDNN chooses its algorithms
+    for a size when that is first run.
 
     Raises ArtefactError, SpecError or DependencyError where it cannot be loaded, BackendError where ONNX Runtime fails
     at it, or the provider does not work here: ONNX Runtime would run on the CPU instead, and say nothing.
@@ -46,14 +56,17 @@ class OrtNetwork:
     ) -> None:
         self.spec, self.device = model.spec, device or Host()
         self.max_batch = max_batch or default_max_batch(self.spec)
-        self.buckets: Sequence[int] = range(1, self.max_batch + 1)
+        every, some = range(1, self.max_batch + 1), bucket_sizes(1, self.max_batch)
+        self.buckets: Sequence[int] = every if self.device.is_host else some
         on_cpu = provider in _CPU or (provider is None and self.device.is_host)
         providers = _CPU if on_cpu else [(_CUDA, _cuda_options(self.spec, self.device))]
         if not on_cpu:
             _require_cuda()
         self._session: Any = _open(model, providers, threads)
-        if not on_cpu and _CUDA not in self._session.get_providers():
-            raise _unusable()
+        if not on_cpu:
+            if _CUDA not in self._session.get_providers():
+                raise _unusable()
+            require_products_on_gpu(self._session, model.name)
         _SESSIONS.add(self._session)
         self.memory = allocate(self.device, self.spec, self.max_batch)
         self._place = ("cpu", 0) if on_cpu else ("cuda", getattr(self.device, "index", 0))
@@ -63,12 +76,22 @@ class OrtNetwork:
         # What is started on a stream of ours is waited for by whoever needs it.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._bound = 0
+        if not self.device.is_host:
+            self._warm_up()
 
     @classmethod
     def open(cls, model: ModelFile, settings: LoadSettings) -> Self:
         """Load an .onnx file."""
-        device = None if settings.gpu is None else Cuda(settings.gpu)
+        device = None
+        if settings.gpu is not None:
+            require_gpu("leave device out to run on the CPU", settings.gpu)
+            device = Cuda(settings.gpu)
         return cls(model, device, threads=settings.threads, max_batch=settings.max_batch)
+
+    def _warm_up(self) -> None:
+        for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
+            self.enqueue(bucket)
+        self.device.synchronize()
 
     def enqueue(self, bucket: int) -> None:
         """Start to predict for the leading rows."""
@@ -123,14 +146,38 @@ def _require_cuda() -> None:
     if not onnxruntime_has_cuda():
         raise _unusable()
     onnxruntime = require_onnxruntime()
-    if hasattr(onnxruntime, "preload_dlls"):
+    if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+        raise DependencyError(
+            f"onnxruntime-gpu {onnxruntime.__version__} does not say what it runs on the CPU, as 1.24 and later do: "
+            "update it (ddpm-deploy doctor says which build this driver runs)"
+        )
+    said = io.StringIO()
+    with redirect_stdout(said):  # which is for results
         onnxruntime.preload_dlls()  # CUDA's libraries and cuDNN, out of NVIDIA's packages
+    for line in said.getvalue().splitlines():
+        logger.info("ONNX Runtime: %s", line)
 
 
 def _unusable() -> BackendError:
     return BackendError(
         f"ONNX Runtime cannot use its {_CUDA} here, and would run on the CPU (see ddpm-deploy doctor)"
     )
+
+
+def require_products_on_gpu(session: Any, name: str) -> None:
+    """Raise BackendError where a session placed a convolution or matrix product on the CPU, by its own report.
+
+    Shape arithmetic may be there: a normalisation that the provider has no kernel for is taken apart, and the sizes
+    that it computes with are the CPU's. session: made with `session.record_ep_graph_assignment_info`. name: of the
+    model.
+    """
+    for part in session.get_provider_graph_assignment_info():
+        for node in part.get_nodes() if part.ep_name in _CPU else ():
+            if any(product in node.op_type for product in _PRODUCTS):
+                raise BackendError(
+                    f"{name}: ONNX Runtime would run {show(node.op_type)} {show(node.name)} on the CPU, not on the "
+                    "GPU: export the model again with ddpm-export, in fp32 or fp16"
+                )
 
 
 def _cuda_options(spec: ModelSpec, device: Any) -> dict[str, str]:
@@ -146,21 +193,22 @@ def _cuda_options(spec: ModelSpec, device: Any) -> dict[str, str]:
 def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
     """A session that has the interface of the contract."""
     onnxruntime = require_onnxruntime()
-    hint = (
-        " (it has no bfloat16 on a CPU: this file is for building an engine)"
-        if model.spec.precision == "bf16"
-        else ""
-    )
+    hint = "" if providers == _CPU else " (ddpm-deploy doctor says whether it works on this GPU)"
+    if not hint and model.spec.precision == "bf16":
+        hint = " (it has no bfloat16 on a CPU: this file is for building an engine)"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it logs, it also raises
     options.intra_op_num_threads = threads or cpu_threads()
     options.inter_op_num_threads = 1
     # Its threads spin while a network runs, and leave the cores to others between two runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if providers != _CPU:  # nothing of it may run there instead, unseen
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if providers != _CPU:  # what of it runs there instead is looked at
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        session = onnxruntime.InferenceSession(str(model.path), options, providers=providers)
+        # Where the provider fails it would print that, and go on with the CPU.
+        session = onnxruntime.InferenceSession(
+            str(model.path), options, providers=providers, enable_fallback=0
+        )
     except Exception as error:
         raise ArtefactError(
             f"{model.name}: ONNX Runtime cannot load it: {first_line(error)}{hint}"

@@ -1,16 +1,24 @@
 """A TensorRT engine, of either flavour, as a network on a GPU."""
 
+import logging
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from ddpm_deploy.engine.bindings import MODULES, made, require_gpu
-from ddpm_deploy.engine.cache import built_on_arrival, settings_here
+from ddpm_deploy.engine.bindings import MODULES, made
+from ddpm_deploy.engine.cache import (
+    built_on_arrival,
+    keep_kernels,
+    kept_kernels,
+    kernels_path,
+    settings_here,
+)
 from ddpm_deploy.engine.load import LoadedEngine, load_engine
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
 from ddpm_deploy.files import show
@@ -18,15 +26,18 @@ from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
 from ddpm_deploy.runtime.device.cuda import Cuda
 from ddpm_deploy.runtime.device.kernel import require_nvrtc
-from ddpm_deploy.runtime.network import allocate, require_open
+from ddpm_deploy.runtime.network import allocate, bucket_sizes, require_open
 from ddpm_deploy.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 
 class TrtNetwork:
     """An engine. Follows `protocols.Network`.
 
     spec: of its network. device: where its memory is. max_batch: rows of the buffers, at most the engine's own (None:
-    that).
+    that). kernels: the file of what TensorRT-RTX compiles of it on this GPU, for other processes too (None: it is not
+    kept).
 
     Each bucket has an execution context of its own, whose profile, shapes and addresses are set once; all share their
     scratch memory, as one runs at a time. Where a profile takes a range of sizes, its buckets are powers of two.
@@ -35,7 +46,12 @@ class TrtNetwork:
     """
 
     def __init__(
-        self, loaded: LoadedEngine, spec: ModelSpec, device: Cuda, max_batch: int | None = None
+        self,
+        loaded: LoadedEngine,
+        spec: ModelSpec,
+        device: Cuda,
+        max_batch: int | None = None,
+        kernels: Path | None = None,
     ) -> None:
         self.spec, self.device, self._log = spec, device, loaded.log
         _require_interface(loaded, spec)
@@ -43,8 +59,17 @@ class TrtNetwork:
         largest = max(high for _, high in profiles)
         self.max_batch = min(max_batch or largest, largest)
         self.buckets: Sequence[int] = _buckets(profiles, self.max_batch)
-        self._contexts = {bucket: self._make_context(loaded, profiles, bucket) for bucket in self.buckets}
+        config = self._runtime_config(loaded)
+        if not hasattr(config, "create_runtime_cache"):  # TensorRT compiled when it built
+            kernels = None
+        known = kept_kernels(kernels) if kernels else b""
+        self._compiled: Any = self._runtime_cache(config, known) if kernels else None
+        self._contexts = {
+            bucket: self._make_context(loaded, config, profiles, bucket) for bucket in self.buckets
+        }
         self._give_memory()
+        if kernels:
+            self._keep(kernels, known)
         # TensorRT-RTX tells whether what it runs can be captured; TensorRT always can.
         self.capturable = all(
             not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(device.stream)
@@ -61,8 +86,7 @@ class TrtNetwork:
         index = settings.gpu or 0
         if model.kind == "plan":
             return cls._loaded(model, settings, index)
-        gpu = require_gpu("leave backend and device out to run on the CPU", index)
-        how = settings_here(model.spec, settings.max_batch, gpu)
+        how = settings_here(model.spec, settings.max_batch, index)
         _, extra = MODULES[how.flavour]
         require_nvrtc(extra)  # what is missing to run it is told before minutes of building
         with Cuda(index, extra).here():
@@ -83,10 +107,11 @@ class TrtNetwork:
         # TensorRT works on the device that is the thread's.
         loaded = load_engine(plan, index, lambda: device().here())
         with device().here():
-            return cls(loaded, plan.spec, device(), settings.max_batch)
+            kernels = kernels_path(plan, str(loaded.trt.__version__), index)
+            return cls(loaded, plan.spec, device(), settings.max_batch, kernels)
 
-    def _make_context(self, loaded: LoadedEngine, profiles: list[tuple[int, int]], bucket: int) -> Any:
-        """A context with its profile and shapes, and as yet no memory."""
+    def _runtime_config(self, loaded: LoadedEngine) -> Any:
+        """How every context is made."""
         trt, cuda_engine = loaded.trt, loaded.engine
         runtime_config = made("a runtime configuration", self._log, cuda_engine.create_runtime_config)
         runtime_config.set_execution_context_allocation_strategy(
@@ -96,6 +121,32 @@ class TrtNetwork:
             # TensorRT-RTX would compile in the background, and run other kernels until then: a graph would keep those.
             eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+        return runtime_config
+
+    def _runtime_cache(self, runtime_config: Any, known: bytes) -> Any:
+        """The cache that every context compiles into, with what is known of before."""
+        runtime_cache = made("a cache of kernels", self._log, runtime_config.create_runtime_cache)
+        if known and not runtime_cache.deserialize(known):
+            why = self._log.reason("they are damaged, or of another version, driver or GPU")
+            logger.warning(f"the kept kernels are not used, and are compiled again: {why}")
+        self._must(runtime_config.set_runtime_cache(runtime_cache), "its cache of kernels")
+        return runtime_cache
+
+    def _keep(self, kernels: Path, known: bytes) -> None:
+        """Run every bucket once, which compiles what it needs, and keep what is new."""
+        for bucket in self.buckets:
+            self.enqueue(bucket)
+        self.device.synchronize()
+        runtime_cache = self._compiled
+        compiled = memoryview(made("a copy of its kernels", self._log, runtime_cache.serialize))
+        if compiled != known:
+            keep_kernels(kernels, compiled)
+
+    def _make_context(
+        self, loaded: LoadedEngine, runtime_config: Any, profiles: list[tuple[int, int]], bucket: int
+    ) -> Any:
+        """A context with its profile and shapes, and as yet no memory."""
+        cuda_engine = loaded.engine
         context = made(
             "an execution context", self._log, cuda_engine.create_execution_context, runtime_config
         )
@@ -109,7 +160,11 @@ class TrtNetwork:
     def _give_memory(self) -> None:
         """The largest scratch of the contexts, and the inputs' and output's memory, for as long as it is loaded."""
         contexts = self._contexts.values()
+        self._log.errors.clear()
         scratch = max(context.update_device_memory_size_for_shapes() for context in contexts)
+        self._must(
+            not self._log.errors, "to say how much scratch memory it needs"
+        )  # by a 0, which may also be true
         self._require_room(scratch)
         self._scratch = self.device.empty((max(scratch, 1),), np.uint8)
         self.memory = allocate(self.device, self.spec, self.buckets[-1])
@@ -148,17 +203,16 @@ class TrtNetwork:
         if self._contexts:
             with suppress(BackendError):
                 self.device.synchronize()
-        self._contexts, self._scratch, self.memory = {}, None, {}
+        with self.device.here():  # TensorRT frees on the device that is the thread's
+            self._contexts, self._compiled, self._scratch, self.memory = {}, None, None, {}
         self.device.release()
 
 
 def _buckets(profiles: list[tuple[int, int]], max_batch: int) -> tuple[int, ...]:
     """The sizes that are run for batches up to max_batch."""
-    sizes = set()
-    for low, high in profiles:
-        top = max(low, min(high, max_batch))
-        sizes |= {top, *(size for size in (1 << bit for bit in range(17)) if low <= size <= top)}
-    ordered = sorted(sizes)
+    ordered = sorted(
+        {size for low, high in profiles for size in bucket_sizes(low, max(low, min(high, max_batch)))}
+    )
     return tuple(ordered[: bisect_left(ordered, max_batch) + 1])
 
 
