@@ -1,13 +1,16 @@
 """A network in PyTorch on a GPU, in the memory and on the stream of the chain, so that one graph holds both."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 
 from ddpm_deploy.runtime.device.cuda import Cuda
 from ddpm_deploy.runtime.network import allocate
+from ddpm_deploy.runtime.protocols import Device
 from ddpm_deploy.spec import ModelSpec
 
 
@@ -21,15 +24,17 @@ class CapturedNetwork:
     capturable = True
 
     def __init__(self, network: nn.Module, spec: ModelSpec, max_batch: int) -> None:
-        self.spec, self.device, self.max_batch = spec, Cuda(), max_batch
-        self.buckets = (max_batch,)
+        cuda = Cuda()
+        self.spec, self.max_batch = spec, max_batch
+        self.device: Device = cuda
+        self.buckets: Sequence[int] = (max_batch,)
         self.memory: dict[str, Any] = allocate(self.device, spec, max_batch)
         self.device.synchronize()  # before another's stream reads it
         self._network: nn.Module | None = copy.deepcopy(network).requires_grad_(False).eval().cuda()
         torch.cuda.synchronize()
-        self._inputs = [torch.from_dlpack(self.memory[tensor.name]) for tensor in spec.inputs]
-        self._output = torch.from_dlpack(self.memory[spec.output.name])
-        self._stream = torch.cuda.ExternalStream(self.device.stream)
+        self._inputs = [from_dlpack(self.memory[tensor.name]) for tensor in spec.inputs]
+        self._output = from_dlpack(self.memory[spec.output.name])
+        self._stream = torch.cuda.ExternalStream(cuda.stream)  # type: ignore[no-untyped-call]
 
     def enqueue(self, bucket: int) -> None:
         """Start to predict for the leading rows."""
