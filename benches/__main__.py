@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benches import chain, memory, parity, process, training
 from benches.models import export_preset
-from benches.table import Row
+from benches.table import HEAD, Row
 from ddpm_deploy.machine import cpu_threads
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -58,8 +58,7 @@ def _page(rows: list[Row]) -> str:
         packages=", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES),
         block=chain.BLOCK,
     )
-    head = "| what | measured | asked | |\n| --- | --- | --- | --- |\n"
-    return introduction + head + "".join(row.markdown() + "\n" for row in rows)
+    return introduction + HEAD + "".join(row.markdown() + "\n" for row in rows)
 
 
 def _cpu() -> str:

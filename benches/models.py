@@ -28,7 +28,15 @@ class Model:
 def export_preset(
     name: str, folder: Path, image_size: tuple[int, int] | None = None, precision: GraphPrecision = "fp32"
 ) -> Model:
-    """Make it, at the preset's image size if no other is given. No weight is zero, so that nothing can be skipped."""
+    """Make it, at the preset's image size if no other is given."""
+    network, spec = random_network(name, image_size)
+    path = folder / f"{name}.onnx"
+    export_onnx(network, spec, path, precision=precision)
+    return Model(name, network, spec, path)
+
+
+def random_network(name: str, image_size: tuple[int, int] | None = None) -> tuple[UNet, ModelSpec]:
+    """A preset's network in torch alone. No weight is zero, so that nothing can be skipped."""
     preset = PRESETS[name]
     spec = preset.spec(name, preset.channels or 3, image_size or preset.image_size)
     torch.manual_seed(0)
@@ -36,9 +44,7 @@ def export_preset(
     for parameter in network.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    path = folder / f"{name}.onnx"
-    export_onnx(network, spec, path, precision=precision)
-    return Model(name, network, spec, path)
+    return network, spec
 
 
 def diffusers_pipeline(model: Model) -> Any:

@@ -1,6 +1,9 @@
 """A row of the table that the benchmarks make."""
 
 from dataclasses import dataclass
+from typing import Final
+
+HEAD: Final = "| what | measured | asked | |\n| --- | --- | --- | --- |\n"
 
 
 @dataclass(frozen=True)

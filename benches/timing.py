@@ -10,10 +10,10 @@ ROUNDS: Final = 12
 Block = Callable[[], None]  # runs some steps
 
 
-def interleave(blocks: dict[str, Block], steps: int) -> dict[str, list[float]]:
-    """Seconds a step of each candidate, in turn, ROUNDS times after a warm-up. steps: that a block runs."""
+def interleave(blocks: dict[str, Block], steps: int, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds a step of each candidate, in turn, `rounds` times after a warm-up. steps: that a block runs."""
     times: dict[str, list[float]] = {name: [] for name in blocks}
-    for round_ in range(ROUNDS + 1):
+    for round_ in range(rounds + 1):
         for name, block in blocks.items():
             start = time.perf_counter()
             block()

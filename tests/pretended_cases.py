@@ -13,6 +13,8 @@ import cupy
 import numpy as np
 import pytest
 
+from benches import first_run
+from benches.replay import against_replay
 from ddpm_deploy import Sampler
 from ddpm_deploy.errors import BackendError
 from ddpm_deploy.runtime.chain import Chain
@@ -228,3 +230,14 @@ def test_memory_outlives_the_work_on_it() -> None:
     sampler = Sampler(EchoNetwork(SPEC, 4))
     np.testing.assert_array_equal(sampler.sample(9, seed=0, callback=lambda *step: None), wanted)
     sampler.close()
+
+
+def test_what_the_first_run_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the network of PyTorch's; the figures mean nothing here."""
+    monkeypatch.setattr(first_run, "_sampler", lambda preset, batch: Sampler(EchoNetwork(SPEC, batch)))
+    monkeypatch.setattr(first_run, "LOADS", 3)
+    assert [row.what for row in first_run.small_chain()] == ["a small chain"]
+    assert [row.measured for row in first_run.load_and_close()] == ["0.0 MiB, 0.0 MiB"]
+    with Sampler(EchoNetwork(SPEC, 4)) as sampler:
+        assert len(list(against_replay(sampler, 4, "echo", steps=5, rounds=1))) == 3
+        assert first_run.interrupted(sampler, 4, after=0.01).met
