@@ -22,6 +22,9 @@ help:
 	@$(PYTHON) -m venv .venv \
 		|| { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,plot,dev]'
+	@# The oldest CuPy that the extras allow, which the tests run as well, where there is one for this machine.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/oldest --upgrade \
+		'cupy-cuda13x==14.0.1' || echo "no CuPy for this machine: its tests are skipped"
 	@touch $@
 
 demo: $(DEMO)/samples.png
