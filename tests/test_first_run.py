@@ -1,6 +1,7 @@
 """The runner of `python -m benches.first_run`, whose parts need a GPU: what one finds stands, whatever others do."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ class Slow(ArrayNetwork):
 def test_ctrl_c_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = Sampler(Slow(tiny_spec(), 1))
     monkeypatch.setattr(sampler, "sample_on_device", sampler.sample)  # whose device is the host
-    assert interrupted(sampler, 1, after=0.1).met
+    assert re.fullmatch(r"[\d.]+ s, [\d.]+ s", interrupted(sampler, 1, after=0.1).measured)
 
 
 @pytest.mark.skipif(visible_gpu() is not None, reason="there is a GPU")
