@@ -164,7 +164,7 @@ def test_what_is_queued_takes_a_quarter_of_a_second_at_most() -> None:
             ahead.append(taken - (network.done - before))
         chain.images(np.arange(count))
         most[count] = max(ahead)
-    assert most[1] > 8  # the GPU has enough to do
+    assert most[1] > 1  # the GPU has something to do
     assert 1 < most[2] <= 0.25 / Slow.SECONDS
 
 

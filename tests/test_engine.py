@@ -18,7 +18,7 @@ import pytest
 from ddpm_deploy.cli.bodies.engine import EngineOptions, engine_settings
 from ddpm_deploy.cli.export import main
 from ddpm_deploy.engine import build
-from ddpm_deploy.engine.bindings import log_of
+from ddpm_deploy.engine.bindings import as_bytes, log_of
 from ddpm_deploy.engine.build import (
     EngineSettings,
     _configure,
@@ -723,3 +723,15 @@ def test_what_was_meant_is_in_the_file(exported: dict[Precision, Path]) -> None:
     assert OnnxFile(exported["fp16"]).meant_float32 == MEANT
     assert OnnxFile(exported["fp32"]).meant_float32 is None
     assert np.isin(MEANT, [node.name for node in onnx.load(exported["fp16"]).graph.node]).all()
+
+
+def test_memory_of_tensorrt_compares_as_bytes() -> None:
+    """By itself it says that it is of floats, of a byte each, and comparing two such ends in an error."""
+    builder = trt.Builder(log_of("tensorrt-rtx").handle)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    x = network.add_input("x", trt.float32, (1, 4))
+    network.mark_output(network.add_activation(x, trt.ActivationType.RELU).get_output(0))
+    memory = builder.build_serialized_network(network, builder.create_builder_config())
+    held = as_bytes(memory)
+    assert held == bytes(held)
+    assert len(held) == memory.nbytes

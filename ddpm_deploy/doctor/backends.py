@@ -173,9 +173,7 @@ def _without_libraries(packages: Installed, driver: Driver) -> Iterator[Finding]
     built = cuda_of("onnxruntime-gpu", runtime)
     if runtime and not {_CUDNN, f"nvidia-cudnn-cu{built}"} & packages.keys():
         says = f"onnxruntime-gpu {runtime} is installed without the cuDNN of CUDA {built}: it falls back to the CPU"
-        # Its own extras bring what its build is of.
-        mend = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-        yield Finding("cudnn", "broken" if driver.gpus else "absent", says, mend)
+        yield Finding("cudnn", "broken" if driver.gpus else "absent", says, _install_for(driver))
 
 
 def _without_nvrtc(packages: Installed, driver: Driver) -> Iterator[Finding]:

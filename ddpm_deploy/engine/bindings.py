@@ -64,8 +64,8 @@ def require_gpu(otherwise: str = "", index: int = 0) -> Gpu:
             here = ", ".join(f"cuda:{number}" for number in range(len(found.gpus)))
             what = f"no NVIDIA GPU has the number {index} (visible: {here}; CUDA_VISIBLE_DEVICES chooses)"
         raise BackendError(what + (f": {otherwise}" if otherwise else ""))
-    for major, (cuda, release) in DRIVERS.items():
-        if is_installed(cupy := f"cupy-cuda{major}x") and found.older_than(cuda):
+    for major, (_, release) in DRIVERS.items():
+        if is_installed(cupy := f"cupy-cuda{major}x") and found.older_than((major, 0)):
             raise BackendError(
                 f"the NVIDIA driver {found.version} runs CUDA {found.cuda} and older, and {cupy} is of CUDA {major}: "
                 f"{UPDATE.format(release)} (ddpm-deploy doctor says what this one runs)"
@@ -120,6 +120,11 @@ class Log:
 def log_of(flavour: Flavour) -> Log:
     """The one log of a flavour: TensorRT keeps the first that it is given, for the life of the process."""
     return Log(load_tensorrt(flavour))
+
+
+def as_bytes(memory: Any) -> memoryview:
+    """Memory of TensorRT's (IHostMemory) as bytes: by itself it says that it is of floats, and compares as such."""
+    return memoryview(memory).cast("B")
 
 
 def made(what: str, log: Log, make: Any, *arguments: Any) -> Any:

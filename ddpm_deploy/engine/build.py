@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ddpm_deploy.engine.bindings import Log, in_words, log_of, made, name_of, require_builder
+from ddpm_deploy.engine.bindings import Log, as_bytes, in_words, log_of, made, name_of, require_builder
 from ddpm_deploy.engine.layers import Layers, inspected, layers_of, require_precision
 from ddpm_deploy.engine.load import deserialized, runs_on
 from ddpm_deploy.errors import ArtefactError, BackendError, SettingError, plural
@@ -154,7 +154,7 @@ def _build(
     if plan is None:
         raise BackendError(f"TensorRT built no engine: {log.reason()}")
     _inspect(trt, plan, spec, settings.gpu, log)
-    return layers, memoryview(plan)
+    return layers, as_bytes(plan)
 
 
 def engine_spec(spec: ModelSpec, settings: EngineSettings, version: str) -> ModelSpec:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ddpm_deploy.engine.bindings import MODULES, made
+from ddpm_deploy.engine.bindings import MODULES, as_bytes, made
 from ddpm_deploy.engine.cache import (
     built_on_arrival,
     keep_kernels,
@@ -20,7 +20,7 @@ from ddpm_deploy.engine.cache import (
     settings_here,
 )
 from ddpm_deploy.engine.load import LoadedEngine, load_engine
-from ddpm_deploy.errors import ArtefactError, BackendError, SettingError
+from ddpm_deploy.errors import ArtefactError, BackendError, OutputError, SettingError
 from ddpm_deploy.files import show
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
@@ -107,7 +107,12 @@ class TrtNetwork:
         # TensorRT works on the device that is the thread's.
         loaded = load_engine(plan, index, lambda: device().here())
         with device().here():
-            kernels = kernels_path(plan, str(loaded.trt.__version__), index)
+            kernels = None
+            if plan.head.flavour == "tensorrt-rtx":
+                try:
+                    kernels = kernels_path(plan, str(loaded.trt.__version__), index)
+                except OutputError as error:  # it works without
+                    logger.warning(f"{error}: the kernels of this engine are compiled in every process")
             return cls(loaded, plan.spec, device(), settings.max_batch, kernels)
 
     def _runtime_config(self, loaded: LoadedEngine) -> Any:
@@ -138,7 +143,7 @@ class TrtNetwork:
             self.enqueue(bucket)
         self.device.synchronize()
         runtime_cache = self._compiled
-        compiled = memoryview(made("a copy of its kernels", self._log, runtime_cache.serialize))
+        compiled = as_bytes(made("a copy of its kernels", self._log, runtime_cache.serialize))
         if compiled != known:
             keep_kernels(kernels, compiled)
 

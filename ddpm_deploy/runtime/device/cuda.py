@@ -368,9 +368,10 @@ class CudaStepper:
         if self._steps:
             with suppress(BackendError):
                 self._device.synchronize()
-        self._steps, self._kept, self._inputs = {}, [], []
-        self._marks.clear()
-        self._x0 = self._given = self._slots = self._rows = self._embeddings = None
+        with self._device.here():
+            self._steps, self._kept, self._inputs = {}, [], []
+            self._marks.clear()
+            self._x0 = self._given = self._slots = self._rows = self._embeddings = None
 
 
 _WORDS: Final = SLOT.itemsize // 4
