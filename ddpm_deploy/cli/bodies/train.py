@@ -108,13 +108,11 @@ def train(
             )
         checkpoint, source = _resumed(resume, changes)
         spec = checkpoint.spec
-        require_memory(spec, checkpoint.settings, place, _size(source, spec, checkpoint.settings))
-        images = _read(checkpoint.settings, source, spec, spec.data_range, workers)
+        images = _read(checkpoint.settings, source, spec, spec.data_range, place, workers)
         trainer = Trainer.resume(checkpoint, images, place, compiled=compiled)
     else:
         spec, settings, source = _new(data or "", changes, new)
-        require_memory(spec, settings, place, _size(source, spec, settings))
-        images = _read(settings, source, spec, None, workers)
+        images = _read(settings, source, spec, None, place, workers)
         spec = msgspec.structs.replace(spec, data_range=images.data_range)
         trainer = Trainer(spec, settings, images, place, compiled=compiled)
     _run(trainer, target, as_json)
@@ -227,16 +225,17 @@ def _with_classes(spec: ModelSpec, source: Source, *, null_class: bool) -> Model
         return spec
 
 
-def _size(source: Source, spec: ModelSpec, settings: Settings) -> int:
-    """Bytes of the images in memory."""
-    kept = pixel_type(source.depths(), settings.data_range)
-    return source.count * math.prod(spec.image_shape) * kept.itemsize
-
-
 def _read(
-    settings: Settings, source: Source, spec: ModelSpec, known_range: DataRange | None, workers: int | None
+    settings: Settings,
+    source: Source,
+    spec: ModelSpec,
+    known_range: DataRange | None,
+    place: torch.device,
+    workers: int | None,
 ) -> Dataset:
-    """Read the images, and tell how many there are."""
+    """Read the images, if there is memory to train on them, and tell how many there are."""
+    kept = pixel_type(source.depths(), settings.data_range)
+    require_memory(spec, settings, place, source.count * math.prod(spec.image_shape) * kept.itemsize)
     channels, height, width = spec.image_shape
     with stage("reading images", source.count) as advance:
         data = read_images(

@@ -59,7 +59,10 @@ def _read(path: Path) -> NDArray[Any]:
     try:
         with _opened(path) as file:
             _, _, kind, dimensions = file.read(4)
-            shape = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
+            sizes = file.read(4 * dimensions)
+            if len(sizes) < 4 * dimensions:
+                raise ValueError("it ends within its header")
+            shape = struct.unpack(f">{dimensions}I", sizes)
             dtype = np.dtype(_TYPES[kind])
             size = math.prod(shape) * dtype.itemsize
             if size > memory_limit():
