@@ -42,5 +42,31 @@ class SinusoidalEmbedding(
         return np.concatenate([*halves, padding], axis=1).astype(np.float32)
 
 
+class TimestepItself(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="timestep"
+):
+    """The timestep as one number, for a network that makes its own embedding of it: scale·t + offset.
+
+    scale, offset: as 1/T where the network takes t from 0 to 1; an offset of 1 where its timesteps begin at 1.
+    """
+
+    scale: Annotated[float, msgspec.Meta(gt=0.0, le=1e6)] = 1.0
+    offset: Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)] = 0.0
+
+    @property
+    def dim(self) -> int:
+        """Its width."""
+        return 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether all its numbers are whole ones."""
+        return float(self.scale).is_integer() and float(self.offset).is_integer()
+
+    def table(self, timesteps: int) -> NDArray[np.float32]:
+        """Of each t in 0 .. T-1: (T, 1), computed in float64, rounded once."""
+        return (self.scale * np.arange(timesteps)[:, None] + self.offset).astype(np.float32)
+
+
 # Every kind of embedding there is, told apart by its "kind"; each has a width `dim` and a `table`.
-Embedding = SinusoidalEmbedding
+Embedding = SinusoidalEmbedding | TimestepItself

@@ -66,14 +66,56 @@ class CosineBetas(_Betas, frozen=True, tag="cosine"):
         return betas
 
 
-BetaSchedule = LinearBetas | ScaledLinearBetas | CosineBetas | SigmoidBetas
+class SigmoidAlphas(_Betas, frozen=True, tag="sigmoid_alpha"):
+    """ᾱ falls along a logistic curve, β capped at `max_beta` (Jabri et al. 2022; lucidrains' "sigmoid")."""
+
+    start: Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)] = -3.0
+    end: Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)] = 3.0
+    tau: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] = 1.0
+    max_beta: Beta = 0.999
+
+    def betas(self, timesteps: int) -> Floats:
+        """β_t, (T,)."""
+        first, last = (1 / (1 + np.exp(-x / self.tau)) for x in (self.start, self.end))
+        time = np.arange(timesteps + 1) / timesteps
+        fall = 1 / (1 + np.exp(-(time * (self.end - self.start) + self.start) / self.tau))
+        alphas_cumprod = (last - fall) / (last - first)
+        betas: Floats = np.clip(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 1e-12, self.max_beta)
+        return betas
+
+
+BetaSchedule = LinearBetas | ScaledLinearBetas | CosineBetas | SigmoidBetas | SigmoidAlphas
 # Each with its usual constants, by name.
 SCHEDULES: Final[dict[str, BetaSchedule]] = {
     "linear": LinearBetas(),
     "cosine": CosineBetas(),
     "sigmoid": SigmoidBetas(),
     "scaled_linear": ScaledLinearBetas(),
+    "sigmoid_alpha": SigmoidAlphas(),
 }
+
+
+_SAME_BETA: Final = 1e-6  # of β itself: they may have been stored in float32, or computed in it
+
+
+def recognise(betas: Floats) -> BetaSchedule | None:
+    """The named schedule that gives these betas (T,), to 1e-6; None where it is none of them.
+
+    A model's spec holds the name of its schedule, as a thousand numbers do not fit in an engine.
+    """
+    first, last = float(betas[0]), float(betas[-1])
+    rising: list[BetaSchedule] = []
+    if 0 < first <= last < 1:
+        rising += [LinearBetas(first, last), ScaledLinearBetas(first, last)]
+    # A logistic curve from -6 to 6 begins and ends short of its bounds.
+    short = 1 / (1 + np.exp(6.0))
+    spread = (last - first) / (1 - 2 * short)
+    if 0 < (low := first - short * spread) < (high := last + short * spread) < 1:
+        rising.append(SigmoidBetas(low, high))
+    for schedule in (*SCHEDULES.values(), *rising):
+        if np.abs(schedule.betas(len(betas)) - betas).max() <= _SAME_BETA:
+            return schedule
+    return None
 
 
 @dataclass(frozen=True, eq=False)

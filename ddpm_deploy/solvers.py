@@ -91,6 +91,7 @@ def ddpm(
     prediction: Prediction = "epsilon",
     variance: Variance = "fixed_large",
     clip: Clip = (-1.0, 1.0),
+    stride: int | None = None,
 ) -> StepTable:
     """Ancestral sampling over `timesteps`, descending; full where they are all T of them.
 
@@ -99,13 +100,16 @@ def ddpm(
     section 4). `variance` is β̃ ("fixed_small"), β ("fixed_large"), or between the two by what the network says
     ("learned_range"); the last step adds no noise.
     A predicted mean is used itself, unclipped, where the step is one of the full chain.
+    stride: take each step to t - stride, and add noise on each but that from t = 0, as diffusers' DDPM scheduler does
+    with T // N; None is the consistent chain.
 
     Raises SettingError where the variance is of another kind, as one that is learned without a range.
     """
     if variance not in VARIANCES:
         raise SettingError(f"variance {variance!r} is not supported: choose from {', '.join(VARIANCES)}")
-    step = _Steps(schedule, timesteps)
+    step = _Steps(schedule, timesteps, stride)
     k0, kt, posterior_variance = posterior(step.here, step.there)
+    noisy = step.t > 0 if stride else np.arange(len(step.t)) < len(step.t) - 1
     itself = (prediction == "mean") & (step.there == schedule.alphas_cumprod_prev[step.t])
     return step.table(
         prediction,
@@ -113,17 +117,20 @@ def ddpm(
         c=np.where(itself, 0.0, k0),
         d=np.where(itself, 0.0, kt),
         g=itself * 1.0,
-        **_deviation(variance, posterior_variance, 1 - step.here / step.there),
+        **_deviation(variance, posterior_variance, 1 - step.here / step.there, noisy),
     )
 
 
-def _deviation(variance: Variance, smallest: Floats, largest: Floats) -> dict[str, Floats]:
-    """The columns of the noise, from the variance's bounds β̃ and β; none on the last step."""
-    noise = np.append(np.ones(len(smallest) - 1), 0.0)
+def _deviation(
+    variance: Variance, smallest: Floats, largest: Floats, noisy: NDArray[np.bool_]
+) -> dict[str, Floats]:
+    """The columns of the noise, from the variance's bounds β̃ and β, on the steps that add any."""
     if variance == "learned_range":
-        low, high = (np.log(np.append(bound[:-1], 1.0)) for bound in (smallest, largest))
-        return {"e": noise, "ln_var_min": low, "ln_var_max": high}
-    return {"e": noise * np.sqrt(smallest if variance == "fixed_small" else largest)}
+        # β̃ of a step to ᾱ = 1 is nothing, and has no logarithm.
+        learned = noisy & (smallest > 0)
+        low, high = (np.log(np.where(learned, bound, 1.0)) for bound in (smallest, largest))
+        return {"e": np.where(learned, 1.0, 0.0), "ln_var_min": low, "ln_var_max": high}
+    return {"e": np.where(noisy, np.sqrt(smallest if variance == "fixed_small" else largest), 0.0)}
 
 
 def ddim(
@@ -135,6 +142,7 @@ def ddim(
     clip: Clip = (-1.0, 1.0),
     use_clipped_model_output: bool = True,
     stride: int | None = None,
+    to_first: bool = False,
 ) -> StepTable:
     """Denoising diffusion implicit models over `timesteps`, descending (Song et al. 2021, equation 12).
 
@@ -143,13 +151,13 @@ def ddim(
     which has this name for it; without clipping the two are the same.
     stride: take each step to t - stride, whatever timestep comes next, as diffusers' DDIM scheduler does with
     T // N, so that its chains can be replayed where the two differ (linspace; trailing where N does not divide
-    T); None is the consistent chain.
+    T); None is the consistent chain. to_first: end at ᾱ_0 in place of 1 (diffusers' `set_alpha_to_one` as false).
 
     Raises SettingError where eta or stride is out of range.
     """
     if not 0.0 <= eta <= 1.0:
         raise SettingError(f"eta must be from 0 to 1, not {eta}")
-    step = _Steps(schedule, timesteps, stride)
+    step = _Steps(schedule, timesteps, stride, to_first)
     _, _, posterior_variance = posterior(step.here, step.there)
     sigma = eta * np.sqrt(posterior_variance)
     direction = np.sqrt(np.maximum(1 - step.there - sigma**2, 0.0))  # of ε
@@ -228,7 +236,7 @@ def denoised_coefficients(
 class _Steps:
     """The steps of a chain: t and ᾱ before each, and ᾱ after it.
 
-    stride: where given, each step goes to t - stride.
+    stride: where given, each step goes to t - stride. to_first: whether the last goes to ᾱ_0, and not to 1.
     """
 
     def __init__(
@@ -236,6 +244,7 @@ class _Steps:
         schedule: Schedule,
         timesteps: Timesteps,
         stride: int | None = None,
+        to_first: bool = False,
     ) -> None:
         self._schedule = schedule
         self.t = np.asarray(timesteps, np.int64)
@@ -249,12 +258,13 @@ class _Steps:
         self.here = schedule.alphas_cumprod[self.t]
         if self.here.min() < np.finfo(np.float32).tiny:
             raise SettingError("this schedule has steps that float32 cannot hold: its ᾱ comes too near zero")
-        self.there = np.append(self.here[1:], 1.0)
+        end = float(schedule.alphas_cumprod[0]) if to_first else 1.0
+        self.there = np.append(self.here[1:], end)
         if stride is not None:
             if stride < 1:
                 raise SettingError(f"stride must be 1 or more, not {stride}")
             before = self.t - stride
-            self.there = np.where(before >= 0, schedule.alphas_cumprod[np.maximum(before, 0)], 1.0)
+            self.there = np.where(before >= 0, schedule.alphas_cumprod[np.maximum(before, 0)], end)
 
     def table(self, prediction: Prediction, clip: Clip, **columns: Floats) -> StepTable:
         """The rows, from the columns of the update."""

@@ -1,4 +1,4 @@
-"""Which timesteps a chain of fewer steps than T visits: pure functions (T, N) → (N,), descending.
+"""Which timesteps a chain of fewer steps than T visits: pure functions (T, N) → at most (N,), descending.
 
 Each is a peer's, by its name there, so that its chains can be repeated.
 """
@@ -36,12 +36,39 @@ def openai(total: int, steps: int) -> Timesteps:
     return np.cumsum([0.0, *[stride] * (steps - 1)]).round()[::-1].astype(np.int64)
 
 
+def quad(total: int, steps: int) -> Timesteps:
+    """The squares of N even numbers from 0 to √(0.8·T), truncated ("quad" of Song et al.'s DDIM code): ends at 0.
+
+    What truncation makes equal is visited once, where their code takes a step that changes nothing.
+    """
+    return np.unique((np.linspace(0, np.sqrt(total * 0.8), steps) ** 2).astype(np.int64))[::-1]
+
+
+def lucidrains(total: int, steps: int) -> Timesteps:
+    """From T - 1 down by T / N, truncated: the DDIM of denoising-diffusion-pytorch; ends above 0."""
+    return np.linspace(-1, total - 1, steps + 1, dtype=np.float32).astype(np.int64)[:0:-1]
+
+
+def dpm_linspace(total: int, steps: int) -> Timesteps:
+    """From T - 1 by (T - 1)/N, rounded, without 0: "linspace" of diffusers' DPMSolverMultistepScheduler."""
+    return np.linspace(0, total - 1, steps + 1).round()[:0:-1].astype(np.int64)
+
+
+def dpm_leading(total: int, steps: int) -> Timesteps:
+    """N·(T // (N + 1)), …, T // (N + 1): "leading" of diffusers' DPMSolverMultistepScheduler."""
+    return np.arange(1, steps + 1)[::-1] * (total // (steps + 1))
+
+
 # What a name on a command line or in `Sampler.sample` stands for.
 SPACINGS: Final[dict[Spacing, Callable[[int, int], Timesteps]]] = {
     "leading": leading,
     "trailing": trailing,
     "linspace": linspace,
     "openai": openai,
+    "quad": quad,
+    "lucidrains": lucidrains,
+    "dpm-linspace": dpm_linspace,
+    "dpm-leading": dpm_leading,
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
+import numpy as np
 
 from ddpm_deploy.embedding import Embedding
 from ddpm_deploy.errors import SettingError, SpecError, first_line, newer, plural
@@ -52,15 +53,15 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Which reverse chain to run.
+    """Which reverse chain to run; None is as the model's own `Sampling` says.
 
-    steps: 1 .. T (None: all T). solver, spacing: by name. eta: of ddim, 0 to 1 (None: 0).
+    steps: 1 .. T. solver, spacing: by name. eta: of ddim, 0 to 1.
     """
 
     steps: int | None = None
-    solver: Solver = "ddpm"
+    solver: Solver | None = None
     eta: float | None = None
-    spacing: Spacing = "leading"
+    spacing: Spacing | None = None
 
 
 DEFAULT_CHAIN: Final = ChainSettings()
@@ -80,6 +81,10 @@ class UNetConfig(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unet
     padding: of the stride-2 convolutions: "asymmetric" (0, 1, 0, 1) as in the original, or
         "symmetric" (1, 1, 1, 1) as in OpenAI's.
     scale_shift: whether the timestep scales and shifts the second norm (OpenAI), or is added before it.
+    resampling_blocks: levels that end in a residual block that halves or doubles the resolution (OpenAI's
+        `resblock_updown`), in place of a convolution.
+    middle_attention: whether the middle has attention. middle_groups: of its GroupNorm (None: `groups`; 0: it has
+        none, as in diffusers where the timestep scales and shifts).
     dropout: in training, before each block's second convolution.
     """
 
@@ -94,6 +99,9 @@ class UNetConfig(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unet
     norm_eps: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 1e-6
     padding: Literal["asymmetric", "symmetric"] = "asymmetric"
     scale_shift: bool = False
+    resampling_blocks: tuple[Annotated[int, msgspec.Meta(ge=0, le=15)], ...] = ()
+    middle_attention: bool = True
+    middle_groups: Annotated[int, msgspec.Meta(ge=0, le=16_384)] | None = None
     dropout: Share = 0.1
 
     @property
@@ -111,6 +119,10 @@ class UNetConfig(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unet
         for channels in (self.channels, *self.widths):
             if channels % self.groups:
                 raise ValueError(f"{plural(channels, 'channel')} cannot make {plural(self.groups, 'group')}")
+        if self.widths[-1] % (self.middle_groups or 1):
+            raise ValueError(
+                f"{plural(self.widths[-1], 'channel')} cannot make {plural(self.middle_groups or 1, 'group')}"
+            )
         for channels in self.widths:
             if channels % (self.head_channels or self.heads):
                 raise ValueError(f"{plural(channels, 'channel')} cannot make whole attention heads")
@@ -120,18 +132,39 @@ class UNetConfig(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unet
 NetworkConfig = UNetConfig
 
 
+class Sampling(_Strict, frozen=True, kw_only=True):
+    """How the code that a model comes from samples it: the chain where a request names none, and its habits.
+
+    steps (None: all T), solver, eta, spacing: of the chain that runs where nobody says another.
+    offset: added to each timestep of a chain of fewer steps than T (`steps_offset` of diffusers).
+    fixed_stride: whether each step goes to t - T // N, whatever timestep comes next: diffusers' DDPM and DDIM.
+    raw_epsilon: whether DDIM goes on with ε as the network gave it where x̂0 was clipped: diffusers.
+    to_first: whether DDIM ends at ᾱ_0, and not at 1: diffusers' `set_alpha_to_one` as false.
+    """
+
+    steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    solver: Solver = "ddpm"
+    eta: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    spacing: Spacing = "leading"
+    offset: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
+    fixed_stride: bool = False
+    raw_epsilon: bool = False
+    to_first: bool = False
+
+
 class Provenance(_Strict, frozen=True, kw_only=True):
     """Where the weights come from.
 
     digest: SHA-256 of the network's parameters, names and values: the model's identity, the same in
         the checkpoint and in whatever is exported from it.
-    weights: which of a checkpoint's two sets they are.
+    weights: which of a checkpoint's two sets they are. source: whose checkpoint it was, where not ours.
     """
 
     digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     weights: Weights = "ema"
     step: Natural = 0
     data: Text = ""
+    source: Text = ""
     ddpm_deploy: Text = ""
     torch: Text = ""
 
@@ -171,6 +204,8 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
 
     image_shape: (C, H, W). value_range: of the images the model was trained on. data_range: what the ends of that
         stand for in the units of the data that it was trained on; 0 and 255 of 8-bit images.
+    clip: whether x̂0 is clipped to the value range in each step, or the range it is clipped to.
+    sampling: how its own code samples it.
     timesteps: T. prediction: what the network gives. variance: of the reverse steps of ancestral sampling; for
         "learned_range" the network gives 2C channels, the second half of them v (see `solvers`).
     num_classes: 0 for an unconditional model. class_names: of each, or none. null_class: whether the label
@@ -189,10 +224,12 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         1.0,
     )
     data_range: tuple[float, float] = (0.0, 255.0)
+    clip: bool | tuple[float, float] = True
     timesteps: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
     schedule: BetaSchedule = msgspec.field(default_factory=LinearBetas)
     prediction: Prediction = "epsilon"
     variance: Variance = "fixed_large"
+    sampling: Sampling = Sampling()
     embedding: Embedding
     network: NetworkConfig | None = None
     num_classes: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
@@ -209,6 +246,12 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
             raise ValueError(f"the value range ({lo}, {hi}) is empty")
         if not -math.inf < self.data_range[0] < self.data_range[1] < math.inf:
             raise ValueError(f"the data range {self.data_range} is empty, or not finite")
+        if isinstance(self.clip, tuple) and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"the range {self.clip} that x̂0 is clipped to is empty")
+        if (steps := self.sampling.steps or 1) > self.timesteps:
+            raise ValueError(
+                f"its own chain has {plural(steps, 'step')}, and it was trained with {self.timesteps} timesteps"
+            )
         # The sizes of the two tables that a chain makes of a spec before it runs anything.
         if math.prod(self.image_shape) > _MAX_IMAGE_SIZE:
             raise ValueError(f"images of the shape {self.image_shape} are larger than any that is supported")
@@ -258,21 +301,66 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         """The forward process the model was trained on."""
         return Schedule(self.schedule.betas(self.timesteps))
 
+    @property
+    def clip_range(self) -> tuple[float, float] | None:
+        """What x̂0 is clipped to in each step; None: it is not."""
+        if isinstance(self.clip, tuple):
+            return self.clip
+        return self.value_range if self.clip else None
+
+    def completed(self, settings: ChainSettings) -> ChainSettings:
+        """The settings of a chain with the model's own in place of those that are None.
+
+        The steps and eta of the model's own chain are of its own solver: another takes all T steps, and no eta.
+        """
+        own = self.sampling
+        solver = settings.solver or own.solver
+        same = solver == own.solver
+        steps = (own.steps if same else None) if settings.steps is None else settings.steps
+        return ChainSettings(
+            steps=self.timesteps if steps is None else steps,
+            solver=solver,
+            eta=own.eta if settings.eta is None and same else settings.eta,
+            spacing=settings.spacing or own.spacing,
+        )
+
     def step_table(self, settings: ChainSettings = DEFAULT_CHAIN) -> StepTable:
         """The rows of this model's reverse chain.
 
         Raises SettingError where a setting is out of range or not known.
         """
-        steps = self.timesteps if settings.steps is None else settings.steps
+        settings, own = self.completed(settings), self.sampling
+        assert settings.steps is not None
+        assert settings.spacing is not None
+        steps = settings.steps
         timesteps = spaced(settings.spacing, self.timesteps, steps)
-        schedule, prediction, clip = self.make_schedule(), self.prediction, self.value_range
+        if steps < self.timesteps:
+            timesteps = np.minimum(timesteps + own.offset, self.timesteps - 1)
+        stride = self.timesteps // steps if own.fixed_stride else None
+        schedule, prediction, clip = self.make_schedule(), self.prediction, self.clip_range
         if settings.eta is not None and settings.solver != "ddim":
             raise SettingError(f"eta is of the solver ddim, and {settings.solver} has none: leave it out")
         match settings.solver:
             case "ddpm":
-                return ddpm(schedule, timesteps, prediction=prediction, variance=self.variance, clip=clip)
+                return ddpm(
+                    schedule,
+                    timesteps,
+                    prediction=prediction,
+                    variance=self.variance,
+                    clip=clip,
+                    stride=stride,
+                )
             case "ddim":
-                return ddim(schedule, timesteps, prediction=prediction, eta=settings.eta or 0.0, clip=clip)
+                return ddim(
+                    schedule,
+                    timesteps,
+                    prediction=prediction,
+                    eta=settings.eta or 0.0,
+                    clip=clip,
+                    use_clipped_model_output=not own.raw_epsilon,
+                    stride=stride,
+                    to_first=own.to_first,
+                )
             case "dpmpp-2m":
                 return dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
         raise SettingError(f"solver {settings.solver!r} is not known: choose from {', '.join(SOLVERS)}")

@@ -3,10 +3,12 @@
 from typing import Final, Literal, get_args
 
 Solver = Literal["ddpm", "ddim", "dpmpp-2m"]
-Spacing = Literal["leading", "trailing", "linspace", "openai"]
+Spacing = Literal[
+    "leading", "trailing", "linspace", "openai", "quad", "lucidrains", "dpm-linspace", "dpm-leading"
+]
 Prediction = Literal["epsilon", "v", "x0", "mean"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
-Schedule = Literal["linear", "cosine", "sigmoid", "scaled_linear"]
+Schedule = Literal["linear", "cosine", "sigmoid", "scaled_linear", "sigmoid_alpha"]
 Loss = Literal["simple", "vlb", "hybrid"]
 Preset = Literal["digits", "small", "cifar10", "256"]
 Weights = Literal["ema", "raw"]  # of a checkpoint: averaged, or as trained

@@ -29,7 +29,7 @@ main = command(
     params=[
         options.MODEL,
         options.IMAGES,
-        options.steps("all the model's"),
+        options.steps("the model's own: all, unless it was imported"),
         Option("--count", "Number of images.", click.IntRange(1, 10_000_000), default=16),
         options.seed("a new one"),
         Option(
@@ -49,7 +49,7 @@ main = command(
             "--solver",
             "Method of sampling: ddpm for the full chain, ddim for some 50 steps, dpmpp-2m for some 20.",
             click.Choice(SOLVERS),
-            default="ddpm",
+            show_default="the model's own: ddpm, unless it was imported",
         ),
         Option(
             "--eta", "Amount of noise that ddim adds at each step.", click.FloatRange(0, 1), show_default="0"
@@ -58,7 +58,7 @@ main = command(
             "--spacing",
             "Which timesteps a chain with fewer steps visits.",
             click.Choice(SPACINGS),
-            default="leading",
+            show_default="the model's own: leading, unless it was imported",
         ),
         Option(
             "--guidance",

@@ -20,9 +20,12 @@ from ddpm_deploy.runtime.network import ask
 from ddpm_deploy.runtime.protocols import Array, Labels, Network
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.schedule import Floats
-from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.spec import ChainSettings, ModelSpec
 from ddpm_deploy.stages import Progress, no_progress
 from ddpm_deploy.tolerances import MEAN_PSNR, PARITY, Parity
+
+# Any model's, whatever its own code runs: it visits every timestep where it has as many steps.
+PROOF_CHAIN: Final = ChainSettings(solver="ddpm", spacing="leading")
 
 _SPOTS: Final = 2  # timesteps of a spot check
 
@@ -215,7 +218,10 @@ def teacher_forced(
 def _request(spec: ModelSpec, labels: Labels, seed: int, steps: int | None) -> Request:
     """Samples 0 on of a seed with these labels, by the model's own chain."""
     each = tuple(labels.tolist()) if spec.num_classes else ()
-    return Request(count=len(labels), seed=seed, steps=steps, labels=each).checked(spec)
+    chain = PROOF_CHAIN
+    return Request(
+        count=len(labels), seed=seed, steps=steps, solver=chain.solver, spacing=chain.spacing, labels=each
+    ).checked(spec)
 
 
 @contextmanager

@@ -7,13 +7,14 @@ backend, holds it against that with no PyTorch and no checkpoint.
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from ddpm_deploy.arrays import load_arrays
 from ddpm_deploy.errors import ArtefactError, SettingError, first_line, newer
 from ddpm_deploy.files import show
-from ddpm_deploy.runtime.parity import Trajectory
-from ddpm_deploy.spec import ChainSettings, ModelSpec
+from ddpm_deploy.runtime.parity import PROOF_CHAIN, Trajectory
+from ddpm_deploy.spec import ModelSpec
 
 FORMAT: Final = 1
 _TIMESTEPS: Final = (4, 16)  # at least, at most
@@ -75,7 +76,8 @@ def _require_sound(proof: Trajectory) -> None:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, and {dtype} {size} is needed")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} has numbers that are not finite")
-    if not np.isin(proof.timesteps, proof.spec.step_table(ChainSettings(steps=proof.steps)).timesteps).all():
+    chain = proof.spec.step_table(msgspec.structs.replace(PROOF_CHAIN, steps=proof.steps))
+    if not np.isin(proof.timesteps, chain.timesteps).all():
         raise ValueError("its timesteps are not those of its chain")
     if proof.labels.min() < 0 or proof.labels.max() >= max(1, proof.spec.num_labels):
         raise ValueError("its labels are not those of its model")

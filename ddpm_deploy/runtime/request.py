@@ -27,9 +27,9 @@ class Keywords(TypedDict, total=False):
     """The keyword arguments of `Sampler.sample` that make a Request; `make_request` says what each is."""
 
     steps: int | None
-    solver: Solver
+    solver: Solver | None
     eta: float | None
-    spacing: Spacing
+    spacing: Spacing | None
     table: StepTable | None
     seed: int | None
     first_index: int
@@ -80,8 +80,13 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 )
         labels = tuple(spec.label(label) for label in self.labels)
         request = msgspec.structs.replace(self, seed=seed, labels=labels)
-        table = request.table_for(spec)
-        return request if self.table else msgspec.structs.replace(request, steps=len(table))
+        request.table_for(spec)  # it raises an error where there is no such chain
+        if self.table:
+            return request
+        chain = spec.completed(self.chain)
+        return msgspec.structs.replace(
+            request, steps=chain.steps, solver=chain.solver, eta=chain.eta, spacing=chain.spacing
+        )
 
     def _require_types(self) -> None:
         if self.table is not None and not isinstance(self.table, StepTable):
@@ -164,9 +169,9 @@ def make_request(
     count: int,
     *,
     steps: int | None = None,
-    solver: Solver = "ddpm",
+    solver: Solver | None = None,
     eta: float | None = None,
-    spacing: Spacing = "leading",
+    spacing: Spacing | None = None,
     table: StepTable | None = None,
     seed: int | None = None,
     first_index: int = 0,
@@ -183,9 +188,9 @@ def make_request(
     request = Request(
         count=count,
         steps=None if steps is None else _whole("steps", steps),
-        solver=_word("solver", solver),  # type: ignore[arg-type]
+        solver=None if solver is None else _word("solver", solver),  # type: ignore[arg-type]
         eta=None if eta is None else _number("eta", eta),
-        spacing=_word("spacing", spacing),  # type: ignore[arg-type]
+        spacing=None if spacing is None else _word("spacing", spacing),  # type: ignore[arg-type]
         seed=None if seed is None else _whole("seed", seed),
         first_index=first_index,
         labels=_each("label", labels, count, first_index),

@@ -41,10 +41,14 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv; the timestep; norm, SiLU, dropout, conv; plus the (projected) input."""
+    """norm, SiLU, conv; the timestep; norm, SiLU, dropout, conv; plus the (projected) input.
 
-    def __init__(self, config: UNetConfig, channels_in: int, channels: int) -> None:
+    scale: of the resolution: ½ and 2 halve and double it before the first convolution, and that of the input too.
+    """
+
+    def __init__(self, config: UNetConfig, channels_in: int, channels: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.scale_shift = config.scale_shift
         self.temb_channels = 2 * channels if config.scale_shift else channels
         self.norm1 = GroupNorm(config.groups, channels_in, eps=config.norm_eps)
@@ -55,9 +59,14 @@ class ResBlock(nn.Module):
         self.shortcut = Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """x (B, C_in, H, W) and this block's own slice of the projected temb → (B, C, H, W)."""
+        """x (B, C_in, H, W) and this block's own slice of the projected temb → (B, C, scale·H, scale·W)."""
         first, second = self.conv1.weight.dtype, self.conv2.weight.dtype
-        h = self.conv1(F.silu(self.norm1(x, first)))
+        h = F.silu(self.norm1(x, first))
+        if self.scale < 1:
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.scale > 1:
+            h, x = _doubled(h), _doubled(x)
+        h = self.conv1(h)
         temb = temb[:, :, None, None]  # (B, C or 2C, 1, 1)
         if self.scale_shift:
             scale, shift = temb.to(second).chunk(2, dim=1)
@@ -70,12 +79,12 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, residual."""
+    """Self-attention over the pixels, residual. groups: of its normalisation; 0 for none."""
 
-    def __init__(self, config: UNetConfig, channels: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int, groups: int) -> None:
         super().__init__()
         self.heads = channels // config.head_channels if config.head_channels else config.heads
-        self.norm = GroupNorm(config.groups, channels, eps=config.norm_eps)
+        self.norm = GroupNorm(groups, channels, eps=config.norm_eps) if groups else None
         self.qkv = Conv2d(channels, 3 * channels, 1)
         self.out = Conv2d(channels, channels, 1)
 
@@ -83,7 +92,8 @@ class Attention(nn.Module):
         """(B, C, H, W) → (B, C, H, W)."""
         _, channels, height, width = x.shape
         head = channels // self.heads
-        qkv = self.qkv(self.norm(x, self.qkv.weight.dtype)).reshape(-1, 3 * self.heads, head, height * width)
+        normed = x if self.norm is None else self.norm(x, self.qkv.weight.dtype)
+        qkv = self.qkv(normed).reshape(-1, 3 * self.heads, head, height * width)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, heads, head, HW)
         q = q * head**-0.5
         weights = torch.softmax((q.transpose(2, 3) @ k).float(), dim=3).to(v.dtype)  # (B, heads, HW, HW)
@@ -119,17 +129,33 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, 2H, 2W)."""
-        result: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        result: Tensor = self.conv(_doubled(x))
         return result
 
 
-class Stage(nn.Module):
-    """A residual block, with attention after it where its level has it."""
+def _doubled(x: Tensor) -> Tensor:
+    """(B, C, H, W) → (B, C, 2H, 2W): each pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
-    def __init__(self, config: UNetConfig, channels_in: int, channels: int, attention: bool) -> None:
+
+class Stage(nn.Module):
+    """A residual block, with attention after it where its level has it.
+
+    groups: of the attention's normalisation (None: the network's; 0: it has none).
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        channels_in: int,
+        channels: int,
+        attention: bool,
+        groups: int | None = None,
+    ) -> None:
         super().__init__()
         self.block = ResBlock(config, channels_in, channels)
-        self.attention = Attention(config, channels) if attention else nn.Identity()
+        groups = config.groups if groups is None else groups
+        self.attention = Attention(config, channels, groups) if attention else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """(B, C_in, H, W) → (B, C, H, W)."""
@@ -166,12 +192,15 @@ class UNet(nn.Module):
                 channels = width
                 skips.append(channels)
             if level < len(config.widths) - 1:
-                self.down.append(Downsample(config, channels))
+                resamples = level in config.resampling_blocks
+                self.down.append(
+                    ResBlock(config, channels, channels, 0.5) if resamples else Downsample(config, channels)
+                )
                 skips.append(channels)
 
         self.middle = nn.ModuleList(
             [
-                Stage(config, channels, channels, attention=True),
+                Stage(config, channels, channels, config.middle_attention, config.middle_groups),
                 Stage(config, channels, channels, attention=False),
             ]
         )
@@ -182,7 +211,8 @@ class UNet(nn.Module):
                 self.up.append(Stage(config, channels + skips.pop(), width, level in config.attention_levels))
                 channels = width
             if level > 0:
-                self.up.append(Upsample(channels))
+                resamples = level in config.resampling_blocks
+                self.up.append(ResBlock(config, channels, channels, 2.0) if resamples else Upsample(channels))
 
         self.norm_out = GroupNorm(config.groups, channels, eps=config.norm_eps)
         self.conv_out = Conv2d(channels, out_channels, 3, padding=1)
@@ -216,14 +246,13 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for module in self.down:
-            h = module(h, next(projections)) if isinstance(module, Stage) else module(h)
+            h = module(h) if isinstance(module, Downsample) else module(h, next(projections))
             skips.append(h)
         for stage in self.middle:
             h = stage(h, next(projections))
         for module in self.up:
             if isinstance(module, Stage):
-                h = module(torch.cat([h, skips.pop()], dim=1), next(projections))
-            else:
-                h = module(h)
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = module(h) if isinstance(module, Upsample) else module(h, next(projections))
         result: Tensor = self.conv_out(F.silu(self.norm_out(h, self.conv_out.weight.dtype)))
         return result
