@@ -17,61 +17,64 @@ from ddpm_deploy.onnx_file import OnnxFile
 from ddpm_deploy.plan import PLAN_SUFFIX, PlanHead, read_plan_head, spec_in_plan
 from ddpm_deploy.spec import SEAL_KEY, SPEC_KEY, ModelSpec
 
-Kind = Literal["checkpoint", "onnx", "plan"]
+Kind = Literal["checkpoint", "onnx", "plan", "foreign"]
 
 CHECKPOINT_SUFFIXES: Final = (".pt", ".pth")
+FOREIGN_SUFFIXES: Final = (".ckpt", ".bin", ".safetensors")  # and the first two, without a ModelSpec
 ONNX_SUFFIX: Final = ".onnx"
 _KINDS: Final[dict[str, Kind]] = {
     **dict.fromkeys(CHECKPOINT_SUFFIXES, "checkpoint"),
     ONNX_SUFFIX: "onnx",
     PLAN_SUFFIX: "plan",
+    **dict.fromkeys(FOREIGN_SUFFIXES, "foreign"),
 }
 _DIFFUSERS: Final = ("model_index.json", "config.json")  # that a pipeline, and each of its parts, is known by
+_OLD_PYTORCH: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of PyTorch before 1.6 begins
 # Far above what our checkpoints hold; a file that asks for more is lying.
 _MAX_PICKLE_BYTES: Final = 4 << 20
 
 
 def open_model(path: str | Path, spec: ModelSpec | None = None) -> "ModelFile":
-    """Open a .pt, .onnx or .plan file, which its suffix tells apart. A folder of diffusers is told from other folders.
+    """Open a .pt, .onnx or .plan file, which its suffix tells apart, or another's checkpoint (`importers`).
 
     spec: in place of the file's own, for a graph or an engine that carries none.
 
     Raises ArtefactError where it is missing, broken or of another kind.
     """
-    path = Path(path)
-    if _is_of_diffusers(path):
-        what = "a folder" if path.is_dir() else "a file"
-        raise ArtefactError(
-            f"{show(path)} is {what} of diffusers, which this version cannot read yet: a .pt of ddpm-train, or an "
-            ".onnx or .plan of ddpm-export is needed"
-        )
-    return ModelFile(path, spec)
+    return ModelFile(Path(path), spec)
 
 
-def _is_of_diffusers(path: Path) -> bool:
-    """Whether it is a pipeline or a part of one by its names."""
-    if path.is_dir():
-        parts = all((path / part).is_dir() for part in ("scheduler", "unet"))
-        return parts or any((path / name).is_file() for name in _DIFFUSERS)
-    return path.name in _DIFFUSERS or path.name.startswith("diffusion_pytorch_model.")
+def is_of_diffusers(path: Path) -> bool:
+    """Whether a folder is a pipeline of diffusers or a part of one, by the names in it."""
+    parts = all((path / part).is_dir() for part in ("scheduler", "unet"))
+    return parts or any((path / name).is_file() for name in _DIFFUSERS)
 
 
 class ModelFile:
     """What a model's file says of itself, each thing looked up once.
 
-    path, kind: of the file. name: its path, for messages. onnx: of an .onnx file. head: of an engine.
+    path, kind: of the file; "foreign" is another's checkpoint, whose spec an importer makes. name: its path, for
+    messages. onnx: of an .onnx file. head: of an engine.
     """
 
     onnx: OnnxFile | None = None
     head: PlanHead | None = None
 
     def __init__(self, path: Path, spec: ModelSpec | None = None) -> None:
-        require_file(path)
         self.path, self.name, self._given = path, show(path), spec
+        self._text: str | bytes | None = None
+        if path.is_dir() and is_of_diffusers(path):
+            self.kind: Kind = "foreign"
+            return
+        require_file(path)
         suffix = path.suffix.lower()
         if suffix not in _KINDS:
+            pickled = suffix in (".pkl", ".pickle")
             raise ArtefactError(
-                f"{self.name} is not a model file by its name: a .pt, .onnx or .plan file is needed"
+                f"{self.name} is a pickle, which runs code when it is read: save the state_dict of its network with "
+                "torch.save, as a .pt"
+                if pickled
+                else f"{self.name} is not a model file by its name: a .pt, .onnx or .plan file is needed"
             )
         self.kind = _KINDS[suffix]
         try:
@@ -84,7 +87,11 @@ class ModelFile:
     def _find_spec(self) -> str | bytes | None:
         match self.kind:
             case "checkpoint":
-                return _spec_in_checkpoint(self.path)
+                text = None if _is_old(self.path) else _spec_in_checkpoint(self.path)
+                self.kind = "foreign" if text is None else "checkpoint"
+                return text
+            case "foreign":
+                return None
             case "onnx":
                 self.onnx = OnnxFile(self.path)
                 return self.onnx.properties.get(SPEC_KEY)
@@ -97,6 +104,11 @@ class ModelFile:
         """The ModelSpec: all that is needed to run it. Raises SpecError where there is none, or it is not valid."""
         if self._given is not None:
             return self._given
+        if self.kind == "foreign":
+            raise SpecError(
+                f"{self.name} was not made by ddpm-train: ddpm-export makes an .onnx of another's checkpoint, and that "
+                "runs here"
+            )
         if self._text is None:
             raise SpecError(
                 f"{self.name} carries no ModelSpec: it was not made by ddpm-deploy; "
@@ -140,7 +152,13 @@ _ARTICLES: Final[dict[Kind, str]] = {
     "checkpoint": "a checkpoint (.pt)",
     "onnx": "an .onnx file",
     "plan": "an engine (.plan)",
+    "foreign": "another's checkpoint",
 }
+
+
+def _is_old(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_OLD_PYTORCH)) == _OLD_PYTORCH
 
 
 def _spec_in_checkpoint(path: Path) -> str | None:

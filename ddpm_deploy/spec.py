@@ -169,6 +169,9 @@ class Provenance(_Strict, frozen=True, kw_only=True):
     torch: Text = ""
 
 
+_UNKNOWN: Final = Provenance(digest="0" * 64)  # until the weights are there
+
+
 class EngineSpec(_Strict, frozen=True, kw_only=True):
     """What an engine was built by, and for.
 
@@ -237,7 +240,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
     null_class: bool = False
     precision: Precision = "fp32"
     same_bits: bool | None = None
-    provenance: Provenance
+    provenance: Provenance = _UNKNOWN
     engine: EngineSpec | None = None
 
     def __post_init__(self) -> None:

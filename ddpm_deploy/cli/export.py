@@ -1,11 +1,15 @@
 """ddpm-export: a checkpoint → an ONNX file that has been checked against PyTorch → a TensorRT engine."""
 
+from pathlib import Path
+from typing import Any
+
 import click
 
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
 from ddpm_deploy.cli.options import BatchSize, FilePath, Option, flag, sizes
-from ddpm_deploy.words import CAPABILITIES, PRECISIONS
+from ddpm_deploy.importers.flags import all_names
+from ddpm_deploy.words import CAPABILITIES, PRECISIONS, WEIGHTS
 
 # None or False where they were not typed: `cli.bodies.engine` has the defaults.
 _OF_ENGINES = [
@@ -56,6 +60,72 @@ _OF_ENGINES = [
     flag("--hardware-compatible", "Build an engine for every GPU from Ampere on, which costs some speed."),
 ]
 
+
+class _WeightsOrFile(click.ParamType[str | Path]):
+    """One of a checkpoint's two sets of weights, or the file with those of the user's own network."""
+
+    name = "ema|raw|FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        """Check and convert."""
+        return str(value) if value in WEIGHTS else Path(FilePath.convert(value, param, ctx))
+
+
+def _collect(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Gather the flags of the dialects that were typed in one parameter of the body."""
+    told = ctx.params.setdefault("told", {})
+    if value is not None:
+        told[param.name] = value
+
+
+def _print_template(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from ddpm_deploy.importers.template import TEMPLATE
+
+        click.echo(TEMPLATE, nl=False)
+        ctx.exit()
+
+
+_OF_IMPORTS = [
+    Option(
+        "--weights",
+        "Of a checkpoint of ddpm-train: averaged (ema) or as trained (raw). Of a function of your own: the file.",
+        _WeightsOrFile(),
+        show_default="ema",
+    ),
+    Option(
+        "--key", "The entry of a file with several that holds the weights.", show_default="the averaged ones"
+    ),
+    Option("--spec", "The .toml file that describes a network of your own.", FilePath),
+    flag(
+        "--spec-template",
+        "Print a file for --spec to start from, and exit.",
+        is_eager=True,
+        expose_value=False,
+        callback=_print_template,
+    ),
+    Option(
+        "--flags",
+        "A file of flags of the code that a checkpoint was trained with: a .json, a .toml, or the text of its command "
+        "line. Each may be typed here too, as --image_size 64.",
+        FilePath,
+    ),
+    Option(
+        "--check-images",
+        "Images that another's checkpoint was trained on: compares by them what was assumed with what else it may be.",
+        FilePath,
+    ),
+    *(
+        click.Option(
+            [f"--{name}", *{f"--{name.replace('_', '-')}"} - {f"--{name}"}],
+            hidden=True,
+            expose_value=False,
+            callback=_collect,
+        )
+        for name in all_names()
+    ),
+]
+
 main = command(
     "export",
     "Export a checkpoint to a checked ONNX file and a TensorRT engine.",
@@ -83,7 +153,7 @@ main = command(
             FilePath,
             show_default="MODEL with .onnx, .fp16.onnx, … and with .plan",
         ),
-        options.WEIGHTS,
+        *_OF_IMPORTS,
         Option(
             "--precision",
             "Precision inside the network; its inputs and outputs are always float32. tf32 is for engines.",

@@ -76,7 +76,7 @@ class Checkpoint:
         if model.kind != "checkpoint":
             raise ArtefactError(f"{name} is not a checkpoint by its name: a .pt of ddpm-train is needed")
         try:
-            _require_intact(path)
+            require_intact(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch's reader of a hostile file raises nearly anything
             raise ArtefactError(f"{name} is not a whole, safe checkpoint: {first_line(error)}") from error
@@ -98,13 +98,13 @@ class Checkpoint:
             raise ValueError("its step is not a number")
         if settings.labels != bool(spec.num_classes) or bool(settings.label_dropout) != spec.null_class:
             raise ValueError("its settings and its ModelSpec differ on the labels")
-        average, raw = (_without_wrapper(content[kind]) for kind in ("ema", "raw"))
+        average, raw = (without_wrapper(content[kind]) for kind in ("ema", "raw"))
         build_network(spec, average)
         _require_sound(content["optimizer"], build_network(spec, raw))
         return cls(spec, average, raw, content["optimizer"], content["step"], settings)
 
 
-def _require_intact(path: Path) -> None:
+def require_intact(path: Path) -> None:
     """Raise ValueError where a part of the file is not what its checksum says: torch does not look at these."""
     with zipfile.ZipFile(path) as archive:
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
@@ -114,13 +114,13 @@ def _require_intact(path: Path) -> None:
         raise ValueError(f"{damaged} is damaged")
 
 
-def _without_wrapper(state: StateDict) -> StateDict:
+def without_wrapper(state: StateDict) -> StateDict:
     """The weights by their names in the network, also where something was around it."""
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError("its weights are not tensors by name")
     for wrapper in _WRAPPERS:
         if state and all(name.startswith(wrapper) for name in state):
-            return _without_wrapper({name.removeprefix(wrapper): tensor for name, tensor in state.items()})
+            return without_wrapper({name.removeprefix(wrapper): tensor for name, tensor in state.items()})
     return state
 
 
@@ -213,5 +213,5 @@ def digest(state: StateDict) -> str:
     sha = hashlib.sha256()
     for name in sorted(state):
         sha.update(name.encode())
-        sha.update(state[name].detach().cpu().contiguous().numpy().data)
+        sha.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -1,6 +1,7 @@
 """ddpm-export: decide what is written where, then export a checkpoint, build an engine, or both."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -18,6 +19,7 @@ from ddpm_deploy.cli.bodies.engine import (
     why_no_engine,
 )
 from ddpm_deploy.cli.bodies.outputs import check_outputs, require_same_model
+from ddpm_deploy.cli.bodies.sources import ImportOptions, Source, source_of
 from ddpm_deploy.dependencies import require, require_onnxruntime
 from ddpm_deploy.errors import BackendError, SettingError
 from ddpm_deploy.files import quoted, require_suffix, show
@@ -32,7 +34,12 @@ def export(
     model: Path,
     *,
     output: Path | None,
-    weights: Weights | None,
+    weights: Weights | Path | None,
+    key: str | None,
+    spec: Path | None,
+    flags: Path | None,
+    check_images: Path | None,
+    told: Mapping[str, str],
     precision: Precision | None,
     fp16: bool,
     every: bool,
@@ -41,28 +48,26 @@ def export(
     force: bool,
     **options: Unpack[EngineOptions],
 ) -> None:
-    """Export a checkpoint to ONNX, and build its engine; or build the engine of an .onnx file."""
+    """Export a network to ONNX, and build its engine; or build the engine of an .onnx file."""
     if fp16 and precision not in (None, "fp16"):
         raise click.UsageError(f"--fp16 and --precision {precision} exclude each other")
-    opened = open_model(model)
-    opened.require_kind("checkpoint", "onnx")
-    wanted = _Wanted(opened, output, "fp16" if fp16 else precision, engine, force, options)
-    if opened.kind == "onnx":
-        given = {"--weights": weights, "--all": every, "--report": report}
+    source = source_of(model, ImportOptions(weights, key, spec, flags, check_images, told))
+    wanted = _Wanted(output, "fp16" if fp16 else precision, engine, force, options)
+    if isinstance(source, ModelFile):
+        given = {"--all": every, "--report": report}
         if typed := [name for name, value in given.items() if value]:
             raise click.UsageError(
                 f"{', '.join(typed)} cannot be given with an .onnx: only with a checkpoint"
             )
-        _from_onnx(wanted)
+        _from_onnx(wanted, source)
     else:
-        _from_checkpoint(wanted, weights or "ema", every, report)
+        _from_network(wanted, source, every, report)
 
 
 @dataclass(frozen=True)
 class _Wanted:
     """What the command line asks for. precision: None where it was not typed."""
 
-    model: ModelFile
     output: Path | None
     precision: Precision | None
     engine: bool
@@ -92,9 +97,9 @@ class _Wanted:
         return onnx.with_suffix(".tf32" * self.tf32 + ".rtx" * self.options["rtx"] + PLAN_SUFFIX)
 
 
-def _from_onnx(wanted: _Wanted) -> None:
+def _from_onnx(wanted: _Wanted, onnx: ModelFile) -> None:
     """Build the engine of an .onnx file."""
-    onnx, options, spec = wanted.model, wanted.options, wanted.model.spec
+    options, spec = wanted.options, onnx.spec
     if wanted.graph not in (None, spec.precision):
         raise SettingError(
             f"{onnx.name} is in {spec.precision}, and its engine will be too: for {wanted.precision}, export the "
@@ -117,12 +122,12 @@ def _from_onnx(wanted: _Wanted) -> None:
     build(onnx, plan, settings)
 
 
-def _from_checkpoint(wanted: _Wanted, weights: Weights, every: bool, report: Path | None) -> None:
+def _from_network(wanted: _Wanted, source: Source, every: bool, report: Path | None) -> None:
     """Write the .onnx, and the engine where it was asked for or can be built."""
     graph, options = wanted.graph or "fp32", wanted.options
     if every and graph == "fp32":
         raise click.UsageError("--all is for exports in bf16 and fp16")
-    onnx, plan = _names(wanted, graph)
+    onnx, plan = _names(wanted, source.stem, graph)
     words = engine_words(options)
     if words and not plan:
         raise click.UsageError(
@@ -131,13 +136,13 @@ def _from_checkpoint(wanted: _Wanted, weights: Weights, every: bool, report: Pat
     if report:
         require_suffix(report, "a report", ".json")
     written = [onnx, proof_path(onnx), *(engine_files(plan) if plan else []), options["timing_cache"], report]
-    check_outputs(dict.fromkeys(written), [wanted.model.path])
+    check_outputs(dict.fromkeys(written), source.files)
     settings = missing = None
     if plan:
-        settings = engine_settings(options, wanted.model.spec, tf32=wanted.tf32)
+        settings = engine_settings(options, source.spec, tf32=wanted.tf32)
         missing = why_no_engine(options)
         if not missing:
-            require_fits(wanted.model.spec, settings)
+            require_fits(source.spec, settings)
         elif wanted.insists:
             raise BackendError(f"{show(plan)} cannot be built here: {missing}. {_instead(wanted, words)}")
     for module in ("torch", "onnx"):
@@ -153,7 +158,7 @@ def _from_checkpoint(wanted: _Wanted, weights: Weights, every: bool, report: Pat
             if plan and not missing:
                 require_same_engine(plan, digest, wanted.precision or "fp32")
 
-    to_onnx(wanted.model, onnx, weights, graph, every, report, check)
+    to_onnx(source, onnx, graph, every, report, check)
     if missing:
         command = " ".join(["ddpm-export", quoted(onnx), *words, "-o engine.plan"])
         where = "Then" if visible_gpu() else "On the target"
@@ -162,13 +167,13 @@ def _from_checkpoint(wanted: _Wanted, weights: Weights, every: bool, report: Pat
         build(open_model(onnx), plan, settings)
 
 
-def _names(wanted: _Wanted, graph: GraphPrecision) -> tuple[Path, Path | None]:
-    """The .onnx and the .plan of a checkpoint; no .plan where -o names an .onnx, and nothing asks for an engine."""
+def _names(wanted: _Wanted, stem: Path, graph: GraphPrecision) -> tuple[Path, Path | None]:
+    """The .onnx and the .plan of a network; no .plan where -o names an .onnx, and nothing asks for an engine."""
     output = wanted.output
     if output and wanted.names_plan:
         return output.with_suffix(ONNX_SUFFIX), output
     tag = "" if graph == "fp32" else f".{graph}"
-    onnx = output or wanted.model.path.with_suffix(f"{tag}{ONNX_SUFFIX}")
+    onnx = output or stem.with_name(f"{stem.name}{tag}{ONNX_SUFFIX}")
     require_suffix(onnx, "the output", ONNX_SUFFIX, PLAN_SUFFIX)
     return onnx, wanted.plan_of(onnx) if wanted.insists or output is None else None
 

@@ -8,46 +8,43 @@ import click
 
 from ddpm_deploy.cli.bodies.progress import stage
 from ddpm_deploy.cli.bodies.report import finite, predictions_json, write_json
+from ddpm_deploy.cli.bodies.sources import Source
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import plural
 from ddpm_deploy.export.graph import Export, export_onnx
 from ddpm_deploy.export.precision import Calibration
 from ddpm_deploy.files import quoted, show
-from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.parity import StepErrors
-from ddpm_deploy.spec import ModelSpec
-from ddpm_deploy.train.checkpoint import load_network
-from ddpm_deploy.words import GraphPrecision, Weights
+from ddpm_deploy.spec import DEFAULT_CHAIN, ModelSpec, Provenance
+from ddpm_deploy.words import GraphPrecision
 
 
 def to_onnx(
-    checkpoint: ModelFile,
+    source: Source,
     onnx: Path,
-    weights: Weights,
     precision: GraphPrecision,
     every: bool,
     report: Path | None,
     check: Callable[[str], None],
 ) -> None:
-    """Export a checkpoint, and tell what was found.
+    """Export a network, and tell what was found.
 
     check: is called with the digest of the weights, before long work.
     """
-    network, spec = load_network(checkpoint, weights)
+    network, spec = source.load()
     check(spec.provenance.digest)
-    logger.info("exporting %s in %s, then checking it in ONNX Runtime", checkpoint.name, precision)
+    logger.info("exporting %s in %s, then checking it in ONNX Runtime", source.name, precision)
     export = export_onnx(network, spec, onnx, precision=precision, every=every, stages=stage)
     if report:
         _write_report(export, report)
-    _tell(export, checkpoint.path, onnx, spec)
+    _tell(export, source, onnx, spec)
 
 
-def _tell(export: Export, checkpoint: Path, output: Path, spec: ModelSpec) -> None:
+def _tell(export: Export, source: Source, output: Path, spec: ModelSpec) -> None:
     """Tell what was written, how it was checked, and what comes next."""
-    weights, step = spec.provenance.weights, spec.provenance.step
     precision = export.calibration.precision if export.calibration else "fp32"
     size = output.stat().st_size / 1e6
-    click.echo(f"wrote {show(output)} ({precision}, {size:.1f} MB, {weights} weights of step {step})")
+    click.echo(f"wrote {show(output)} ({precision}, {size:.1f} MB, {_weights(spec.provenance)})")
     worst, psnr = _largest(export.comparison.steps), export.comparison.psnr.min()
     click.echo(
         f"checked against PyTorch in ONNX Runtime: error at most {worst.relative_rms:.1e} of the prediction's RMS "
@@ -64,10 +61,13 @@ def _tell(export: Export, checkpoint: Path, output: Path, spec: ModelSpec) -> No
     if precision == "bf16":
         click.echo("it is for building engines: ONNX Runtime cannot run bfloat16 on a CPU")
         return
-    raw = " --weights raw" if weights == "raw" else ""
     click.echo("next:")
-    click.echo(f"  ddpm-verify {quoted(checkpoint)} {quoted(output)}{raw}")
-    click.echo(f"  ddpm-run {quoted(output)} --steps {spec.timesteps} -o samples.png")
+    click.echo(f"  {source.verify(output)}")
+    click.echo(f"  ddpm-run {quoted(output)} --steps {spec.completed(DEFAULT_CHAIN).steps} -o samples.png")
+
+
+def _weights(of: Provenance) -> str:
+    return f"weights of {of.source}" if of.source else f"{of.weights} weights of step {of.step}"
 
 
 def _tell_calibration(found: Calibration) -> None:

@@ -1,0 +1,1 @@
+"""Other people's checkpoints: each dialect is one file that reads one into a network and a ModelSpec."""

@@ -1,0 +1,56 @@
+"""Every dialect, and which of them a file is in."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from ddpm_deploy.errors import ArtefactError
+from ddpm_deploy.files import show
+from ddpm_deploy.importers import openai
+from ddpm_deploy.importers.flags import FLAGS, parse
+from ddpm_deploy.importers.imported import Imported, Told, with_provenance
+from ddpm_deploy.importers.weights import Weights, read_weights
+from ddpm_deploy.train.checkpoint import require_finite
+
+
+class Dialect(Protocol):
+    """A file of this folder that reads the checkpoints of one code base, or of several with the same names.
+
+    NAME: as in `flags.FLAGS`.
+    """
+
+    NAME: str
+
+    def recognises(self, names: Collection[str]) -> bool:
+        """Whether weights of these names are of this dialect."""
+
+    def read(self, weights: Weights, told: Told[Any]) -> Imported:
+        """The network and the spec of such weights; its provenance is added later."""
+
+
+DIALECTS: Final[tuple[Dialect, ...]] = (openai,)
+
+
+def import_checkpoint(path: Path, flags: Mapping[str, Any], key: str | None = None) -> Imported:
+    """Read another's checkpoint: the network, its spec, and what was assumed.
+
+    flags: what its own code is told beside the weights, by the names there. key: which entry of the file holds the
+    weights (None: the averaged ones where it has some by their name).
+
+    Raises ArtefactError where it is of no dialect that is known, or is not whole; SettingError where a flag is needed.
+    """
+    weights = read_weights(path, key)
+    dialect = next((one for one in DIALECTS if one.recognises(weights.state)), None)
+    if dialect is None:
+        raise ArtefactError(
+            f"{show(path)} is of no dialect that is known by the names of its weights ({_some(weights)}): name the "
+            "function that makes the network, as in ddpm-export my_package.models:build --weights FILE --spec FILE"
+        )
+    require_finite(weights.state, path)
+    imported = dialect.read(weights, Told(parse(FLAGS[dialect.NAME], flags, dialect.NAME)))
+    spec = with_provenance(imported.network, imported.spec, imported.dialect)
+    return Imported(imported.network, spec, imported.dialect, imported.recognised, imported.assumed)
+
+
+def _some(weights: Weights) -> str:
+    return ", ".join(map(show, list(weights.state)[:3]))
