@@ -54,8 +54,60 @@ class OpenAIFlags(Flags, frozen=True, kw_only=True):
     use_ddim: bool | None = None
 
 
+class DiffusersFlags(Flags, frozen=True, kw_only=True):
+    """Of a scheduler's configuration in diffusers, in place of what the file says, or where there is no such file."""
+
+    num_train_timesteps: int | None = None
+    beta_schedule: str | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    prediction_type: str | None = None
+    variance_type: str | None = None
+    clip_sample: bool | None = None
+
+
+class HoFlags(Flags, frozen=True, kw_only=True):
+    """Of Ho's network in the code of pesser (pytorch_diffusion), ermongroup (ddim) and w86763777 (pytorch-ddpm)."""
+
+    beta_schedule: str | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    num_diffusion_timesteps: int | None = None
+    var_type: str | None = None
+
+
+class LucidrainsFlags(Flags, frozen=True, kw_only=True):
+    """Of `Unet` and `GaussianDiffusion` in denoising-diffusion-pytorch."""
+
+    attn_heads: int | None = None
+    attn_dim_head: int | None = None
+    sampling_timesteps: int | None = None
+    ddim_sampling_eta: float | None = None
+
+
+class MonaiFlags(Flags, frozen=True, kw_only=True):
+    """Of MONAI's `DiffusionModelUNet` and its `DDPMScheduler`."""
+
+    norm_num_groups: int | None = None
+    norm_eps: float | None = None
+    num_head_channels: tuple[int, ...] | int | None = None
+    num_train_timesteps: int | None = None
+    schedule: str | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    prediction_type: str | None = None
+    variance_type: str | None = None
+    clip_sample: bool | None = None
+
+
 # Those of every dialect, by its name in messages and documents.
-FLAGS: Final[dict[str, type[Flags]]] = {"OpenAI": OpenAIFlags}
+FLAGS: Final[dict[str, type[Flags]]] = {
+    "diffusers": DiffusersFlags,
+    "OpenAI": OpenAIFlags,
+    "Ho": HoFlags,
+    "lucidrains": LucidrainsFlags,
+    "MONAI": MonaiFlags,
+}
 
 F = TypeVar("F", bound=Flags)
 _MOST_BYTES: Final = 1 << 20  # of a file of flags
