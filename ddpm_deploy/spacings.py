@@ -4,7 +4,7 @@ Each is a peer's, by its name there, so that its chains can be repeated.
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,11 +37,8 @@ def openai(total: int, steps: int) -> Timesteps:
 
 
 def quad(total: int, steps: int) -> Timesteps:
-    """The squares of N even numbers from 0 to √(0.8·T), truncated ("quad" of Song et al.'s DDIM code): ends at 0.
-
-    What truncation makes equal is visited once, where their code takes a step that changes nothing.
-    """
-    return np.unique((np.linspace(0, np.sqrt(total * 0.8), steps) ** 2).astype(np.int64))[::-1]
+    """The squares of N even numbers from 0 to √(0.8·T), truncated ("quad" of Song et al.'s DDIM code): ends at 0."""
+    return _once(np.linspace(0, np.sqrt(total * 0.8), steps) ** 2)
 
 
 def lucidrains(total: int, steps: int) -> Timesteps:
@@ -51,12 +48,17 @@ def lucidrains(total: int, steps: int) -> Timesteps:
 
 def dpm_linspace(total: int, steps: int) -> Timesteps:
     """From T - 1 by (T - 1)/N, rounded, without 0: "linspace" of diffusers' DPMSolverMultistepScheduler."""
-    return np.linspace(0, total - 1, steps + 1).round()[:0:-1].astype(np.int64)
+    return _once(np.linspace(0, total - 1, steps + 1).round()[1:])
 
 
 def dpm_leading(total: int, steps: int) -> Timesteps:
     """N·(T // (N + 1)), …, T // (N + 1): "leading" of diffusers' DPMSolverMultistepScheduler."""
-    return np.arange(1, steps + 1)[::-1] * (total // (steps + 1))
+    return _once(np.minimum(np.arange(1, steps + 1) * max(1, total // (steps + 1)), total - 1))
+
+
+def _once(timesteps: NDArray[Any]) -> Timesteps:
+    """Whole timesteps, falling, each once: to visit one again would change nothing, or divide by nothing."""
+    return np.unique(timesteps.astype(np.int64))[::-1]
 
 
 # What a name on a command line or in `Sampler.sample` stands for.

@@ -199,8 +199,8 @@ def test_running_never_imports_torch(onnx_path: Path, tmp_path: Path) -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    """core ← engine ← runtime ← train ← export, doctor ← cli: a stage imports only what stands before it."""
-    order = ["core", "engine", "runtime", "train", "export", "doctor", "cli"]
+    """core ← engine ← runtime ← train ← importers ← export, doctor ← cli: a stage imports only what stands before it."""
+    order = ["core", "engine", "runtime", "train", "importers", "export", "doctor", "cli"]
     for path in (ROOT / "ddpm_deploy").rglob("*.py"):
         parts = path.relative_to(ROOT / "ddpm_deploy").parts
         stage = parts[0] if len(parts) > 1 else "core"
@@ -338,7 +338,11 @@ def test_the_runtime_runs_a_whole_chain_without_torch(
     for command, package, wanted in (
         (["ddpm-run", onnx_path.with_suffix(".pt")], "torch", train),
         (["ddpm-train", "digits"], "torch", train),
-        (["ddpm-export", onnx_path.with_suffix(".pt")], "torch", ["onnx>=1.19", "onnxscript>=0.5", *train]),
+        (
+            ["ddpm-export", onnx_path.with_suffix(".pt")],
+            "torch",
+            ["onnx>=1.19", "onnxscript>=0.5", "safetensors>=0.4", *train],
+        ),
         (["ddpm-verify", onnx_path, onnx_path, "--plot", "r.png"], "matplotlib", ["matplotlib>=3.9"]),
     ):
         refused = run(scripts / str(command[0]), *command[1:])

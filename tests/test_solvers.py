@@ -222,16 +222,21 @@ def test_running_chains_have_the_exact_moments(settings: dict[str, Any]) -> None
 # --- settings -------------------------------------------------------------------------------------
 
 
+# As their code has them, these come to the same timestep more than once where there are many steps.
+REPEATS = ("quad", "dpm-linspace", "dpm-leading")
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("total", [1, 2, 10, 1000, 4000])
 def test_spacings_fall_within_their_range(spacing: Spacing, total: int) -> None:
     for steps in sorted({1, 2, 3, 7, total // 3 or 1, total - 1 or 1, total}):
         if steps <= total:
             timesteps = spaced(spacing, total, steps)
-            assert len(timesteps) == steps
+            assert len(timesteps) == steps or (spacing in REPEATS and 1 <= len(timesteps) < steps)
             assert (np.diff(timesteps) < 0).all()
             assert 0 <= timesteps[-1] <= timesteps[0] < total
-    assert spaced(spacing, total, total).tolist() == list(range(total))[::-1]
+    if spacing not in REPEATS:
+        assert spaced(spacing, total, total).tolist() == list(range(total))[::-1]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Reading a foreign network for ddpm-export, and telling what was recognised. This module imports PyTorch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddpm_deploy.cli.bodies.progress import stage
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.errors import plural
+from ddpm_deploy.errors import SettingError, plural
+from ddpm_deploy.files import show
+from ddpm_deploy.importers.check import Fit, compare
 from ddpm_deploy.importers.dialects import import_checkpoint
 from ddpm_deploy.importers.imported import Assumption, Imported
 
@@ -16,7 +19,30 @@ def read_and_tell(
     """Read another's checkpoint, and say what it is and what was assumed."""
     imported = import_checkpoint(path, flags, key)
     _tell(imported)
+    if check_images:
+
+        def read(told: Mapping[str, Any]) -> Imported:
+            return import_checkpoint(path, {**flags, **told}, key)
+
+        _require_best(compare(imported, read, str(check_images), stages=stage), check_images)
     return imported
+
+
+def _require_best(fits: Sequence[Fit], images: Path) -> None:
+    """Tell how each reading fits the images. Raises SettingError where another fits them better than the assumed one."""
+    logger.info("L_simple on %s: %.4f as assumed", show(images), fits[0].loss)
+    for fit in fits[1:]:
+        if fit.loss is None:
+            logger.info("  --%s %s: no such network (%s)", fit.flag, fit.value, fit.why)
+        else:
+            verdict = "better" if fit.better else "worse" if fit.worse else "not told apart by these images"
+            logger.info("  --%s %s: %.4f, %s", fit.flag, fit.value, fit.loss, verdict)
+    if better := [fit for fit in fits if fit.better]:
+        best = min(better, key=lambda fit: fit.loss or 0.0)
+        raise SettingError(
+            f"--{best.flag} {best.value} fits {show(images)} better than what was assumed (L_simple {best.loss:.4f}, not "
+            f"{fits[0].loss:.4f}): pass it, or omit --check-images"
+        )
 
 
 def build_and_tell(factory: str, weights: Path, spec: Path, key: str | None) -> Imported:
