@@ -1,8 +1,8 @@
 """Which reading of a checkpoint fits real images: the loss of each, on the same images and noise.
 
-Neither the weights nor a picture of pure noise tells a wrong guess: the prediction at large t is nearly the noise itself
-whatever the network sees of t. The loss on images that it was trained on does, in part: heads, the ε of the norms and
-the order of q, k and v may not be told apart by it.
+Neither the weights nor a picture of pure noise tells a wrong guess: the prediction at large t is nearly the noise
+itself whatever the network sees of t. The loss on images that it was trained on does, in part: heads, the ε of the
+norms and the order of q, k and v may not be told apart by it.
 """
 
 import logging
@@ -62,7 +62,7 @@ def compare(
     readings = [(one.flag, value) for one in imported.assumed for value in one.others]
     spec = imported.spec
     work = sum(p.numel() for p in imported.network.parameters()) * spec.image_shape[1] * spec.image_shape[2]
-    count = int(np.clip(_WORK / (work * _LEVELS), _FEWEST, _MOST))
+    count = int(np.clip(_WORK / (max(work, 1) * _LEVELS), _FEWEST, _MOST))
     images, labels = _some_images(spec, data, count)
     fits = []
     with stages("comparing readings on images", (1 + len(readings)) * _LEVELS) as progress:
@@ -139,8 +139,8 @@ def _losses(
     network = TorchNetwork(imported.network, spec, max_batch=len(images))
     embedding, schedule, rows = spec.embedding.table(spec.timesteps), spec.make_schedule(), []
     indices = np.arange(len(images), dtype=np.uint64)
-    for t in _timesteps(schedule, assumed.make_schedule()):
-        noise = addressed_noise(0, indices, t + 1, spec.image_shape)
+    for level, t in enumerate(_timesteps(schedule, assumed.make_schedule())):
+        noise = addressed_noise(0, indices, level, spec.image_shape)  # the same for all readings
         signal = np.float32(schedule.alphas_cumprod[t] ** 0.5)
         deviation = np.float32((1 - schedule.alphas_cumprod[t]) ** 0.5)
         x = signal * images + deviation * noise

@@ -29,7 +29,7 @@ def read_and_tell(
 
 
 def _require_best(fits: Sequence[Fit], images: Path) -> None:
-    """Tell how each reading fits the images. Raises SettingError where another fits them better than the assumed one."""
+    """Tell how each reading fits the images. Raises SettingError where one fits them better than the assumed one."""
     logger.info("L_simple on %s: %.4f as assumed", show(images), fits[0].loss)
     for fit in fits[1:]:
         if fit.loss is None:
@@ -40,8 +40,8 @@ def _require_best(fits: Sequence[Fit], images: Path) -> None:
     if better := [fit for fit in fits if fit.better]:
         best = min(better, key=lambda fit: fit.loss or 0.0)
         raise SettingError(
-            f"--{best.flag} {best.value} fits {show(images)} better than what was assumed (L_simple {best.loss:.4f}, not "
-            f"{fits[0].loss:.4f}): pass it, or omit --check-images"
+            f"--{best.flag} {best.value} fits {show(images)} better than what was assumed (L_simple {best.loss:.4f}, "
+            f"not {fits[0].loss:.4f}): pass it, or omit --check-images"
         )
 
 

@@ -1,0 +1,132 @@
+"""Readings of a checkpoint compared on images, with a network whose loss is known in closed form."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddpm_deploy.embedding import TimestepItself
+from ddpm_deploy.errors import DataError, SettingError
+from ddpm_deploy.importers.check import compare
+from ddpm_deploy.importers.imported import Assumption, Imported
+from ddpm_deploy.schedule import CosineBetas, LinearBetas
+from ddpm_deploy.spec import ModelSpec
+
+VARIANCE = 0.16  # of the images
+SHAPE = (1, 8, 8)
+
+
+class Optimal(nn.Module):
+    """E[ε | x_t] of images that are independent normal numbers."""
+
+    alphas: Tensor
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.register_buffer("alphas", torch.from_numpy(spec.make_schedule().alphas_cumprod))
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        here = self.alphas[temb[:, 0].long()][:, None, None, None]
+        return ((1 - here).sqrt() * x / (here * VARIANCE + 1 - here)).float()
+
+
+def spec_of(**fields: Any) -> ModelSpec:
+    return ModelSpec(**{"image_shape": SHAPE, "embedding": TimestepItself(), **fields})
+
+
+def model(assumed: ModelSpec) -> Imported:
+    others = {
+        "prediction": ("epsilon", "v", "x0"),
+        "schedule": ("linear", "cosine"),
+        "scale": (1.0, 0.9),
+    }
+    return Imported(
+        Optimal(spec_of()),
+        assumed,
+        "Gauss",
+        (),
+        tuple(Assumption(flag, None, these) for flag, these in others.items()),
+    )
+
+
+def told(assumed: ModelSpec) -> Any:
+    schedules = {"linear": LinearBetas(), "cosine": CosineBetas()}
+
+    def read(flags: Mapping[str, Any]) -> Imported:
+        changed = {name: schedules.get(value, value) for name, value in flags.items() if name != "scale"}
+        if "scale" in flags:
+            changed["embedding"] = TimestepItself(scale=flags["scale"])
+        fields = {"prediction": assumed.prediction, "schedule": assumed.schedule, **changed}
+        return Imported(Optimal(spec_of()), spec_of(**fields), "Gauss")
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path: Path = tmp_path_factory.mktemp("images") / "normal.npy"
+    pixels = np.random.default_rng(0).normal(0, VARIANCE**0.5, (400, *SHAPE[1:]))
+    np.save(path, np.clip(np.rint(127.5 + 127.5 * pixels), 0, 255).astype(np.uint8))
+    return str(path)
+
+
+def test_the_right_reading_has_the_loss_of_theory_and_no_other_is_better(images: str) -> None:
+    own, *others = compare(model(spec_of()), told(spec_of()), images)
+    alphas = spec_of().make_schedule().alphas_cumprod[np.linspace(0, 999, 18).astype(int)[1:-1]]
+    theory = (alphas * VARIANCE / (alphas * VARIANCE + 1 - alphas)).mean()
+    assert own.loss == pytest.approx(theory, rel=0.02)
+    assert not any(fit.better for fit in others)
+    verdicts = {(fit.flag, fit.value): fit.worse for fit in others}
+    assert verdicts == {
+        ("prediction", "epsilon"): False,
+        ("prediction", "v"): True,
+        ("prediction", "x0"): True,
+        ("schedule", "linear"): False,
+        ("schedule", "cosine"): True,
+        ("scale", 1.0): False,
+        ("scale", 0.9): True,
+    }
+
+
+def test_a_wrong_reading_is_told_from_the_right_one(images: str) -> None:
+    assumed = spec_of(prediction="v")
+    own, *others = compare(model(assumed), told(assumed), images)
+    assert own.loss is not None
+    (best,) = [fit for fit in others if fit.better and fit.value == "epsilon"]
+    assert best.loss is not None
+    assert best.loss < own.loss
+    assert min(fit.loss or math.inf for fit in others) == best.loss
+
+
+def test_a_reading_that_makes_no_network_is_told(images: str) -> None:
+    def read(flags: Mapping[str, Any]) -> Imported:
+        raise SettingError("64 channels cannot make 5 heads")
+
+    _, *others = compare(model(spec_of()), read, images)
+    assert {(fit.loss, fit.why) for fit in others} == {(None, "64 channels cannot make 5 heads")}
+
+
+def test_too_few_images(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.zeros((1, 8, 8), np.uint8))
+    with pytest.raises(DataError, match="has one image"):
+        compare(model(spec_of()), told(spec_of()), str(tmp_path / "one.npy"))
+
+
+@pytest.mark.parametrize("null_class", [True, False])
+def test_labels_that_are_not_the_models_are_told(
+    images: str, null_class: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Labelled(Optimal):
+        def forward(self, x: Tensor, temb: Tensor, y: Tensor | None = None) -> Tensor:
+            assert y is not None
+            assert set(y.tolist()) == {3 if null_class else 0}
+            return super().forward(x, temb)
+
+    spec = spec_of(num_classes=3, null_class=null_class)
+    compare(Imported(Labelled(spec), spec, "Gauss"), told(spec), images)
+    assert "has not the model's 3 classes" in caplog.text
