@@ -189,7 +189,8 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
     together = min(request.count, sampler.max_batch(guided=bool(request.guidance)))
     batches, steps = -(-request.count // together), watch.steps - watch.first
     forecast = time_call(sampler.network, request[:together].rows) * steps * request.count / together
-    count, chain = plural(request.count, "image"), plural(watch.steps, "step")
+    by = f" of {request.solver}" if request.solver != "ddpm" else ""
+    count, chain = plural(request.count, "image"), f"{plural(watch.steps, 'step')}{by}"
     from_step = f" from step {watch.first}" if watch.first else ""
     logger.info(f"{count} · {chain}{from_step} · about {duration(forecast)}{peak_memory()}")
     if request.guidance:
