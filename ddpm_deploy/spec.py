@@ -123,7 +123,8 @@ class UNetConfig(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unet
             raise ValueError(
                 f"{plural(self.widths[-1], 'channel')} cannot make {plural(self.middle_groups or 1, 'group')}"
             )
-        for channels in self.widths:
+        attending = [self.widths[level] for level in self.attention_levels if level < len(self.widths)]
+        for channels in attending + [self.widths[-1]] * self.middle_attention:
             if channels % (self.head_channels or self.heads):
                 raise ValueError(f"{plural(channels, 'channel')} cannot make whole attention heads")
 

@@ -77,20 +77,54 @@ class HoFlags(Flags, frozen=True, kw_only=True):
 
 
 class LucidrainsFlags(Flags, frozen=True, kw_only=True):
-    """Of `Unet` and `GaussianDiffusion` in denoising-diffusion-pytorch."""
+    """Of `Unet` and `GaussianDiffusion` in denoising-diffusion-pytorch.
 
-    attn_heads: int | None = None
-    attn_dim_head: int | None = None
+    The weights tell most of `Unet`'s, and the buffers beside them most of `GaussianDiffusion`'s.
+    """
+
+    dim: int | None = None
+    dim_mults: tuple[int, ...] | None = None
+    channels: int | None = None
+    self_condition: bool | None = None
+    learned_variance: bool | None = None
+    attn_heads: tuple[int, ...] | None = None
+    attn_dim_head: tuple[int, ...] | None = None
+    full_attn: tuple[bool, ...] | None = None
+    sinusoidal_pos_emb_theta: float | None = None
+    timesteps: int | None = None
     sampling_timesteps: int | None = None
+    objective: str | None = None
+    beta_schedule: str | None = None
     ddim_sampling_eta: float | None = None
+    auto_normalize: bool | None = None
 
 
 class MonaiFlags(Flags, frozen=True, kw_only=True):
-    """Of MONAI's `DiffusionModelUNet` and its `DDPMScheduler`."""
+    """Of MONAI's `DiffusionModelUNet` and its `DDPMScheduler`; the weights tell most of the first.
 
+    num_channels: what MONAI Generative calls channels. value_range: of the images, by their transforms.
+    """
+
+    spatial_dims: int | None = None
+    in_channels: int | None = None
+    out_channels: int | None = None
+    num_res_blocks: tuple[int, ...] | int | None = None
+    channels: tuple[int, ...] | None = None
+    num_channels: tuple[int, ...] | None = None
+    attention_levels: tuple[bool, ...] | None = None
     norm_num_groups: int | None = None
     norm_eps: float | None = None
+    resblock_updown: bool | None = None
     num_head_channels: tuple[int, ...] | int | None = None
+    with_conditioning: bool | None = None
+    transformer_num_layers: int | None = None
+    cross_attention_dim: int | None = None
+    num_class_embeds: int | None = None
+    upcast_attention: bool | None = None
+    dropout_cattn: float | None = None
+    include_fc: bool | None = None
+    use_combined_linear: bool | None = None
+    use_flash_attention: bool | None = None
     num_train_timesteps: int | None = None
     schedule: str | None = None
     beta_start: float | None = None
@@ -98,6 +132,9 @@ class MonaiFlags(Flags, frozen=True, kw_only=True):
     prediction_type: str | None = None
     variance_type: str | None = None
     clip_sample: bool | None = None
+    clip_sample_min: float | None = None
+    clip_sample_max: float | None = None
+    value_range: tuple[float, ...] | None = None
 
 
 # Those of every dialect, by its name in messages and documents.
@@ -139,7 +176,8 @@ def read_flags(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no names and values")
     except (ValueError, RecursionError) as error:
         raise SettingError(f"{show(path)} is not a file of flags: {first_line(error)}") from error
-    return found
+    # Those that begin with an underscore say what wrote the file, as `_target_` in a bundle of MONAI's.
+    return {name: value for name, value in found.items() if not name.startswith("_")}
 
 
 def _from_command_line(text: str) -> dict[str, str]:

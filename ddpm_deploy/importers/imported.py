@@ -7,7 +7,7 @@ import msgspec
 import torch
 from torch import nn
 
-from ddpm_deploy.errors import SettingError
+from ddpm_deploy.errors import SettingError, first_line
 from ddpm_deploy.importers.flags import Flags
 from ddpm_deploy.spec import ModelSpec, Provenance
 from ddpm_deploy.train.checkpoint import StateDict, digest
@@ -82,6 +82,17 @@ class Imported:
     dialect: str
     recognised: tuple[str, ...] = ()
     assumed: tuple[Assumption, ...] = ()
+
+
+def new_spec(**fields: Any) -> ModelSpec:
+    """The spec of these fields, each of which may come from a flag.
+
+    Raises SettingError where one is out of range, or where they make no network for such images.
+    """
+    try:
+        return msgspec.convert(msgspec.to_builtins(fields), ModelSpec)
+    except msgspec.ValidationError as error:
+        raise SettingError(f"what was told of the model makes none: {first_line(error)}") from error
 
 
 def with_provenance(network: nn.Module, spec: ModelSpec, source: str, step: int = 0) -> ModelSpec:
