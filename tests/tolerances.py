@@ -42,4 +42,9 @@ TOLERANCES: Final = {
     "diffusers_network": Tolerance(
         1e-5, 1.9e-6, "our U-Net with the same weights, relative to the largest prediction"
     ),
+    "monai_network": Tolerance(1e-5, 1.0e-6, "our U-Net with its weights, relative RMS"),
+    "monai_chain": Tolerance(
+        2e-5, 9.4e-6, "whole chains of its schedulers with tables in float64, relative RMS"
+    ),
+    "monai_float32": Tolerance(3e-4, 1.5e-4, "the same with its own tables: 1 - ᾱ of 1e-4 in float32"),
 }
