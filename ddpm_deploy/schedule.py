@@ -76,7 +76,8 @@ class SigmoidAlphas(_Betas, frozen=True, tag="sigmoid_alpha"):
 
     def betas(self, timesteps: int) -> Floats:
         """β_t, (T,)."""
-        first, last = (1 / (1 + np.exp(-x / self.tau)) for x in (self.start, self.end))
+        # In float32, as lucidrains has its two ends: that moves the last β, where ᾱ is as small as their rounding.
+        first, last = (float(np.float32(1 / (1 + np.exp(-x / self.tau)))) for x in (self.start, self.end))
         time = np.arange(timesteps + 1) / timesteps
         fall = 1 / (1 + np.exp(-(time * (self.end - self.start) + self.start) / self.tau))
         alphas_cumprod = (last - fall) / (last - first)

@@ -47,4 +47,8 @@ TOLERANCES: Final = {
         2e-5, 9.4e-6, "whole chains of its schedulers with tables in float64, relative RMS"
     ),
     "monai_float32": Tolerance(3e-4, 1.5e-4, "the same with its own tables: 1 - ᾱ of 1e-4 in float32"),
+    "lucidrains_betas": Tolerance(2e-7, 5.8e-8, "relative; its betas are float32"),
+    "lucidrains_chain": Tolerance(1e-6, 5.3e-7, "whole chains of both its samplers, relative RMS"),
+    "lucidrains_network": Tolerance(1e-5, 0.0, "its own module with its weights, relative RMS"),
+    "lucidrains_onnx": Tolerance(5e-6, 5.3e-7, "whole chains of a trained one in ONNX Runtime, relative RMS"),
 }

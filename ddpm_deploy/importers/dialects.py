@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol
 
 from ddpm_deploy.errors import ArtefactError
 from ddpm_deploy.files import show
-from ddpm_deploy.importers import monai, openai
+from ddpm_deploy.importers import lucidrains, monai, openai
 from ddpm_deploy.importers.flags import FLAGS, parse
 from ddpm_deploy.importers.imported import Imported, Told, with_provenance
 from ddpm_deploy.importers.weights import Weights, read_weights
@@ -28,7 +28,7 @@ class Dialect(Protocol):
         """The network and the spec of such weights; its provenance is added later."""
 
 
-DIALECTS: Final[tuple[Dialect, ...]] = (openai, monai)
+DIALECTS: Final[tuple[Dialect, ...]] = (openai, monai, lucidrains)
 
 
 def import_checkpoint(path: Path, flags: Mapping[str, Any], key: str | None = None) -> Imported:

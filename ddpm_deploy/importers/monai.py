@@ -6,7 +6,7 @@ heads, the images' size and range and all of the scheduler are in their configur
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ _SCHEDULES: Final[dict[str, type[LinearBetas | ScaledLinearBetas | SigmoidBetas]
 }
 _PREDICTIONS: Final[dict[str, Prediction]] = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 _VARIANCES: Final[dict[str, Variance]] = {"fixed_small": "fixed_small", "fixed_large": "fixed_large"}
+
+V = TypeVar("V")
 
 
 def recognises(names: Collection[str]) -> bool:
@@ -206,7 +208,7 @@ def _variance(told: Told[MonaiFlags]) -> Variance:
     return _named("variance_type", told.get("variance_type", "fixed_small", "fixed_large"), _VARIANCES)
 
 
-def _named(flag: str, value: str, known: dict[str, Any], *more: str) -> Any:
+def _named(flag: str, value: str, known: dict[str, V], *more: str) -> V:
     if value not in known:
         raise SettingError(f"--{flag} {value} is not supported: choose from {', '.join([*known, *more])}")
     return known[value]

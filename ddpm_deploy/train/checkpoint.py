@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_deploy.errors import ArtefactError, OutputError, first_line, newer
 from ddpm_deploy.files import atomic, show
@@ -124,7 +124,7 @@ def without_wrapper(state: StateDict) -> StateDict:
     return state
 
 
-def _require_fit(state: StateDict, network: UNet) -> None:
+def require_fit(state: StateDict, network: nn.Module) -> None:
     """Raise ValueError unless the weights are those of the network, by name and shape."""
     wanted = network.state_dict()
     strays = [
@@ -179,7 +179,7 @@ def build_network(spec: ModelSpec, state: StateDict) -> UNet:
     """
     with torch.device("meta"):  # allocates nothing, whatever size the spec claims
         network = new_network(spec)
-    _require_fit(state, network)
+    require_fit(state, network)
     network.load_state_dict(state, assign=True)
     for name, tensor in state.items():
         _require_dense(name, tensor)
