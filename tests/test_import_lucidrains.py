@@ -1,4 +1,4 @@
-"""denoising-diffusion-pytorch's checkpoints: what its code computes is in a golden file; the whole where it is installed."""
+"""denoising-diffusion-pytorch's checkpoints: its numbers are in a golden file; the whole runs where it is installed."""
 
 import json
 import re
