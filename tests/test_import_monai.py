@@ -374,6 +374,16 @@ def test_weights_that_are_not_whole_are_refused(
         imported_from(tmp_path, state, flags_of({**SMALL, "channels": None}))
 
 
+def test_a_projection_that_is_not_there_is_made_in_the_size_of_real_weights_alone(
+    small: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """A short file must not make a large matrix."""
+    state = {name: tensor for name, tensor in small.items() if "attn.out_proj" not in name}
+    state["middle_block.attention.attn.to_v.weight"] = torch.ones(1, 10**6)
+    with pytest.raises(ArtefactError, match=re.escape("attn.to_v.weight is (1, 1000000)")):
+        imported_from(tmp_path, state, flags_of({**SMALL, "channels": None}))
+
+
 def test_wrong_guesses_show(monai: Any, small: dict[str, Tensor], tmp_path: Path) -> None:
     """What the weights do not tell does change the prediction, so that a wrong assumption matters."""
     x, t = some_inputs()

@@ -12,6 +12,7 @@ import torch
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import ArtefactError, SettingError
+from ddpm_deploy.files import show
 from ddpm_deploy.importers.family import Names, Place, build_family
 from ddpm_deploy.importers.flags import MonaiFlags
 from ddpm_deploy.importers.imported import Imported, Told, new_spec
@@ -180,7 +181,7 @@ def _heads(told: Told[MonaiFlags], widths: tuple[int, ...], attending: list[int]
 
 
 def _clip(told: Told[MonaiFlags]) -> bool | tuple[float, float]:
-    if not told.get("clip_sample", True, False):
+    if not told.get("clip_sample", True):
         return False
     low, high = told.flags.clip_sample_min, told.flags.clip_sample_max
     return -1.0 if low is None else low, 1.0 if high is None else high
@@ -205,7 +206,7 @@ def _schedule(told: Told[MonaiFlags]) -> BetaSchedule:
 
 
 def _variance(told: Told[MonaiFlags]) -> Variance:
-    return _named("variance_type", told.get("variance_type", "fixed_small", "fixed_large"), _VARIANCES)
+    return _named("variance_type", told.get("variance_type", "fixed_small"), _VARIANCES)
 
 
 def _named(flag: str, value: str, known: dict[str, V], *more: str) -> V:
@@ -216,16 +217,21 @@ def _named(flag: str, value: str, known: dict[str, V], *more: str) -> V:
 
 def _with_projections(weights: Weights, told: Told[MonaiFlags]) -> Weights:
     """The weights with a projection that changes nothing behind each attention, where it has none (include_fc)."""
-    ends = ("attn.qkv.weight", "attn.to_v.weight")
-    attentions = [name.removesuffix(end) for name in weights.state for end in ends if name.endswith(end)]
+    values = [name for name in weights.state if name.endswith(("attn.qkv.weight", "attn.to_v.weight"))]
     bare = not any(name.endswith("attn.out_proj.weight") for name in weights.state)
-    if not attentions or not bare:  # MONAI Generative always has one
+    if not values or not bare:  # MONAI Generative always has one
         told.agrees("include_fc", True)
         return weights
     told.agrees("include_fc", False)
     added = {}
-    for before in attentions:
-        width = weights.shape(f"{before}norm.weight")[0]
+    for name in values:
+        width = weights.shape(name)[-1]
+        if weights.shape(name) not in (
+            (width, width),
+            (3 * width, width),
+        ):  # before anything is made of that size
+            raise ArtefactError(f"{weights.name} is not whole: {show(name)} is {weights.shape(name)}")
+        before = name.rpartition("attn.")[0]
         added[f"{before}attn.out_proj.weight"] = torch.eye(width)
         added[f"{before}attn.out_proj.bias"] = torch.zeros(width)
     return replace(weights, state={**weights.state, **added})
