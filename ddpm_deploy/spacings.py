@@ -36,6 +36,11 @@ def openai(total: int, steps: int) -> Timesteps:
     return np.cumsum([0.0, *[stride] * (steps - 1)]).round()[::-1].astype(np.int64)
 
 
+def openai_ddim(total: int, steps: int) -> Timesteps:
+    """Multiples of T / N, rounded up, from 0 (`ddimN` of improved-diffusion): fewer than N where that many are no stride's."""
+    return np.arange(0, total, -(-total // steps))[::-1]
+
+
 def quad(total: int, steps: int) -> Timesteps:
     """The squares of N even numbers from 0 to √(0.8·T), truncated ("quad" of Song et al.'s DDIM code): ends at 0."""
     return _once(np.linspace(0, np.sqrt(total * 0.8), steps) ** 2)
@@ -67,6 +72,7 @@ SPACINGS: Final[dict[Spacing, Callable[[int, int], Timesteps]]] = {
     "trailing": trailing,
     "linspace": linspace,
     "openai": openai,
+    "openai-ddim": openai_ddim,
     "quad": quad,
     "lucidrains": lucidrains,
     "dpm-linspace": dpm_linspace,

@@ -4,7 +4,15 @@ from typing import Final, Literal, get_args
 
 Solver = Literal["ddpm", "ddim", "dpmpp-2m"]
 Spacing = Literal[
-    "leading", "trailing", "linspace", "openai", "quad", "lucidrains", "dpm-linspace", "dpm-leading"
+    "leading",
+    "trailing",
+    "linspace",
+    "openai",
+    "openai-ddim",
+    "quad",
+    "lucidrains",
+    "dpm-linspace",
+    "dpm-leading",
 ]
 Prediction = Literal["epsilon", "v", "x0", "mean"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]

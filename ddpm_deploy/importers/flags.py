@@ -8,9 +8,9 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, ClassVar, Final, TypeVar, get_args
 
 import msgspec
 
@@ -19,13 +19,26 @@ from ddpm_deploy.files import require_file, show
 
 
 class Flags(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the dialects have in common: height and width of the images, as 32 or 48x64."""
+    """What the dialects have in common: height and width of the images, as 32 or 48x64.
+
+    ignored: names that whole command lines of a dialect hold beside these, and that are of no account here.
+    """
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
 
     image_size: int | str | None = None
 
 
 class OpenAIFlags(Flags, frozen=True, kw_only=True):
-    """Of `script_util.py` in improved-diffusion and guided-diffusion."""
+    """Of `script_util.py` in improved-diffusion and guided-diffusion, and of their scripts."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        "anneal_lr batch_size data_dir ema_rate eval_interval fp16_scale_growth iterations log_interval lr "
+        "lr_anneal_steps microbatch model_path noised num_samples rescale_learned_sigmas resume_checkpoint "
+        "save_interval schedule_sampler use_checkpoint use_fp16 use_kl val_data_dir weight_decay "
+        "classifier_attention_resolutions classifier_depth classifier_pool classifier_resblock_updown "
+        "classifier_use_fp16 classifier_use_scale_shift_norm classifier_width".split()
+    )
 
     num_channels: int | None = None
     num_res_blocks: int | None = None
@@ -36,22 +49,23 @@ class OpenAIFlags(Flags, frozen=True, kw_only=True):
     channel_mult: str | None = None
     dropout: float | None = None
     class_cond: bool | None = None
-    use_checkpoint: bool | None = None
     use_scale_shift_norm: bool | None = None
     resblock_updown: bool | None = None
-    use_fp16: bool | None = None
     use_new_attention_order: bool | None = None
     learn_sigma: bool | None = None
     sigma_small: bool | None = None
     diffusion_steps: int | None = None
     noise_schedule: str | None = None
     timestep_respacing: str | None = None
-    use_kl: bool | None = None
     predict_xstart: bool | None = None
     rescale_timesteps: bool | None = None
-    rescale_learned_sigmas: bool | None = None
     clip_denoised: bool | None = None
     use_ddim: bool | None = None
+    classifier_path: str | None = None
+    classifier_scale: float | None = None
+    base_samples: str | None = None
+    large_size: int | None = None
+    small_size: int | None = None
 
 
 class DiffusersFlags(Flags, frozen=True, kw_only=True):
@@ -148,11 +162,14 @@ FLAGS: Final[dict[str, type[Flags]]] = {
 
 F = TypeVar("F", bound=Flags)
 _MOST_BYTES: Final = 1 << 20  # of a file of flags
+# Of a flag that is true or false, beside these two and 1 and 0.
+_WORDS: Final = {**dict.fromkeys(("yes", "y", "t"), True), **dict.fromkeys(("no", "n", "f"), False)}
 
 
 def all_names() -> list[str]:
-    """Every flag of every dialect, each once."""
-    return list(dict.fromkeys(name for kind in FLAGS.values() for name in kind.__struct_fields__))
+    """Every flag of every dialect, each once, and what their command lines hold beside these."""
+    names = [name for kind in FLAGS.values() for name in (*kind.__struct_fields__, *sorted(kind.ignored))]
+    return list(dict.fromkeys(names))
 
 
 def read_flags(path: Path) -> dict[str, Any]:
@@ -164,7 +181,7 @@ def read_flags(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MOST_BYTES:
         raise SettingError(f"{show(path)} is too large for a file of flags")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         match path.suffix.lower():
             case ".json":
                 found = json.loads(text)
@@ -181,17 +198,71 @@ def read_flags(path: Path) -> dict[str, Any]:
 
 
 def _from_command_line(text: str) -> dict[str, str]:
-    """`MODEL_FLAGS="--image_size 64 --num_channels 128"` → names and values."""
-    words = [
-        word for line in shlex.split(text, comments=True) for word in re.sub(r"^\w+=(?=--)", "", line).split()
-    ]
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    names, values = words[::2], words[1::2]
-    if len(names) != len(values) or not all(name.startswith("--") for name in names):
-        raise ValueError("it is not of the form --name value --name value")
-    return {
-        name.removeprefix("--").replace("-", "_"): value for name, value in zip(names, values, strict=True)
-    }
+    """`MODEL_FLAGS="--image_size 64 --num_channels 128"`, `python scripts/image_sample.py --lr 1e-4 …` → names and values.
+
+    A flag that stands there twice, as where both training and sampling were pasted, must have the same value.
+    """
+    found: dict[str, str] = {}
+    free = frozenset().union(*(kind.ignored for kind in FLAGS.values()))
+    for name, value in _pairs(text):
+        if found.setdefault(name, value) != value and name not in free:
+            raise ValueError(f"--{name} is {found[name]} in one place and {value} in another")
+    return found
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    """The flags in a text of shell commands, in order."""
+    known: set[str] = set()  # variables
+    for command in _commands(text):
+        words: list[str] = []
+        for word in _behind_program(command):
+            if words and words[-1].startswith("--") and "=" not in words[-1]:
+                words.append(word)  # a value, whatever it looks like
+            elif match := re.fullmatch(r"(\w+)=(.*)", word, re.DOTALL):  # NAME="--flags"
+                known.add(match[1])
+                words += match[2].split() if "--" in match[2] else []
+            elif match := re.fullmatch(r"\$(?:(\w+)|\{(\w+)\})", word):
+                if (name := match[1] or match[2]) not in known:
+                    raise ValueError(f"{word} stands in it, and no {name}=\"--flags …\" that says what that is")
+            else:
+                words.append(word)
+        yield from _paired(words)
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """The words of each command: a line, or what stands between && and the like; a quoted word may be of many lines."""
+    text = re.sub(r"\\[ \t]*\r?\n", " ", text)
+    text = re.sub(r"(?m)(^|\s)#.*", r"\1", text)
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|\n")
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
+    words: list[str] = []
+    for word in [*lexer, "\n"]:
+        if word and not word.strip(";&|\n"):
+            yield words
+            words = []
+        else:
+            words.append(word)
+
+
+def _behind_program(words: list[str]) -> list[str]:
+    """A command without `mpiexec -n 8 python scripts/image_train.py` in front, of what runs it."""
+    program = next((n for n, word in enumerate(words) if word.endswith(".py") and "=" not in word), -1)
+    words = words[program + 1 :]
+    flags = (n for n, word in enumerate(words) if word.startswith(("--", "$")) or re.match(r"\w+=", word))
+    return words[next(flags, len(words)) :]
+
+
+def _paired(words: list[str]) -> Iterator[tuple[str, str]]:
+    """`--name value` and `--name=value` → names and values."""
+    rest = iter(words)
+    for word in rest:
+        name, sign, value = word.partition("=")
+        if not re.fullmatch(r"--\w[\w-]*", name):
+            raise ValueError(f"{show(word)} is not of the form --name value")
+        value = value if sign else next(rest, "--")
+        if value.startswith("--"):
+            raise ValueError(f"{name} has no value")
+        yield name.removeprefix("--").replace("-", "_"), value
 
 
 def parse(kind: type[F], told: Mapping[str, Any], dialect: str) -> F:
@@ -199,21 +270,30 @@ def parse(kind: type[F], told: Mapping[str, Any], dialect: str) -> F:
 
     Raises SettingError where one is not of this dialect, or has no such value.
     """
+    told = {name: value for name, value in told.items() if name not in kind.ignored}
     if strays := [name for name in told if name not in kind.__struct_fields__]:
         raise SettingError(
             f"{_typed(strays)} cannot be told of {dialect}: choose from {_typed(kind.__struct_fields__)}"
         )
-    lists = [field.name for field in msgspec.structs.fields(kind) if _is_list(field.type)]
-    values = {
-        name: [part for part in value.strip("()[]").split(",") if part]
-        if name in lists and isinstance(value, str)
-        else value
-        for name, value in told.items()
-    }
+    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    values = {name: _as_told(value, types[name]) for name, value in told.items()}
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         raise SettingError(f"the flags of {dialect}: {first_line(error)}") from error
+
+
+def _as_told(value: Any, kind: Any) -> Any:
+    """A value as its type takes it: the words and lists of command lines, and the numbers and lists of files."""
+    if isinstance(value, str):
+        if _is_list(kind):
+            return [part.strip() for part in value.strip("()[]").split(",") if part.strip()]
+        return _WORDS.get(value.lower(), value) if bool in get_args(kind) else value
+    if str not in get_args(kind) or int in get_args(kind) or isinstance(value, bool):
+        return value
+    if isinstance(value, list) and all(isinstance(part, int | float | str) for part in value):
+        return ",".join(map(str, value))
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _is_list(kind: Any) -> bool:

@@ -1,5 +1,6 @@
 """What an importer finds: a network, its ModelSpec, and what it could not know."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -61,10 +62,10 @@ class Told(Generic[F]):
             )
         return sizes[0], sizes[-1]
 
-    def agrees(self, name: str, found: Any) -> Any:
-        """What the weights say; raises SettingError where the flag was told, and says otherwise."""
+    def agrees(self, name: str, found: Any, meaning: Callable[[Any], Any] = lambda value: value) -> Any:
+        """What the weights say; raises SettingError where the flag was told, and its meaning is another."""
         value = getattr(self.flags, name)
-        if value is not None and value != found:
+        if value is not None and meaning(value) != found:
             raise SettingError(f"--{name} {value} is not what the weights say: they have {found}")
         return found
 

@@ -1,26 +1,41 @@
 """OpenAI's improved-diffusion and guided-diffusion: state dicts without a word on their settings.
 
 Widths, blocks, attention and what else has weights are read off these. Heads, their order, the images' size, the
-schedule and the scale of the timesteps are in their flags alone.
+schedule and the scale of the timesteps are in their flags alone, and flags that say other than the weights are refused.
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from typing import Final
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
-from ddpm_deploy.errors import ArtefactError, SettingError
+from ddpm_deploy.errors import ArtefactError, SettingError, first_line, plural
+from ddpm_deploy.files import show
 from ddpm_deploy.importers.family import Names, Place, build_family
 from ddpm_deploy.importers.flags import OpenAIFlags
 from ddpm_deploy.importers.imported import Imported, Told
 from ddpm_deploy.importers.weights import Weights
 from ddpm_deploy.schedule import BetaSchedule, CosineBetas, LinearBetas
-from ddpm_deploy.spec import ModelSpec, Sampling, UNetConfig
-from ddpm_deploy.words import Variance
+from ddpm_deploy.spec import DEFAULT_CHAIN, ModelSpec, Sampling, UNetConfig
+from ddpm_deploy.words import Solver, Variance
 
 NAME: Final = "OpenAI"
+
+# The multiples of --num_channels that their code takes for images of a size by itself; of no two sizes the same.
+_SIZES: Final = {
+    (1, 2, 2, 2): 32,
+    (1, 2, 3, 4): 64,
+    (1, 1, 2, 3, 4): 128,
+    (1, 1, 2, 2, 4, 4): 256,
+    (0.5, 1, 1, 2, 2, 4, 4): 512,
+}
+_OF_GUIDED: Final = ("num_head_channels", "resblock_updown", "use_new_attention_order", "channel_mult")
+_RGB: Final = 3  # channels of the images in their own scripts
+_MOST_TIMESTEPS: Final = 100_000
 
 
 def recognises(names: Collection[str]) -> bool:
@@ -34,81 +49,139 @@ def read(weights: Weights, told: Told[OpenAIFlags]) -> Imported:
     Raises ArtefactError where the weights are not those of such a network; SettingError where a flag is needed,
     or says other than they do.
     """
-    height, width = told.image_size()
-    config = _config(weights, told)
-    channels, out = weights.shape("input_blocks.0.0.weight")[1], weights.shape("out.2.weight")[0]
-    learned = told.agrees("learn_sigma", out == 2 * channels)
+    _refuse_relatives(weights, told.flags)
+    config, base = _config(weights, told), _shape(weights, "time_embed.0.weight", 2)[1]
+    guided = bool(config.resampling_blocks) or config.channels != base
+    guided |= any(getattr(told.flags, name) is not None for name in _OF_GUIDED)
+    config = _with_heads(config, guided, told)
+    told.agrees("num_channels", base)
+    height, width = _image_size(tuple(width / base for width in config.widths), told)
+    _require_attention(config, height, told)
     timesteps = told.get("diffusion_steps", 1000, 4000)
-    rescaled = timesteps != 1000 and told.get("rescale_timesteps", True, False)
-    large: Variance = "fixed_small" if told.flags.sigma_small else "fixed_large"
-    classes = weights.shape("label_emb.weight")[0] if "label_emb.weight" in weights else 0
+    if not 1 <= timesteps <= _MOST_TIMESTEPS:
+        raise SettingError(f"--diffusion_steps must be from 1 to {_MOST_TIMESTEPS}, not {timesteps}")
+    channels, out = _shape(weights, "input_blocks.0.0.weight", 4)[1], _shape(weights, "out.2.weight", 4)[0]
+    learned = told.agrees("learn_sigma", out == 2 * channels)
+    variance: Variance = "learned_range" if learned else _fixed(told)
+    classes = _shape(weights, "label_emb.weight", 2)[0] if "label_emb.weight" in weights else 0
     told.agrees("class_cond", bool(classes))
-    spec = ModelSpec(
-        image_shape=(channels, height, width),
-        timesteps=timesteps,
-        schedule=_schedule(told.get("noise_schedule", "linear", "cosine"), timesteps),
-        prediction="x0" if told.get("predict_xstart", False, True) else "epsilon",
-        variance="learned_range" if learned else large,
-        clip=told.flags.clip_denoised is not False,
-        sampling=Sampling(spacing="openai"),
-        embedding=SinusoidalEmbedding(
-            dim=weights.shape("time_embed.0.weight")[1],
-            spacing="half",
-            order="cos-sin",
-            scale=1000 / timesteps if rescaled else 1.0,
-        ),
-        network=config,
-        num_classes=classes,
-    )
-    legacy = not told.get("use_new_attention_order", False, True)
-    network = build_family(weights, spec, _names(config, legacy))
-    return Imported(network, spec, "improved-diffusion or guided-diffusion", (), tuple(told.assumed))
+    sampling, words = _sampling(told.flags, timesteps)
+    try:
+        spec = ModelSpec(
+            image_shape=(channels, height, width),
+            timesteps=timesteps,
+            schedule=_schedule(told.get("noise_schedule", "linear", "cosine"), timesteps),
+            prediction="x0" if told.get("predict_xstart", False, True) else "epsilon",
+            variance=variance,
+            clip=told.flags.clip_denoised is not False,
+            sampling=sampling,
+            embedding=SinusoidalEmbedding(
+                dim=base,
+                spacing="half",
+                order="cos-sin",
+                # The two differ in what they do unless they are told.
+                scale=1000 / timesteps
+                if timesteps != 1000 and told.get("rescale_timesteps", not guided, guided)
+                else 1.0,
+            ),
+            network=config,
+            num_classes=classes,
+        )
+        ModelSpec.from_json(spec.to_json(), weights.name)  # its numbers are within bounds
+    except ValueError as error:
+        raise ArtefactError(f"{weights.name} makes no network: {first_line(error)}") from error
+    network = build_family(weights, spec, _names(config, _is_legacy(config, told)))
+    recognised = (*_recognised(spec, config), *words)
+    return Imported(network, spec, "improved-diffusion or guided-diffusion", recognised, tuple(told.assumed))
+
+
+def _refuse_relatives(weights: Weights, flags: OpenAIFlags) -> None:
+    """Raise where the weights, or the flags, are of a network of theirs, or of their heirs, that is not supported."""
+    name, first = weights.name, weights.shape("input_blocks.0.0.weight")
+    if len(first) != 4:
+        raise ArtefactError(f"{name} is of a network of dims {len(first) - 2}: only images, dims 2, are supported")
+    if strays := [one for one in weights.state if ".transformer_blocks." in one]:
+        raise ArtefactError(
+            f"{name} attends to a text or another condition, as latent diffusion does ({show(strays[0])}), which is not "
+            "supported"
+        )
+    if not _numbers(weights, "output_blocks"):
+        raise ArtefactError(f"{name} is a classifier or an encoder: it has no output_blocks, and makes no images")
+    if "label_emb.weight" not in weights and any(one.startswith("label_emb.") for one in weights.state):
+        raise ArtefactError(f"{name} makes its condition by a network (label_emb), which is not supported")
+    if flags.large_size is not None or flags.small_size is not None or flags.base_samples is not None:
+        raise SettingError(
+            "--large_size, --small_size and --base_samples are of super-resolution, which is not supported: it is "
+            "conditioned on an image"
+        )
+    channels, out = first[1], _shape(weights, "out.2.weight", 4)[0]
+    # With 6 and 6, the variance may be learned of 3, or the images be of 6 channels, if their owner says so.
+    if out not in (channels, 2 * channels) or (channels == out == 2 * _RGB and flags.learn_sigma is not False):
+        raise ArtefactError(
+            f"{name} takes {channels} channels and gives {out}: a super-resolution network, conditioned on an image, "
+            "is not supported" + "; of images of 6 channels, say --learn_sigma False" * (channels == out)
+        )
+
+
+def _shape(weights: Weights, name: str, axes: int) -> tuple[int, ...]:
+    """Of a tensor. Raises ArtefactError where it is missing, empty, or has another number of axes."""
+    shape = weights.shape(name)
+    if len(shape) != axes or 0 in shape:
+        raise ArtefactError(f"{weights.name}: {show(name)} is {shape}, and {axes} axes of numbers are needed")
+    return shape
+
+
+def _numbers(weights: Weights, prefix: str) -> set[int]:
+    """The numbers behind a list's name in the names of its weights."""
+    numbers = (name.split(".")[1] for name in weights.state if name.startswith(f"{prefix}."))
+    return {int(number) for number in numbers if number.isdecimal() and len(number) < 5}
 
 
 def _config(weights: Weights, told: Told[OpenAIFlags]) -> UNetConfig:
-    """The network's shape: what the weights say of it, and their flags of the heads."""
-    stages = _count(weights, "output_blocks")
-    doubled = [n for n in range(stages) if _doubling(weights, n)]
-    levels, blocks = len(doubled) + 1, (doubled[0] if doubled else stages - 1)
-    if blocks < 1 or stages != levels * (blocks + 1):
-        raise ArtefactError(f"{weights.name} is not whole: its {stages} output_blocks make no levels")
+    """The network's shape without its heads: what the weights say of it."""
+    levels, blocks = _levels(weights)
     told.agrees("num_res_blocks", blocks)
     first = [1 + level * (blocks + 1) for level in range(levels)]  # input block of each level
-    halved = [f"input_blocks.{n - 1}.0" for n in first[1:]]
-    if any(
-        f"{name}.op.weight" not in weights and f"{name}.in_layers.0.weight" not in weights for name in halved
-    ):
-        raise ArtefactError(f"{weights.name} halves its images without weights, which is not supported")
-    widths = tuple(weights.shape(f"input_blocks.{n}.0.out_layers.3.weight")[0] for n in first)
-    head_channels = told.flags.num_head_channels or -1
-    heads = 1 if head_channels > 0 else told.get("num_heads", 4, 1, 2, 8)
-    if told.flags.num_heads_upsample not in (None, -1, heads):
-        raise SettingError("--num_heads_upsample other than --num_heads is not supported")
+    widths = tuple(_shape(weights, f"input_blocks.{n}.0.out_layers.3.weight", 4)[0] for n in first)
+    attention = tuple(i for i, n in enumerate(first) if f"input_blocks.{n}.1.qkv.weight" in weights)
+    by_block = levels > 1 and f"input_blocks.{first[1] - 1}.0.in_layers.0.weight" in weights
+    if levels > 1:
+        told.agrees("resblock_updown", by_block)
+    doubled = _shape(weights, "input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * widths[0]
+    told.agrees("use_scale_shift_norm", doubled)
     return UNetConfig(
-        channels=weights.shape("input_blocks.0.0.weight")[0],
+        channels=_shape(weights, "input_blocks.0.0.weight", 4)[0],
         widths=widths,
-        time_width=weights.shape("time_embed.0.weight")[0],
+        time_width=_shape(weights, "time_embed.0.weight", 2)[0],
         blocks=blocks,
-        attention_levels=tuple(i for i, n in enumerate(first) if f"input_blocks.{n}.1.qkv.weight" in weights),
-        heads=heads,
-        head_channels=head_channels if head_channels > 0 else None,
+        attention_levels=attention,
         norm_eps=1e-5,
         padding="symmetric",
-        scale_shift=weights.shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0],
-        resampling_blocks=tuple(
-            level for level in range(levels) if _resamples_by_block(weights, level, first, blocks)
-        ),
+        scale_shift=doubled,
+        resampling_blocks=tuple(range(levels)) if by_block else (),
         dropout=told.flags.dropout or 0.0,
     )
 
 
-def _count(weights: Weights, prefix: str) -> int:
-    """How many parts a list has, by the largest number behind its name."""
-    numbers = [name.split(".")[1] for name in weights.state if name.startswith(f"{prefix}.")]
-    return 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 5), default=-1)
+def _levels(weights: Weights) -> tuple[int, int]:
+    """How many levels there are, and blocks in each. Raises ArtefactError where the parts make none."""
+    ways = {way: _numbers(weights, way) for way in ("input_blocks", "output_blocks")}
+    for way, numbers in ways.items():
+        if gaps := set(range(max(numbers) + 1)) - numbers:
+            raise ArtefactError(
+                f"{weights.name} is not whole: {way}.{min(gaps)} has no weights; a network of conv_resample False, which "
+                "halves its images without any, is not supported"
+            )
+    stages = len(ways["output_blocks"])
+    doubling = [stage for stage in range(stages) if _doubles(weights, stage)]
+    levels, blocks = len(doubling) + 1, (doubling[0] if doubling else stages - 1)
+    if blocks < 1 or stages != levels * (blocks + 1) or len(ways["input_blocks"]) != stages:
+        raise ArtefactError(f"{weights.name} is not whole: its {stages} output_blocks make no levels")
+    return levels, blocks
 
 
-def _doubling(weights: Weights, stage: int) -> bool:
+def _doubles(weights: Weights, stage: int) -> bool:
+    """Whether a stage going up ends in what doubles the resolution."""
     return any(
         f"output_blocks.{stage}.{place}.{name}.weight" in weights
         for place in (1, 2)
@@ -116,12 +189,132 @@ def _doubling(weights: Weights, stage: int) -> bool:
     )
 
 
-def _resamples_by_block(weights: Weights, level: int, first: list[int], blocks: int) -> bool:
-    """Whether a level ends in a residual block that halves the resolution, and one that doubles it."""
-    stage = (len(first) - level) * (blocks + 1) - 1
-    behind = [f"input_blocks.{first[level] + blocks}.0"] if level < len(first) - 1 else []
-    behind += [f"output_blocks.{stage}.{place}" for place in (1, 2) if level]
-    return any(f"{name}.in_layers.0.weight" in weights for name in behind)
+def _with_heads(config: UNetConfig, guided: bool, told: Told[OpenAIFlags]) -> UNetConfig:
+    """The network's shape with its heads, which only the flags tell. guided: whether it is of guided-diffusion."""
+    attending = _attending(config)
+
+    def fits(number: int) -> bool:
+        return all(width % number == 0 for width in attending)
+
+    def sound(name: str, number: int) -> int:
+        if number < 1 or not fits(number):
+            widths = ", ".join(map(str, attending))
+            raise SettingError(f"--{name} {number} does not divide the widths of the attention ({widths})")
+        return number
+
+    flags, width = told.flags, -1
+    if flags.num_head_channels is not None:
+        width = flags.num_head_channels
+    elif guided and flags.num_heads is None:
+        width = told.get("num_head_channels", -1, *filter(fits, (64, 32)))
+    if width != -1:  # it goes before the number of heads
+        return replace(config, head_channels=sound("num_head_channels", width))
+    heads = sound("num_heads", told.get("num_heads", *filter(fits, (4, 1, 2, 8))))
+    if flags.num_heads_upsample not in (None, -1, heads):
+        raise SettingError(
+            f"--num_heads_upsample {flags.num_heads_upsample} is another number than --num_heads {heads}, which is not "
+            "supported"
+        )
+    return replace(config, heads=heads)
+
+
+def _attending(config: UNetConfig) -> list[int]:
+    """The widths of all that has attention."""
+    return sorted({config.widths[-1], *(config.widths[level] for level in config.attention_levels)})
+
+
+def _is_legacy(config: UNetConfig, told: Told[OpenAIFlags]) -> bool:
+    """Whether q, k and v stand head by head, as in all of improved-diffusion; of one head the orders are the same."""
+    several = any(width > (config.head_channels or width // config.heads) for width in _attending(config))
+    return several and not told.get("use_new_attention_order", False, True)
+
+
+def _image_size(multiples: tuple[float, ...], told: Told[OpenAIFlags]) -> tuple[int, int]:
+    """Height and width; not told, those that their code has such multiples for. Checks the multiples too."""
+    own = _SIZES.get(multiples)
+    if own and told.flags.image_size is None:
+        height = width = int(told.get("image_size", own))
+    else:
+        height, width = told.image_size()
+
+    def meaning(text: str) -> str:
+        if text:
+            return _listed(_multiple("channel_mult", part) for part in text.split(","))
+        by_itself = [one for one, size in _SIZES.items() if size == height]
+        return _listed(by_itself[0]) if by_itself else ""
+
+    told.agrees("channel_mult", _listed(multiples), meaning)
+    return height, width
+
+
+def _require_attention(config: UNetConfig, size: int, told: Told[OpenAIFlags]) -> None:
+    """Raise SettingError where --attention_resolutions, in pixels, names other levels than have weights."""
+    pixels = [size // 2**level for level in range(len(config.widths))]
+
+    def meaning(text: str) -> str:
+        rates = {size // max(1, int(_multiple("attention_resolutions", part))) for part in text.split(",")}
+        return _listed(pixels[level] for level in range(len(pixels)) if 2**level in rates) or "none"
+
+    found = _listed(pixels[level] for level in config.attention_levels) or "none"
+    told.agrees("attention_resolutions", found, meaning)
+
+
+def _multiple(name: str, text: str) -> float:
+    if not re.fullmatch(r"\s*\d{1,5}(\.\d{1,5})?\s*", text, re.ASCII):
+        raise SettingError(f"--{name} is a list of numbers, as 32,16, and {show(text)} is none")
+    return float(text)
+
+
+def _listed(numbers: Iterable[float]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
+
+
+def _fixed(told: Told[OpenAIFlags]) -> Variance:
+    return "fixed_small" if told.get("sigma_small", False) else "fixed_large"
+
+
+def _sampling(flags: OpenAIFlags, timesteps: int) -> tuple[Sampling, list[str]]:
+    """The chain of --timestep_respacing and --use_ddim, and a word where it cannot be the model's own."""
+    solver: Solver = "ddim" if flags.use_ddim else "ddpm"
+    words = []
+    if flags.classifier_path or flags.classifier_scale:
+        words.append("the guidance by a classifier is not carried: its samples are those of --classifier_scale 0")
+    text = flags.timestep_respacing or ""
+    if not text:
+        return Sampling(solver=solver, spacing="openai"), words
+    if not re.fullmatch(r"(ddim)?\d{1,6}|\d{1,6}(,\d{1,6})+", text, re.ASCII):
+        raise SettingError(f"--timestep_respacing {show(text)} is neither a number, as 250, nor one as ddim50, nor a list")
+    if "," in text:
+        words.append(
+            f"--timestep_respacing {text} has a number of steps for each part of the chain, for which there is no spacing "
+            f"here: by itself it takes all {timesteps} steps"
+        )
+        return Sampling(solver=solver, spacing="openai"), words
+    steps = int(text.removeprefix("ddim"))
+    if not 1 <= steps <= timesteps:
+        raise SettingError(f"--timestep_respacing {text} is more than --diffusion_steps {timesteps}, or none")
+    if not text.startswith("ddim"):
+        return Sampling(solver=solver, steps=steps, spacing="openai"), words
+    # The least whole stride that makes as many steps, from 0 up.
+    stride = -(-timesteps // steps)
+    if -(-timesteps // stride) != steps:
+        raise SettingError(f"--timestep_respacing {text}: no whole stride makes {steps} steps of {timesteps}")
+    return Sampling(solver=solver, steps=steps, spacing="openai-ddim"), words
+
+
+def _recognised(spec: ModelSpec, config: UNetConfig) -> list[str]:
+    """What the weights themselves say, for people."""
+    channels, height, width = spec.image_shape
+    at = ", ".join(f"{height // 2**level}×{width // 2**level}" for level in config.attention_levels)
+    labels = f", {plural(spec.num_classes, 'class')}" if spec.num_classes else ""
+    chain = spec.completed(DEFAULT_CHAIN)
+    return [
+        f"images of {plural(channels, 'channel')}{labels}; widths {', '.join(map(str, config.widths))} with "
+        f"{plural(config.blocks, 'block')} each; attention {f'at {at} and ' * bool(at)}in the middle"
+        f"{'; a learned variance' * (spec.variance == 'learned_range')}",
+        f"by itself it is sampled as by their image_sample.py: {chain.solver}, {plural(chain.steps or 0, 'step')}, x̂0 "
+        f"{'' if spec.clip else 'not '}clipped",
+    ]
 
 
 def _schedule(name: str, timesteps: int) -> BetaSchedule:
