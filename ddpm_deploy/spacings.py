@@ -37,7 +37,10 @@ def openai(total: int, steps: int) -> Timesteps:
 
 
 def openai_ddim(total: int, steps: int) -> Timesteps:
-    """Multiples of T / N, rounded up, from 0 (`ddimN` of improved-diffusion): fewer than N where that many are no stride's."""
+    """Multiples of T / N, rounded up, from 0 (`ddimN` of improved-diffusion).
+
+    Fewer than N where no whole stride makes that many, which their code refuses.
+    """
     return np.arange(0, total, -(-total // steps))[::-1]
 
 

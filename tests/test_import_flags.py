@@ -115,7 +115,9 @@ def test_a_broken_file(tmp_path: Path, name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [(t, True) for t in "yes TRUE t y 1".split()] + [(t, False) for t in "No false f n 0".split()]
+    ("text", "value"),
+    [(t, True) for t in ["yes", "TRUE", "t", "y", "1"]]
+    + [(t, False) for t in ["No", "false", "f", "n", "0"]],
 )
 def test_words_of_truth(text: str, value: bool) -> None:
     assert parse(OpenAIFlags, {"learn_sigma": text}, "OpenAI").learn_sigma is value

@@ -29,16 +29,20 @@ class Flags(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     image_size: int | str | None = None
 
 
+# How they train, and a classifier: of no account for the network and its samples.
+_OF_OPENAI_SCRIPTS: Final = """
+anneal_lr batch_size data_dir ema_rate eval_interval fp16_scale_growth iterations log_interval lr lr_anneal_steps
+microbatch model_path noised num_samples rescale_learned_sigmas resume_checkpoint save_interval schedule_sampler
+use_checkpoint use_fp16 use_kl val_data_dir weight_decay
+classifier_attention_resolutions classifier_depth classifier_pool classifier_resblock_updown classifier_use_fp16
+classifier_use_scale_shift_norm classifier_width
+"""
+
+
 class OpenAIFlags(Flags, frozen=True, kw_only=True):
     """Of `script_util.py` in improved-diffusion and guided-diffusion, and of their scripts."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(
-        "anneal_lr batch_size data_dir ema_rate eval_interval fp16_scale_growth iterations log_interval lr "
-        "lr_anneal_steps microbatch model_path noised num_samples rescale_learned_sigmas resume_checkpoint "
-        "save_interval schedule_sampler use_checkpoint use_fp16 use_kl val_data_dir weight_decay "
-        "classifier_attention_resolutions classifier_depth classifier_pool classifier_resblock_updown "
-        "classifier_use_fp16 classifier_use_scale_shift_norm classifier_width".split()
-    )
+    ignored: ClassVar[frozenset[str]] = frozenset(_OF_OPENAI_SCRIPTS.split())
 
     num_channels: int | None = None
     num_res_blocks: int | None = None
@@ -198,7 +202,7 @@ def read_flags(path: Path) -> dict[str, Any]:
 
 
 def _from_command_line(text: str) -> dict[str, str]:
-    """`MODEL_FLAGS="--image_size 64 --num_channels 128"`, `python scripts/image_sample.py --lr 1e-4 …` → names and values.
+    """`MODEL_FLAGS="--image_size 64 --num_channels 128"`, `python image_sample.py --num_samples 4` → names and values.
 
     A flag that stands there twice, as where both training and sampling were pasted, must have the same value.
     """
@@ -223,7 +227,7 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
                 words += match[2].split() if "--" in match[2] else []
             elif match := re.fullmatch(r"\$(?:(\w+)|\{(\w+)\})", word):
                 if (name := match[1] or match[2]) not in known:
-                    raise ValueError(f"{word} stands in it, and no {name}=\"--flags …\" that says what that is")
+                    raise ValueError(f'{word} stands in it, and no {name}="--flags …" that says what that is')
             else:
                 words.append(word)
         yield from _paired(words)

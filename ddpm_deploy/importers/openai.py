@@ -5,7 +5,7 @@ schedule and the scale of the timesteps are in their flags alone, and flags that
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 import torch
@@ -20,8 +20,9 @@ from ddpm_deploy.importers.flags import OpenAIFlags
 from ddpm_deploy.importers.imported import Imported, Told
 from ddpm_deploy.importers.weights import Weights
 from ddpm_deploy.schedule import BetaSchedule, CosineBetas, LinearBetas
+from ddpm_deploy.spacings import spaced
 from ddpm_deploy.spec import DEFAULT_CHAIN, ModelSpec, Sampling, UNetConfig
-from ddpm_deploy.words import Solver, Variance
+from ddpm_deploy.words import Prediction, Solver, Spacing, Variance
 
 NAME: Final = "OpenAI"
 
@@ -57,56 +58,64 @@ def read(weights: Weights, told: Told[OpenAIFlags]) -> Imported:
     told.agrees("num_channels", base)
     height, width = _image_size(tuple(width / base for width in config.widths), told)
     _require_attention(config, height, told)
-    timesteps = told.get("diffusion_steps", 1000, 4000)
-    if not 1 <= timesteps <= _MOST_TIMESTEPS:
-        raise SettingError(f"--diffusion_steps must be from 1 to {_MOST_TIMESTEPS}, not {timesteps}")
+    spec = _spec(weights, config, (height, width), guided, told)
+    network = build_family(weights, spec, _names(config, _is_legacy(config, told)))
+    recognised = (*_recognised(spec, config), *_not_carried(told.flags, spec.timesteps))
+    return Imported(network, spec, "improved-diffusion or guided-diffusion", recognised, tuple(told.assumed))
+
+
+def _spec(
+    weights: Weights, config: UNetConfig, size: tuple[int, int], guided: bool, told: Told[OpenAIFlags]
+) -> ModelSpec:
+    """The spec: what the weights say of the images and labels, and their flags of the diffusion."""
     channels, out = _shape(weights, "input_blocks.0.0.weight", 4)[1], _shape(weights, "out.2.weight", 4)[0]
     learned = told.agrees("learn_sigma", out == 2 * channels)
     variance: Variance = "learned_range" if learned else _fixed(told)
     classes = _shape(weights, "label_emb.weight", 2)[0] if "label_emb.weight" in weights else 0
     told.agrees("class_cond", bool(classes))
-    sampling, words = _sampling(told.flags, timesteps)
+    timesteps = told.get("diffusion_steps", 1000, 4000)
+    if not 1 <= timesteps <= _MOST_TIMESTEPS:
+        raise SettingError(f"--diffusion_steps must be from 1 to {_MOST_TIMESTEPS}, not {timesteps}")
+    # Improved-diffusion rescales them unless it is told not to, and guided-diffusion does not; of 1000 it is the same.
+    rescaled = timesteps != 1000 and told.get("rescale_timesteps", not guided, guided)
+    schedule = _schedule(told.get("noise_schedule", "linear", "cosine"), timesteps)
+    prediction: Prediction = "x0" if told.get("predict_xstart", False, True) else "epsilon"
+    sampling = _sampling(told.flags, timesteps)
+    dim = _shape(weights, "time_embed.0.weight", 2)[1]
     try:
         spec = ModelSpec(
-            image_shape=(channels, height, width),
+            image_shape=(channels, *size),
             timesteps=timesteps,
-            schedule=_schedule(told.get("noise_schedule", "linear", "cosine"), timesteps),
-            prediction="x0" if told.get("predict_xstart", False, True) else "epsilon",
+            schedule=schedule,
+            prediction=prediction,
             variance=variance,
             clip=told.flags.clip_denoised is not False,
             sampling=sampling,
-            embedding=SinusoidalEmbedding(
-                dim=base,
-                spacing="half",
-                order="cos-sin",
-                # The two differ in what they do unless they are told.
-                scale=1000 / timesteps
-                if timesteps != 1000 and told.get("rescale_timesteps", not guided, guided)
-                else 1.0,
-            ),
+            embedding=SinusoidalEmbedding(dim, "half", "cos-sin", 1000 / timesteps if rescaled else 1.0),
             network=config,
             num_classes=classes,
         )
-        ModelSpec.from_json(spec.to_json(), weights.name)  # its numbers are within bounds
     except ValueError as error:
         raise ArtefactError(f"{weights.name} makes no network: {first_line(error)}") from error
-    network = build_family(weights, spec, _names(config, _is_legacy(config, told)))
-    recognised = (*_recognised(spec, config), *words)
-    return Imported(network, spec, "improved-diffusion or guided-diffusion", recognised, tuple(told.assumed))
+    return ModelSpec.from_json(spec.to_json(), weights.name)  # its numbers are within bounds
 
 
 def _refuse_relatives(weights: Weights, flags: OpenAIFlags) -> None:
     """Raise where the weights, or the flags, are of a network of theirs, or of their heirs, that is not supported."""
     name, first = weights.name, weights.shape("input_blocks.0.0.weight")
     if len(first) != 4:
-        raise ArtefactError(f"{name} is of a network of dims {len(first) - 2}: only images, dims 2, are supported")
+        raise ArtefactError(
+            f"{name} is of a network of dims {len(first) - 2}: only images, dims 2, are supported"
+        )
     if strays := [one for one in weights.state if ".transformer_blocks." in one]:
         raise ArtefactError(
-            f"{name} attends to a text or another condition, as latent diffusion does ({show(strays[0])}), which is not "
-            "supported"
+            f"{name} attends to a text or another condition, as latent diffusion does ({show(strays[0])}), which is "
+            "not supported"
         )
     if not _numbers(weights, "output_blocks"):
-        raise ArtefactError(f"{name} is a classifier or an encoder: it has no output_blocks, and makes no images")
+        raise ArtefactError(
+            f"{name} is a classifier or an encoder: it has no output_blocks, and makes no images"
+        )
     if "label_emb.weight" not in weights and any(one.startswith("label_emb.") for one in weights.state):
         raise ArtefactError(f"{name} makes its condition by a network (label_emb), which is not supported")
     if flags.large_size is not None or flags.small_size is not None or flags.base_samples is not None:
@@ -116,7 +125,9 @@ def _refuse_relatives(weights: Weights, flags: OpenAIFlags) -> None:
         )
     channels, out = first[1], _shape(weights, "out.2.weight", 4)[0]
     # With 6 and 6, the variance may be learned of 3, or the images be of 6 channels, if their owner says so.
-    if out not in (channels, 2 * channels) or (channels == out == 2 * _RGB and flags.learn_sigma is not False):
+    if out not in (channels, 2 * channels) or (
+        channels == out == 2 * _RGB and flags.learn_sigma is not False
+    ):
         raise ArtefactError(
             f"{name} takes {channels} channels and gives {out}: a super-resolution network, conditioned on an image, "
             "is not supported" + "; of images of 6 channels, say --learn_sigma False" * (channels == out)
@@ -169,8 +180,8 @@ def _levels(weights: Weights) -> tuple[int, int]:
     for way, numbers in ways.items():
         if gaps := set(range(max(numbers) + 1)) - numbers:
             raise ArtefactError(
-                f"{weights.name} is not whole: {way}.{min(gaps)} has no weights; a network of conv_resample False, which "
-                "halves its images without any, is not supported"
+                f"{weights.name} is not whole: {way}.{min(gaps)} has no weights; a network of conv_resample False, "
+                "which halves its images without any, is not supported"
             )
     stages = len(ways["output_blocks"])
     doubling = [stage for stage in range(stages) if _doubles(weights, stage)]
@@ -237,13 +248,15 @@ def _image_size(multiples: tuple[float, ...], told: Told[OpenAIFlags]) -> tuple[
     else:
         height, width = told.image_size()
 
-    def meaning(text: str) -> str:
-        if text:
-            return _listed(_multiple("channel_mult", part) for part in text.split(","))
-        by_itself = [one for one, size in _SIZES.items() if size == height]
-        return _listed(by_itself[0]) if by_itself else ""
-
-    told.agrees("channel_mult", _listed(multiples), meaning)
+    by_itself = next((one for one, size in _SIZES.items() if size == height), multiples)
+    if told.flags.channel_mult == "" and by_itself != multiples:
+        raise SettingError(
+            f"--image_size {height} and no --channel_mult stand for {_listed(by_itself)}, and the weights have "
+            f"{_listed(multiples)}"
+        )
+    if told.flags.channel_mult:
+        found = _listed(multiples)
+        told.agrees("channel_mult", found, lambda text: _listed(_numbers_in("channel_mult", text)))
     return height, width
 
 
@@ -252,17 +265,17 @@ def _require_attention(config: UNetConfig, size: int, told: Told[OpenAIFlags]) -
     pixels = [size // 2**level for level in range(len(config.widths))]
 
     def meaning(text: str) -> str:
-        rates = {size // max(1, int(_multiple("attention_resolutions", part))) for part in text.split(",")}
+        rates = {size // max(1, int(number)) for number in _numbers_in("attention_resolutions", text)}
         return _listed(pixels[level] for level in range(len(pixels)) if 2**level in rates) or "none"
 
     found = _listed(pixels[level] for level in config.attention_levels) or "none"
     told.agrees("attention_resolutions", found, meaning)
 
 
-def _multiple(name: str, text: str) -> float:
-    if not re.fullmatch(r"\s*\d{1,5}(\.\d{1,5})?\s*", text, re.ASCII):
-        raise SettingError(f"--{name} is a list of numbers, as 32,16, and {show(text)} is none")
-    return float(text)
+def _numbers_in(name: str, text: str) -> list[float]:
+    if not re.fullmatch(r"\s*\d{1,5}(\.\d{1,5})?\s*(,\s*\d{1,5}(\.\d{1,5})?\s*)*", text, re.ASCII):
+        raise SettingError(f"--{name} {show(text)} is not a list of numbers, as 32,16")
+    return [float(part) for part in text.split(",")]
 
 
 def _listed(numbers: Iterable[float]) -> str:
@@ -273,33 +286,34 @@ def _fixed(told: Told[OpenAIFlags]) -> Variance:
     return "fixed_small" if told.get("sigma_small", False) else "fixed_large"
 
 
-def _sampling(flags: OpenAIFlags, timesteps: int) -> tuple[Sampling, list[str]]:
-    """The chain of --timestep_respacing and --use_ddim, and a word where it cannot be the model's own."""
+def _sampling(flags: OpenAIFlags, timesteps: int) -> Sampling:
+    """The chain of --use_ddim and --timestep_respacing, as 250 or ddim50."""
     solver: Solver = "ddim" if flags.use_ddim else "ddpm"
-    words = []
-    if flags.classifier_path or flags.classifier_scale:
-        words.append("the guidance by a classifier is not carried: its samples are those of --classifier_scale 0")
     text = flags.timestep_respacing or ""
-    if not text:
-        return Sampling(solver=solver, spacing="openai"), words
-    if not re.fullmatch(r"(ddim)?\d{1,6}|\d{1,6}(,\d{1,6})+", text, re.ASCII):
-        raise SettingError(f"--timestep_respacing {show(text)} is neither a number, as 250, nor one as ddim50, nor a list")
-    if "," in text:
-        words.append(
-            f"--timestep_respacing {text} has a number of steps for each part of the chain, for which there is no spacing "
-            f"here: by itself it takes all {timesteps} steps"
+    if not re.fullmatch(r"((ddim)?\d{1,6}|\d{1,6}(,\d{1,6})+)?", text, re.ASCII):
+        raise SettingError(
+            f"--timestep_respacing {show(text)} is neither a number, as 250, nor one as ddim50, nor a list"
         )
-        return Sampling(solver=solver, spacing="openai"), words
+    if not text or "," in text:
+        return Sampling(solver=solver, spacing="openai")
     steps = int(text.removeprefix("ddim"))
     if not 1 <= steps <= timesteps:
-        raise SettingError(f"--timestep_respacing {text} is more than --diffusion_steps {timesteps}, or none")
-    if not text.startswith("ddim"):
-        return Sampling(solver=solver, steps=steps, spacing="openai"), words
-    # The least whole stride that makes as many steps, from 0 up.
-    stride = -(-timesteps // steps)
-    if -(-timesteps // stride) != steps:
+        raise SettingError(f"--timestep_respacing {text} is none of 1 to {timesteps}, of --diffusion_steps")
+    spacing: Spacing = "openai-ddim" if text.startswith("ddim") else "openai"
+    if len(spaced(spacing, timesteps, steps)) < steps:
         raise SettingError(f"--timestep_respacing {text}: no whole stride makes {steps} steps of {timesteps}")
-    return Sampling(solver=solver, steps=steps, spacing="openai-ddim"), words
+    return Sampling(solver=solver, steps=steps, spacing=spacing)
+
+
+def _not_carried(flags: OpenAIFlags, timesteps: int) -> Iterator[str]:
+    """A word on each thing that the flags ask for and that the model does not do by itself here."""
+    if "," in (flags.timestep_respacing or ""):
+        yield (
+            f"--timestep_respacing {flags.timestep_respacing} has a number of steps for each part of the chain, for "
+            f"which there is no spacing here: by itself it takes all {timesteps} steps"
+        )
+    if flags.classifier_path or flags.classifier_scale:
+        yield "the guidance by a classifier is not carried: its samples are those of --classifier_scale 0"
 
 
 def _recognised(spec: ModelSpec, config: UNetConfig) -> list[str]:

@@ -49,8 +49,8 @@ CASES: Final = {
         {
             "image_size": 8,
             "num_channels": 32,
-            "num_res_blocks": 2,
-            "channel_mult": "1,2,2",
+            "num_res_blocks": 1,
+            "channel_mult": "1,2,2,2",
             "attention_resolutions": "4,2",
             "num_heads": 4,
             "use_scale_shift_norm": True,
@@ -64,7 +64,7 @@ CASES: Final = {
         {
             "image_size": 8,
             "num_channels": 32,
-            "num_res_blocks": 3,
+            "num_res_blocks": 2,
             "channel_mult": "1,2",
             "attention_resolutions": "4",
             "num_heads": 2,
@@ -81,7 +81,7 @@ CASES: Final = {
         1,
         {
             "image_size": 8,
-            "num_channels": 64,
+            "num_channels": 32,
             "num_res_blocks": 1,
             "channel_mult": "1,2",
             "attention_resolutions": "8,4",
@@ -103,8 +103,8 @@ CASES: Final = {
             "image_size": 8,
             "num_channels": 32,
             "num_res_blocks": 2,
-            "channel_mult": "1,2,3",
-            "attention_resolutions": "4,2",
+            "channel_mult": "1,3",
+            "attention_resolutions": "4",
             "num_head_channels": 16,
             "class_cond": True,
             "learn_sigma": True,
@@ -199,7 +199,9 @@ class _Peer:
             out_channels=case.channels * (2 if flags.get("learn_sigma") else 1),
             num_res_blocks=flags["num_res_blocks"],
             attention_resolutions=[flags["image_size"] // int(part) for part in resolutions],
-            channel_mult=[float(part) if "." in part else int(part) for part in flags["channel_mult"].split(",")],
+            channel_mult=[
+                float(part) if "." in part else int(part) for part in flags["channel_mult"].split(",")
+            ],
             num_classes=CLASSES if flags.get("class_cond") else None,
             num_heads=flags.get("num_heads", 4),
             use_scale_shift_norm=flags["use_scale_shift_norm"],
