@@ -107,7 +107,7 @@ def test_guided_diffusion_is_known_by_what_the_other_has_not(golden: dict[str, A
     of_improved = assumed("improved, 4000 cosine")
     assert of_improved["rescale_timesteps"] is True
     assert "num_head_channels" not in of_improved
-    assert assumed("improved, 4000 cosine", use_new_attention_order=True)["rescale_timesteps"] is False
+    assert assumed("improved, 4000 cosine", channel_mult="1,2")["rescale_timesteps"] is False
     of_guided = assumed("guided, old order")
     assert of_guided["rescale_timesteps"] is False
     assert of_guided["num_head_channels"] == -1
@@ -304,6 +304,22 @@ def test_what_shapes_do_not_tell_is_another_network(
 ) -> None:
     imported = read(tmp_path, weights(golden, name), told(name, **flags))
     assert relative_rms(prediction(imported, CASES[name]), golden[f"{name} prediction"]) > 1e-3
+
+
+OF_HEADS = ("num_heads", "num_head_channels", "use_new_attention_order")  # that hang together
+
+
+def test_another_reading_of_one_flag_changes_nothing_else(golden: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("improved, 4000 cosine", "guided", "guided, half"):
+        flags = {"image_size": 8, "diffusion_steps": 4000}
+        imported = read(tmp_path, weights(golden, name), flags)
+        plain = {one.flag: one.value for one in imported.assumed}
+        for one in imported.assumed:
+            for value in one.others:
+                other = read(tmp_path, weights(golden, name), {**flags, one.flag: value})
+                found = {each.flag: each.value for each in other.assumed}
+                assert found == {flag: plain[flag] for flag in plain if flag in found}
+                assert plain.keys() - found.keys() <= {one.flag, *OF_HEADS}
 
 
 def test_heads_need_only_divide_what_attends(golden: dict[str, Any], tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ _SIZES: Final = {
     (1, 1, 2, 2, 4, 4): 256,
     (0.5, 1, 1, 2, 2, 4, 4): 512,
 }
-_OF_GUIDED: Final = ("num_head_channels", "resblock_updown", "use_new_attention_order", "channel_mult")
+# Flags that improved-diffusion has not. The order of q, k and v is none of these, so that another reading of it changes
+# nothing else.
+_OF_GUIDED: Final = ("num_head_channels", "resblock_updown", "channel_mult")
 _RGB: Final = 3  # channels of the images in their own scripts
 _MOST_TIMESTEPS: Final = 100_000
 
