@@ -13,11 +13,11 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from ddpm_deploy.embedding import SinusoidalEmbedding
-from ddpm_deploy.errors import ArtefactError, SettingError, first_line, plural
+from ddpm_deploy.errors import ArtefactError, SettingError, plural
 from ddpm_deploy.files import show
 from ddpm_deploy.importers.family import Names, Place, build_family
 from ddpm_deploy.importers.flags import OpenAIFlags
-from ddpm_deploy.importers.imported import Imported, Told
+from ddpm_deploy.importers.imported import Imported, Told, new_spec
 from ddpm_deploy.importers.weights import Weights
 from ddpm_deploy.schedule import BetaSchedule, CosineBetas, LinearBetas
 from ddpm_deploy.spacings import spaced
@@ -84,22 +84,18 @@ def _spec(
     prediction: Prediction = "x0" if told.get("predict_xstart", False, True) else "epsilon"
     sampling = _sampling(told.flags, timesteps)
     dim = _shape(weights, "time_embed.0.weight", 2)[1]
-    try:
-        spec = ModelSpec(
-            image_shape=(channels, *size),
-            timesteps=timesteps,
-            schedule=schedule,
-            prediction=prediction,
-            variance=variance,
-            clip=told.flags.clip_denoised is not False,
-            sampling=sampling,
-            embedding=SinusoidalEmbedding(dim, "half", "cos-sin", 1000 / timesteps if rescaled else 1.0),
-            network=config,
-            num_classes=classes,
-        )
-    except ValueError as error:
-        raise ArtefactError(f"{weights.name} makes no network: {first_line(error)}") from error
-    return ModelSpec.from_json(spec.to_json(), weights.name)  # its numbers are within bounds
+    return new_spec(
+        image_shape=(channels, *size),
+        timesteps=timesteps,
+        schedule=schedule,
+        prediction=prediction,
+        variance=variance,
+        clip=told.flags.clip_denoised is not False,
+        sampling=sampling,
+        embedding=SinusoidalEmbedding(dim, "half", "cos-sin", 1000 / timesteps if rescaled else 1.0),
+        network=config,
+        num_classes=classes,
+    )
 
 
 def _refuse_relatives(weights: Weights, flags: OpenAIFlags) -> None:
