@@ -57,4 +57,10 @@ TOLERANCES: Final = {
     "lucidrains_chain": Tolerance(1e-6, 5.3e-7, "whole chains of both its samplers, relative RMS"),
     "lucidrains_network": Tolerance(1e-5, 0.0, "its own module with its weights, relative RMS"),
     "lucidrains_onnx": Tolerance(5e-6, 5.3e-7, "whole chains of a trained one in ONNX Runtime, relative RMS"),
+    "ho_prediction": Tolerance(
+        1e-5, 2.8e-6, "relative RMS at each t, of networks in pesser's, ermongroup's and w86763777's code"
+    ),
+    "ho_chain": Tolerance(
+        6e-5, 2.4e-5, "relative RMS of whole chains of their own samplers, T = 50, float32"
+    ),
 }

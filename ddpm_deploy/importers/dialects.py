@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol
 
 from ddpm_deploy.errors import ArtefactError
 from ddpm_deploy.files import show
-from ddpm_deploy.importers import lucidrains, monai, openai
+from ddpm_deploy.importers import ho, lucidrains, monai, openai
 from ddpm_deploy.importers.flags import FLAGS, parse
 from ddpm_deploy.importers.imported import Imported, Told, with_provenance
 from ddpm_deploy.importers.weights import Weights, read_weights
@@ -28,7 +28,7 @@ class Dialect(Protocol):
         """The network and the spec of such weights; its provenance is added later."""
 
 
-DIALECTS: Final[tuple[Dialect, ...]] = (openai, monai, lucidrains)
+DIALECTS: Final[tuple[Dialect, ...]] = (openai, ho, monai, lucidrains)
 
 
 def import_checkpoint(path: Path, flags: Mapping[str, Any], key: str | None = None) -> Imported:
@@ -39,7 +39,7 @@ def import_checkpoint(path: Path, flags: Mapping[str, Any], key: str | None = No
 
     Raises ArtefactError where it is of no dialect that is known, or is not whole; SettingError where a flag is needed.
     """
-    weights = read_weights(path, key)
+    weights = read_weights(path, key, lambda names: any(one.recognises(names) for one in DIALECTS))
     dialect = next((one for one in DIALECTS if one.recognises(weights.state)), None)
     if dialect is None:
         raise ArtefactError(
@@ -47,9 +47,13 @@ def import_checkpoint(path: Path, flags: Mapping[str, Any], key: str | None = No
             "function that makes the network, as in ddpm-export my_package.models:build --weights FILE --spec FILE"
         )
     require_finite(weights.state, path)
-    imported = dialect.read(weights, Told(parse(FLAGS[dialect.NAME], flags, dialect.NAME)))
-    spec = with_provenance(imported.network, imported.spec, imported.dialect)
-    return Imported(imported.network, spec, imported.dialect, imported.recognised, imported.assumed)
+    told = Told(parse(FLAGS[dialect.NAME], flags, dialect.NAME))
+    imported = dialect.read(weights, told)
+    spec = with_provenance(
+        imported.network, imported.spec, imported.dialect, weights.step, averaged=weights.averaged
+    )
+    recognised = (*weights.described(), *imported.recognised)
+    return Imported(imported.network, spec, imported.dialect, recognised, imported.assumed)
 
 
 def _some(weights: Weights) -> str:

@@ -85,13 +85,22 @@ class DiffusersFlags(Flags, frozen=True, kw_only=True):
 
 
 class HoFlags(Flags, frozen=True, kw_only=True):
-    """Of Ho's network in the code of pesser (pytorch_diffusion), ermongroup (ddim) and w86763777 (pytorch-ddpm)."""
+    """Of Ho's network in the code of pesser (pytorch_diffusion), ermongroup (ddim) and w86763777 (pytorch-ddpm).
+
+    By the names in ddim's configurations and command line; of pytorch-ddpm, beta_1, beta_T, T and img_size are
+    beta_start, beta_end, num_diffusion_timesteps and image_size here, and mean_type is its own.
+    """
 
     beta_schedule: str | None = None
     beta_start: float | None = None
     beta_end: float | None = None
     num_diffusion_timesteps: int | None = None
     var_type: str | None = None
+    mean_type: str | None = None
+    sample_type: str | None = None
+    skip_type: str | None = None
+    timesteps: int | None = None
+    eta: float | None = None
 
 
 class LucidrainsFlags(Flags, frozen=True, kw_only=True):

@@ -96,12 +96,17 @@ def new_spec(**fields: Any) -> ModelSpec:
         raise SettingError(f"what was told of the model makes none: {first_line(error)}") from error
 
 
-def with_provenance(network: nn.Module, spec: ModelSpec, source: str, step: int = 0) -> ModelSpec:
-    """The spec with the digest of the network's weights, and whose code they come from."""
+def with_provenance(
+    network: nn.Module, spec: ModelSpec, source: str, step: int = 0, averaged: bool = False
+) -> ModelSpec:
+    """The spec with the digest of the network's weights, and whose code they come from.
+
+    step: of their training. averaged: whether they are an average over it.
+    """
     state: StateDict = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     provenance = Provenance(
         digest=digest(state),
-        weights="raw",
+        weights="ema" if averaged else "raw",
         step=step,
         source=source,
         ddpm_deploy=__version__,

@@ -118,9 +118,9 @@ def without_wrapper(state: StateDict) -> StateDict:
     """The weights by their names in the network, also where something was around it."""
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError("its weights are not tensors by name")
-    for wrapper in _WRAPPERS:
+    for wrapper in _WRAPPERS * 2:  # one may be around the other, either way
         if state and all(name.startswith(wrapper) for name in state):
-            return without_wrapper({name.removeprefix(wrapper): tensor for name, tensor in state.items()})
+            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
     return state
 
 
