@@ -160,7 +160,7 @@ def test_the_average_is_taken_and_key_takes_the_other(pretended: list[Any], tmp_
     content = checkpoint(unet(), buffers())
     imported = imported_from(tmp_path, content)
     assert torch.equal(pretended[0]["state"]["init_conv.bias"], unet()["init_conv.bias"])
-    assert imported.recognised[0] == "of version 2.3.4"
+    assert "of version 2.3.4" in imported.recognised
     content["model"] |= buffers()  # which its Trainer changes in neither
     imported_from(tmp_path, content, key="model")
     assert torch.equal(pretended[1]["state"]["init_conv.bias"], unet()["init_conv.bias"] + 1)
