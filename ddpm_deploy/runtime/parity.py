@@ -186,7 +186,9 @@ def judge(trajectory: Trajectory, candidate: Network, progress: Progress = no_pr
             progress(1)
         images = chain.images(np.arange(trajectory.count))
     lo, hi = spec.value_range
-    near = psnr(images, trajectory.images, hi - lo)
+    # Without clipping, a chain may end far outside the range of the images that the network was trained on.
+    peak = max(hi - lo, float(np.ptp(trajectory.images)))
+    near = psnr(images, trajectory.images, peak)
     return Comparison(errors, near, tolerance(spec, candidate.spec), spec.timesteps)
 
 

@@ -22,7 +22,8 @@ def read_and_tell(
     if check_images:
 
         def read(told: Mapping[str, Any]) -> Imported:
-            return import_checkpoint(path, {**flags, **told}, key)
+            as_assumed = {one.flag: one.value for one in imported.assumed}  # so that one thing changes
+            return import_checkpoint(path, {**as_assumed, **flags, **told}, key)
 
         _require_best(compare(imported, read, str(check_images), stages=stage), check_images)
     return imported
