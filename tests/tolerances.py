@@ -57,4 +57,9 @@ TOLERANCES: Final = {
     "lucidrains_chain": Tolerance(1e-6, 5.3e-7, "whole chains of both its samplers, relative RMS"),
     "lucidrains_network": Tolerance(1e-5, 0.0, "its own module with its weights, relative RMS"),
     "lucidrains_onnx": Tolerance(5e-6, 5.3e-7, "whole chains of a trained one in ONNX Runtime, relative RMS"),
+    "own_module": Tolerance(
+        1e-4,
+        0.0,
+        "whole chains of users' own networks, against their loop in float64 around the original network",
+    ),
 }
