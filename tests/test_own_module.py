@@ -341,9 +341,7 @@ def test_the_chain_of_its_onnx_is_that_of_its_own_loop(name: str, tmp_path: Path
     wanted = ancestral(case, network)
     assert np.abs(wanted).max() > 0.5
     tolerance = TOLERANCES["own_module"].limit * (1 if case.clip else np.abs(wanted).max())
-    print("MEASURED", name, np.abs(images - wanted).max(), np.abs(wanted).max())
     assert np.abs(images - wanted).max() < tolerance
-    assert "1 chain" in said or "checked" in said
     assert "within tolerance" in run("verify", "ckpt.onnx").output
     assert "timestep" in run("inspect", "ckpt.onnx").output or name == "embedded"
     run("run", "ckpt.onnx", "--count", "2", "-o", "images.png")
@@ -572,7 +570,7 @@ def test_a_transformer_has_nothing_for_half_precision(tmp_path: Path) -> None:
         def forward(self, x: Any, t: Any) -> Any:
             return self.net(x.flatten(1)).view(-1, 1, 8, 8) + t[:, None, None, None] / T
 
-    with pytest.raises(ParityError, match="it has no convolutions: export it in fp32"):
+    with pytest.raises(ParityError, match="it has no convolutions; export it in fp32, or in tf32"):
         export_onnx(Dense(), plain_spec(), tmp_path / "m.onnx", precision="fp16")
     assert export_onnx(Dense(), plain_spec(), tmp_path / "m.onnx").comparison.within
 

@@ -1,13 +1,14 @@
 """A network in torch → an ONNX file with its ModelSpec, that has been checked before it gets its name."""
 
 import copy
+import io
 import json
 import logging
 import math
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +36,12 @@ from ddpm_deploy.words import GraphPrecision
 
 _TOO_LARGE: Final = "the network is over 2 GiB, more than one ONNX file holds"
 _CHECKED_BATCHES: Final = (1, 3)
+_EXPORTERS_LOGS: Final = (
+    "torch.onnx",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.export",
+    "torch._dynamo",
+)
 _PRODUCTS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LARGEST_FILE: Final = 2**31 - 2**13  # what one protobuf holds, but for the spec and the seal
 
@@ -242,23 +249,24 @@ def _explained() -> Iterator[None]:
         while cause.__cause__ or cause.__context__:
             cause = cause.__cause__ or cause.__context__ or cause
         raise ArtefactError(
-            f"PyTorch's exporter cannot trace the network: {first_line(cause)}. What it computes must not hang on the "
-            "numbers of a tensor, as by an if, .item() or a loop, and all its operators must be those of ONNX"
+            f"PyTorch's exporter cannot trace the network: {first_line(cause).rstrip('.')}. What it computes must not "
+            "hang on the numbers of a tensor (if, .item(), loops), and all its operators must be those of ONNX"
         ) from error
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence what torch's exporter says of its own internals."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Silence what torch's exporter says of its own internals; where it fails it prints whole programs as well."""
+    logs = {logging.getLogger(name): logging.getLogger(name).level for name in _EXPORTERS_LOGS}
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in logs.items():
+            log.setLevel(level)
 
 
 def _require_parity(
