@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ArtefactError, BackendError, ParityError, first_line
@@ -24,6 +25,7 @@ from ddpm_deploy.export.bits import same_bits
 from ddpm_deploy.export.own import OwnNetwork, adapt, own_name
 from ddpm_deploy.export.precision import TYPES, Calibration, calibrate, convolutions, reduce, widened
 from ddpm_deploy.files import atomic_together, require_output, show
+from ddpm_deploy.importers.module import unwrapped
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.onnx_file import entry, seal
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
@@ -98,6 +100,8 @@ def export_onnx(
     require("onnxscript", "export")
     require_output(path)
     require_output(proof_path(path))
+    if spec.network is None:
+        network = unwrapped(network)
     _require_one_file(network, precision)
     if spec.network is None:
         network, spec = adapt(_copied(network), spec)
@@ -113,7 +117,7 @@ def export_onnx(
         raise ArtefactError(_TOO_LARGE)
     with atomic_together(path, proof_path(path)) as (temporary, proof_file):
         write_proof(proof, proof_file)
-        onnx.checker.check_model(model, full_check=True)
+        _require_valid(model)
         onnx.save(model, temporary)
         del model, reduced
         comparison = _require_parity(network, proof, spec, temporary, path, stages)
@@ -121,6 +125,17 @@ def export_onnx(
         bits = None if precision == "bf16" else same_bits(open_model(temporary, spec), stages=stages)
         describe(temporary, msgspec.structs.replace(spec, same_bits=bits))
     return Export(comparison, calibration and _by_own_names(calibration), bits)
+
+
+def _require_valid(model: Any) -> None:
+    """Raise ArtefactError where the ONNX checker does not take what torch's exporter made."""
+    try:
+        require("onnx", "export").checker.check_model(model, full_check=True)
+    except Exception as error:
+        raise ArtefactError(
+            f"the network exports to no valid ONNX: {first_line(error)}; where its forward() uses torch.autocast, take "
+            "that out, as --precision chooses the precision"
+        ) from error
 
 
 def _copied(network: nn.Module) -> nn.Module:
@@ -144,7 +159,9 @@ def _by_own_names(found: Calibration) -> Calibration:
 
 
 def _require_one_file(network: nn.Module, precision: GraphPrecision) -> None:
-    """Raise ArtefactError where the weights alone are more than one file holds, before long work."""
+    """Raise ArtefactError where the weights alone are more than one file holds, before long work, or are not there."""
+    if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
+        raise ArtefactError("the network has lazy layers without weights: load these first")
     reduced = {id(p) for name in convolutions(network) for p in network.get_submodule(name).parameters()}
     size = dict.fromkeys(TYPES, 0)
     for tensor in (*network.parameters(), *network.buffers()):

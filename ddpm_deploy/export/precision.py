@@ -142,8 +142,8 @@ def calibrate(
     for _ in range(_ATTEMPTS):
         if not all_of_them:
             raise ParityError(
-                f"nothing of this network fits {precision}: it has no convolutions; export it in fp32, or in tf32 for an "
-                "engine (--precision)"
+                f"nothing of this network fits {precision}: it has no convolutions; export it in fp32, or in tf32 for "
+                "an engine (--precision)"
             )
         if islands.keys() >= set(all_of_them):
             raise ParityError(

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 import msgspec
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ddpm_deploy.embedding import Embedding
 from ddpm_deploy.errors import ArtefactError, SettingError, first_line
@@ -76,15 +78,21 @@ def make_network(factory: str) -> nn.Module:
         raise ArtefactError(
             f"{factory} gives a {type(network).__name__}, and a torch.nn.Module is needed: return the network itself"
         )
-    while inner := _wrapped(network):
-        network = inner
-    return network.cpu().float()
+    return unwrapped(network).cpu().float()
 
 
-def _wrapped(network: nn.Module) -> nn.Module | None:
-    """What torch.nn.DataParallel and torch.compile were put around."""
-    inner = network.module if isinstance(network, nn.DataParallel) else getattr(network, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else None
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network itself, without DataParallel or torch.compile around it.
+
+    Raises ArtefactError where it was compiled by TorchScript, which no copy, cast or export goes through.
+    """
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ArtefactError(
+            "the network was compiled by TorchScript: give the module that it was compiled from"
+        )
+    parallel = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    inner = network.module if parallel else getattr(network, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else network
 
 
 def _find(factory: str) -> Any:
@@ -159,7 +167,7 @@ def _put(weights: Weights, path: Path, network: nn.Module, factory: str) -> None
             f"that {factory} makes: {', '.join(said)}{others}"
         )
     for name, tensor in wanted.items():
-        if state[name].shape != getattr(tensor, "shape", None):
+        if not is_lazy(tensor) and state[name].shape != tensor.shape:
             raise ArtefactError(
                 f"{weights.name}: {show(name)} is {tuple(state[name].shape)}, and {tuple(tensor.shape)} is needed by "
                 f"the network that {factory} makes{others}"
