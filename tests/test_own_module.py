@@ -618,9 +618,10 @@ def test_a_network_that_no_file_holds_is_refused_at_once(
         export_onnx(network, plain_spec(), tmp_path / "m.onnx")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript is
 def test_what_is_around_a_network_is_taken_off() -> None:
     network = Plain()
-    assert unwrapped(nn.DataParallel(torch.compile(network))) is network
+    assert unwrapped(nn.DataParallel(torch.compile(network, backend="eager"))) is network
     assert unwrapped(network) is network
     with pytest.raises(ArtefactError, match="TorchScript: give the module that it was compiled from"):
         unwrapped(torch.jit.trace(nn.Identity(), torch.zeros(1)))
