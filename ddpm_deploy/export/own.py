@@ -94,8 +94,8 @@ def adapt(network: nn.Module, spec: ModelSpec) -> tuple[OwnNetwork, ModelSpec]:
         raise ArtefactError(f"the network cannot be moved to the CPU: {_said(error)}") from error
     _require_plain(network)
     with torch.no_grad():
-        own = _in_form(network, spec)
-        _require_sound(own, spec)
+        own, once = _in_form(network, spec)
+        _require_sound(own, spec, once)
     if not spec.provenance.digest.strip("0"):
         source = spec.provenance.source or type(network).__name__
         spec = with_provenance(network, spec, source)
@@ -121,18 +121,19 @@ def _weights(network: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from network.named_buffers()
 
 
-def _in_form(network: nn.Module, spec: ModelSpec) -> OwnNetwork:
-    """The network with the first form of t that it takes and gives a prediction of the right shape for."""
+def _in_form(network: nn.Module, spec: ModelSpec) -> tuple[OwnNetwork, Tensor]:
+    """The network with the first form of t that it takes and gives a prediction of the right shape for, and that."""
     failed: ArtefactError | None = None
     for form in _forms(spec):
         own = OwnNetwork(network, form).eval()
         try:
-            _require_shape(_ask(own, spec), spec)
+            once = _ask(own, spec)
+            _require_shape(once, spec)
         except ArtefactError as error:
             # The first says most, but where it is that t was none it could take.
             failed = failed or error
         else:
-            return own
+            return own, once
     assert failed
     raise failed
 
@@ -200,21 +201,24 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _require_sound(own: OwnNetwork, spec: ModelSpec) -> None:
-    """Raise ArtefactError where the network is not a function of each row alone, or not of t and y."""
-    once = _ask(own, spec)
+def _require_sound(own: OwnNetwork, spec: ModelSpec, once: Tensor) -> None:
+    """Raise ArtefactError where the network is not a function of each row alone, or not of t and y.
+
+    once: its prediction for two rows.
+    """
     if not once.isfinite().all():
         raise ArtefactError("the network's prediction for noise is not finite: its weights are broken")
-    if (by := _difference(_ask(own, spec), once)) > _SAME_CALL:
+    alone = _ask(own, spec, seeds=(0,))
+    if (by := _difference(_ask(own, spec, seeds=(0,)), alone)) > _SAME_CALL:
         raise ArtefactError(
             f"two calls of the network on the same numbers differ by {by:.0e} of their RMS: something in it is random "
             "or remembers, as dropout by F.dropout without training=self.training"
         )
-    _require_rows(own, spec, once)
+    _require_rows(own, spec, once, alone)
     _require_dependence(own, spec)
 
 
-def _require_rows(own: OwnNetwork, spec: ModelSpec, once: Tensor) -> None:
+def _require_rows(own: OwnNetwork, spec: ModelSpec, once: Tensor, alone: Tensor) -> None:
     """Raise ArtefactError where an image hangs on what is beside it, or on whether anything is."""
     beside = _ask(own, spec, seeds=(0, 2), timesteps=(spec.timesteps // 2, spec.timesteps - 1))
     if (by := _difference(beside[:1], once[:1])) > _SAME_ROW:
@@ -222,7 +226,7 @@ def _require_rows(own: OwnNetwork, spec: ModelSpec, once: Tensor) -> None:
             f"the rows of a batch depend on one another: an image changes by {by:.0e} of its RMS with the image beside "
             "it, as by a batch norm that still trains or keeps no running statistics"
         )
-    if (by := _difference(_ask(own, spec, seeds=(0,)), once[:1])) > _SAME_ROW:
+    if (by := _difference(alone, once[:1])) > _SAME_ROW:
         raise ArtefactError(
             f"the network's prediction for an image alone and in a batch differs by {by:.0e} of its RMS: it must not "
             "depend on the batch"
