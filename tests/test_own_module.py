@@ -413,20 +413,6 @@ def test_a_function_in_the_current_folder(tmp_path: Path) -> None:
             np.testing.assert_allclose(got, network(x, torch.full((1, 1), 3.0)).numpy(), atol=1e-5)
 
 
-def test_in_python(tmp_path: Path) -> None:
-    """The module stays as it is: in half precision, and in training."""
-    case = CASES["tutorial"]
-    network = trained(case, "tutorial").half().train()
-    spec = ModelSpec(image_shape=(3, 8, 12), timesteps=T, embedding=TimestepItself())
-    export = export_onnx(network, spec, tmp_path / "m.onnx")
-    assert export.comparison.within
-    assert network.training
-    assert network.last.weight.dtype == torch.float16
-    with Sampler.load(tmp_path / "m.onnx") as sampler:
-        assert sampler.spec.provenance.digest.strip("0")
-        assert sampler.spec.provenance.source == "Tutorial"
-
-
 # What is refused. Each is a factory, and what is said of it; the weights are its own.
 
 
@@ -556,6 +542,17 @@ SPOILT: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 
 def plain_spec(**told: Any) -> ModelSpec:
     return ModelSpec(**{"image_shape": (1, 8, 8), "timesteps": T, "embedding": TimestepItself()} | told)
+
+
+def test_in_python(tmp_path: Path) -> None:
+    """The module stays as it is: in half precision, and in training."""
+    network = Plain().half().train()
+    assert export_onnx(network, plain_spec(), tmp_path / "m.onnx").comparison.within
+    assert network.training
+    assert network.conv.weight.dtype == torch.float16
+    with Sampler.load(tmp_path / "m.onnx") as sampler:
+        assert sampler.spec.provenance.digest.strip("0")
+        assert sampler.spec.provenance.source == "Plain"
 
 
 @pytest.mark.parametrize("what", SPOILT)
