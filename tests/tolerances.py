@@ -63,4 +63,9 @@ TOLERANCES: Final = {
     "ho_chain": Tolerance(
         6e-5, 2.4e-5, "relative RMS of whole chains of their own samplers, T = 50, float32"
     ),
+    "own_module": Tolerance(
+        1e-4,
+        6.2e-6,
+        "whole chains of users' own networks, against their loop in float64 around the original network",
+    ),
 }

@@ -1,13 +1,15 @@
 """A network in torch → an ONNX file with its ModelSpec, that has been checked before it gets its name."""
 
+import copy
+import io
 import json
 import logging
 import math
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,12 +17,15 @@ import msgspec
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import ArtefactError, BackendError, ParityError
+from ddpm_deploy.errors import ArtefactError, BackendError, ParityError, first_line
 from ddpm_deploy.export.bits import same_bits
-from ddpm_deploy.export.precision import Calibration, calibrate, reduce, widened
+from ddpm_deploy.export.own import OwnNetwork, adapt, own_name
+from ddpm_deploy.export.precision import TYPES, Calibration, calibrate, convolutions, reduce, widened
 from ddpm_deploy.files import atomic_together, require_output, show
+from ddpm_deploy.importers.module import unwrapped
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.onnx_file import entry, seal
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
@@ -31,8 +36,21 @@ from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.words import GraphPrecision
 
+_TOO_LARGE: Final = "the network is over 2 GiB, more than one ONNX file holds"
 _CHECKED_BATCHES: Final = (1, 3)
+_EXPORTERS_LOGS: Final = (
+    "torch.onnx",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.export",
+    "torch._dynamo",
+)
+_PRODUCTS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LARGEST_FILE: Final = 2**31 - 2**13  # what one protobuf holds, but for the spec and the seal
+
+_FIXED_BATCH: Final = (
+    "the network exports for one batch size only: take the batch from x.shape[0], and use that in no range(), list or "
+    "int()"
+)
 
 # How long a chain the reference runs is decided by its size, not by a clock, so that the same network gives
 # the same file and the same proof everywhere.
@@ -67,19 +85,26 @@ def export_onnx(
     """Write `network` as an ONNX file: x (B, C, H, W), temb (B, D) → prediction, float32, B dynamic;
     a class-conditional one with y (B,) int64.
 
+    network: ours, of the spec's configuration; or where spec.network is None any torch.nn.Module with forward(x, t) or
+        forward(x, temb), and y where the spec has classes: the module itself stays as it is.
     precision: of the network's insides; below fp32, `precision.calibrate` decides what stays in float32.
     every: calibrate at every timestep, where a large network would be at some of them. stages: shows how
         far it is.
 
     The file gets its name, and its proof beside it, once it has passed the ONNX checker and agrees with
     the network in ONNX Runtime; its spec says whether bits hold there (`bits.same_bits`). Raises
-    ParityError where it does not agree, ArtefactError where the network is too large for one file,
-    OutputError where a file cannot be written.
+    ParityError where it does not agree, ArtefactError where the network is too large for one file, is not as the spec
+    says or cannot be traced, OutputError where a file cannot be written.
     """
     onnx = require("onnx", "export")
     require("onnxscript", "export")
     require_output(path)
     require_output(proof_path(path))
+    if spec.network is None:
+        network = unwrapped(network)
+    _require_one_file(network, precision)
+    if spec.network is None:
+        network, spec = adapt(_copied(network), spec)
     trajectory = _record(network.eval(), spec, precision != "fp32", every, stages)
     calibration, reduced = None, network
     if precision != "fp32":
@@ -89,23 +114,67 @@ def export_onnx(
     proof = as_proof(trajectory)
     model = trace(reduced, spec)
     if model.ByteSize() > _LARGEST_FILE:
-        raise ArtefactError("the network is over 2 GiB, more than one ONNX file holds: try --fp16")
+        raise ArtefactError(_TOO_LARGE)
     with atomic_together(path, proof_path(path)) as (temporary, proof_file):
         write_proof(proof, proof_file)
-        onnx.checker.check_model(model, full_check=True)
+        _require_valid(model)
         onnx.save(model, temporary)
         del model, reduced
         comparison = _require_parity(network, proof, spec, temporary, path, stages)
         # Nobody runs bfloat16 on a CPU.
         bits = None if precision == "bf16" else same_bits(open_model(temporary, spec), stages=stages)
         describe(temporary, msgspec.structs.replace(spec, same_bits=bits))
-    return Export(comparison, calibration, bits)
+    return Export(comparison, calibration and _by_own_names(calibration), bits)
+
+
+def _require_valid(model: Any) -> None:
+    """Raise ArtefactError where the ONNX checker does not take what torch's exporter made."""
+    try:
+        require("onnx", "export").checker.check_model(model, full_check=True)
+    except Exception as error:
+        raise ArtefactError(
+            f"the network exports to no valid ONNX: {first_line(error)}; where its forward() uses torch.autocast, take "
+            "that out, as --precision chooses the precision"
+        ) from error
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    """A copy, to be moved and cast: the caller's own may be in use."""
+    if isinstance(network, OwnNetwork):  # nothing is done to one that was adapted already
+        return network
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:
+        raise ArtefactError(
+            f"the network cannot be copied ({first_line(error)}): take weight_norm and the like off first"
+        ) from error
+
+
+def _by_own_names(found: Calibration) -> Calibration:
+    """What was decided, by the names in the network itself."""
+    islands = {own_name(name): reason for name, reason in found.islands.items()}
+    return replace(
+        found, islands=islands, ranges={own_name(name): seen for name, seen in found.ranges.items()}
+    )
+
+
+def _require_one_file(network: nn.Module, precision: GraphPrecision) -> None:
+    """Raise ArtefactError where the weights alone are more than one file holds, before long work, or are not there."""
+    if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
+        raise ArtefactError("the network has lazy layers without weights: load these first")
+    reduced = {id(p) for name in convolutions(network) for p in network.get_submodule(name).parameters()}
+    size = dict.fromkeys(TYPES, 0)
+    for tensor in (*network.parameters(), *network.buffers()):
+        for kind in size:
+            size[kind] += tensor.numel() * (TYPES[kind].itemsize if id(tensor) in reduced else 4)
+    if size[precision] > _LARGEST_FILE:
+        raise ArtefactError(_TOO_LARGE + (": try --fp16" if size["fp16"] <= _LARGEST_FILE else ""))
 
 
 def _record(network: nn.Module, spec: ModelSpec, calibrates: bool, every: bool, stages: Stages) -> Trajectory:
     """Whole chains of the float32 network: what the file is checked by, and a reduced precision calibrated on."""
     image_steps = int(
-        _WORK / (sum(p.numel() for p in network.parameters()) * math.prod(spec.image_shape[1:]))
+        _WORK / (max(1, sum(p.numel() for p in network.parameters())) * math.prod(spec.image_shape[1:]))
     )
     count = _MOST_IMAGES if image_steps >= _MOST_IMAGES * _FEWEST_STEPS else 1
     steps = min(spec.timesteps, max(_FEWEST_STEPS, image_steps // count))
@@ -142,7 +211,7 @@ def _float32_products(model: Any) -> list[str]:
     graph, wide = model.graph, require("onnx", "export").TensorProto.FLOAT
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     types |= {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
-    products = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    products = [node for node in graph.node if node.op_type in _PRODUCTS]
     return [node.name for node in products if types[node.input[0]] == wide]
 
 
@@ -157,7 +226,7 @@ def trace(network: nn.Module, spec: ModelSpec) -> Any:
         tensor.name: torch.zeros(2, *tensor.shape, dtype=getattr(torch, tensor.dtype))
         for tensor in spec.inputs
     }
-    with _quiet_exporter():
+    with _quiet_exporter(), _explained():
         program = torch.onnx.export(
             network,
             tuple(example.values()),
@@ -171,14 +240,16 @@ def trace(network: nn.Module, spec: ModelSpec) -> Any:
         )
     assert program is not None
     model = program.model_proto
+    if any(tensor.type.tensor_type.shape.dim[0].dim_value for tensor in model.graph.input):
+        raise ArtefactError(_FIXED_BATCH)
     # Stack traces of each node hold the paths of this machine, and are most of a small file.
     for holder in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         del holder.metadata_props[:]
     for node in model.graph.node:
         node.doc_string = ""
         weights = [name for name in node.input if name.endswith(".weight")]
-        if node.op_type in ("Conv", "Gemm") and weights:
-            node.name = weights[0].removesuffix(".weight")
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm") and weights:
+            node.name = own_name(weights[0]).removesuffix(".weight")
     model.graph.name = "ddpm-deploy"
     if spec.precision != "fp32":
         model.metadata_props.add(key=ISLANDS_KEY, value=json.dumps(_float32_products(model)))
@@ -186,17 +257,33 @@ def trace(network: nn.Module, spec: ModelSpec) -> Any:
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Silence what torch's exporter says of its own internals."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+def _explained() -> Iterator[None]:
+    """Say in one line what torch's exporter cannot do with a network."""
     try:
-        with warnings.catch_warnings():
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__ or cause
+        raise ArtefactError(
+            f"PyTorch's exporter cannot trace the network: {first_line(cause).rstrip('.')}. What it computes must not "
+            "hang on the numbers of a tensor (if, .item(), loops), and all its operators must be those of ONNX"
+        ) from error
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence what torch's exporter says of its own internals; where it fails it prints whole programs as well."""
+    logs = {logging.getLogger(name): logging.getLogger(name).level for name in _EXPORTERS_LOGS}
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in logs.items():
+            log.setLevel(level)
 
 
 def _require_parity(
@@ -206,10 +293,13 @@ def _require_parity(
     largest = max(*_CHECKED_BATCHES, proof.count)
     with _runnable(temporary, spec) as model:
         candidate = OrtNetwork(open_model(model, spec), max_batch=largest)
+        reference = TorchNetwork(network, proof.spec, max_batch=largest)
+        try:
+            checks = {batch: spot_check(reference, candidate, batch) for batch in _CHECKED_BATCHES}
+        except BackendError as error:
+            raise ArtefactError(f"{_FIXED_BATCH} ({first_line(error)})") from error
         with stages("checking in ONNX Runtime", len(proof.timesteps) + proof.steps) as progress:
             comparison = judge(proof, candidate, progress)
-        reference = TorchNetwork(network, proof.spec, max_batch=largest)
-        checks = {batch: spot_check(reference, candidate, batch) for batch in _CHECKED_BATCHES}
         candidate.close()
     refused = f"{show(path)} was not written: the exported network differs from PyTorch"
     for batch, check in checks.items():

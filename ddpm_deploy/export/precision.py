@@ -38,7 +38,14 @@ TYPES: Final[dict[GraphPrecision, torch.dtype]] = {
 }
 
 _ATEN: Final = torch.ops.aten
-_CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS: Final = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 _HEADROOM: Final = 4.0  # how many times a value may yet grow on other images before it overflows
 _ROUNDING: Final = 4.0  # times the type's own epsilon: more means values too small for it
 _ATTEMPTS: Final = 8
@@ -86,11 +93,20 @@ def standing_islands(network: nn.Module) -> dict[str, str]:
     return {inside: reason for name, reason in said.items() for inside in _inside(name, network)}
 
 
+def convolutions(network: nn.Module) -> list[str]:
+    """The names of all convolutions, which alone may work in a reduced precision."""
+    return _inside("", network)
+
+
 def reduce(network: nn.Module, precision: GraphPrecision, islands: Iterable[str]) -> nn.Module:
     """A copy of the network whose convolutions, but for `islands`, work in the given precision."""
     reduced = copy.deepcopy(network)
     for name in set(_inside("", reduced)).difference(islands):
-        module = reduced.get_submodule(name).to(TYPES[precision])
+        module = reduced.get_submodule(name)
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            # Its own, as an island may share it.
+            setattr(module, own, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+        module.to(TYPES[precision])
         if not getattr(module, "takes_any_type", False):
             # Its class changes, and not the module: the names of the weights and of what was seen stay.
             kind = type(module)
@@ -106,9 +122,9 @@ class _Reduced(nn.Module):
 
     weight: Tensor
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As the convolution."""
-        result: Tensor = super().forward(input.to(self.weight.dtype)).to(input.dtype)
+    def forward(self, input: Tensor, *size: Any) -> Tensor:
+        """As the convolution; size: of what a transposed one gives."""
+        result: Tensor = super().forward(input.to(self.weight.dtype), *size).to(input.dtype)
         return result
 
 
@@ -121,12 +137,19 @@ def calibrate(
 
     Raises ParityError where no choice of them brings the oracle within tolerance, or all would have to stay.
     """
-    islands, convolutions = standing_islands(network), _inside("", network)
+    islands, all_of_them = standing_islands(network), convolutions(network)
     largest = max(trajectory.count, default_max_batch(trajectory.spec))
     for _ in range(_ATTEMPTS):
-        if islands.keys() >= set(convolutions):
-            why = "all its convolutions must stay in float32" if convolutions else "it has no convolutions"
-            raise ParityError(f"nothing of this network fits {precision}: {why}; {_instead(precision)}")
+        if not all_of_them:
+            raise ParityError(
+                f"nothing of this network fits {precision}: it has no convolutions; export it in fp32, or in tf32 for "
+                "an engine (--precision)"
+            )
+        if islands.keys() >= set(all_of_them):
+            raise ParityError(
+                f"nothing of this network fits {precision}: all its convolutions must stay in float32; "
+                f"{_instead(precision)}"
+            )
         oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=largest)
         with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
             steps = teacher_forced(trajectory, oracle, progress)
@@ -139,7 +162,7 @@ def calibrate(
                     f"hardware that rounds to {precision} would be off by {most.relative_rms:.1e} of the prediction's "
                     f"RMS at t = {most.timestep}, and {most.limit:.0e} is allowed: {_instead(precision)}"
                 )
-            return Calibration(precision, islands, len(convolutions), ranges, steps)
+            return Calibration(precision, islands, len(all_of_them), ranges, steps)
         if found.keys() <= islands.keys():
             break
         islands = found | islands

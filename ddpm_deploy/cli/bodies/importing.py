@@ -7,10 +7,12 @@ from typing import Any
 from ddpm_deploy.cli.bodies.progress import stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import SettingError, plural
+from ddpm_deploy.export.own import FORMS, adapt
 from ddpm_deploy.files import show
 from ddpm_deploy.importers.check import Fit, compare
 from ddpm_deploy.importers.dialects import import_checkpoint
-from ddpm_deploy.importers.imported import Assumption, Imported
+from ddpm_deploy.importers.imported import Assumption, Imported, with_provenance
+from ddpm_deploy.importers.module import load_module, read_spec
 
 
 def read_and_tell(
@@ -48,7 +50,14 @@ def _require_best(fits: Sequence[Fit], images: Path) -> None:
 
 def build_and_tell(factory: str, weights: Path, spec: Path, key: str | None) -> Imported:
     """Make the user's own network, and say what was found of it."""
-    raise NotImplementedError
+    described = read_spec(spec)
+    # The source is in the spec, which has room for so much of it.
+    network = load_module(factory, weights, key)
+    own, described = adapt(network, with_provenance(network, described, factory[:200]))
+    given = "x, " + FORMS[own.form] + (", and y (B,) in int64" if described.num_classes else "")
+    imported = Imported(own, described, factory, (f"takes {given}",))
+    _tell(imported)
+    return imported
 
 
 def _tell(imported: Imported) -> None:
