@@ -45,6 +45,10 @@ TOLERANCES: Final = {
     "openai_chain": Tolerance(
         1e-5, 4.3e-6, "relative RMS of the images of their samplers on our noise, 7 to 50 steps"
     ),
+    "imported_prediction": Tolerance(1e-5, 1e-6, "relative RMS, an imported network's against its peer's own"),
+    "imported_ddpm": Tolerance(1e-3, 1e-3, "whole chains of an imported DDPMScheduler's settings"),
+    "imported_ddim": Tolerance(1e-3, 1e-3, "the same of a DDIMScheduler's"),
+    "imported_dpm": Tolerance(1e-3, 1e-3, "the same of a DPMSolverMultistepScheduler's"),
     "diffusers_network": Tolerance(
         1e-5, 1.9e-6, "our U-Net with the same weights, relative to the largest prediction"
     ),

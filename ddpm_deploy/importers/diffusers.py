@@ -230,7 +230,8 @@ Names_ = Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=16)]
 class _Network(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of UNet2DModel, with the defaults of its constructor."""
 
-    sample_size: Size | tuple[Size, Size] | None = None
+    # Without bounds, as msgspec 0.22 crashes on a bounded number or a pair; the ModelSpec has them.
+    sample_size: int | tuple[int, int] | None = None
     in_channels: Size = 3
     out_channels: Size = 3
     center_input_sample: bool = False
@@ -670,7 +671,7 @@ def _variance(read: _Read, told: Told[DiffusersFlags], learns: bool, configs: Co
     kind = read.fields.variance_type
     if kind is None and learns:
         kind = told.flags.variance_type or "learned_range"
-    elif kind is None and read.kind == "DDPM" and configs.scheduler is not None:
+    elif kind is None and (configs.scheduler or {}).get("_class_name") == "DDPMScheduler":
         kind = "fixed_small"  # the default of its constructor
     elif kind is None:
         kind = told.get("variance_type", "fixed_small", "fixed_large")
