@@ -15,11 +15,12 @@ import torch
 from torch.nn import functional as F
 
 from ddpm_deploy.errors import ArtefactError, DdpmDeployError, SettingError
+from ddpm_deploy.export.graph import trace
 from ddpm_deploy.importers.dialects import import_checkpoint
 from ddpm_deploy.importers.imported import Imported
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.sampler import Sampler
-from ddpm_deploy.spec import ChainSettings
+from ddpm_deploy.spec import ChainSettings, UNetConfig
 from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.train.noise import AddressedRandn
 from ddpm_deploy.train.unet import UNet
@@ -152,7 +153,11 @@ def test_a_network_that_was_trained(diffusers: Any, tmp_path: Path) -> None:
     unet, scheduler = diffusers.UNet2DModel(**SMALL), diffusers.DDPMScheduler()
     optimizer = torch.optim.Adam(unet.parameters(), 2e-3)
     for _ in range(4):
-        x0, noise, t = torch.randn(8, 3, 8, 8).clamp(-1, 1), torch.randn(8, 3, 8, 8), torch.randint(1000, (8,))
+        x0, noise, t = (
+            torch.randn(8, 3, 8, 8).clamp(-1, 1),
+            torch.randn(8, 3, 8, 8),
+            torch.randint(1000, (8,)),
+        )
         loss = F.mse_loss(unet(scheduler.add_noise(x0, noise, t), t).sample, noise)
         optimizer.zero_grad()
         loss.backward()
@@ -223,7 +228,10 @@ def test_half_precision_and_variants(diffusers: Any, tmp_path: Path) -> None:
     half = diffusers.UNet2DModel(**SMALL)
     half.load_state_dict(unet.state_dict())
     half.half().save_pretrained(folder, variant="fp16")
-    torch.save({name: tensor * 2 for name, tensor in unet.state_dict().items()}, folder / "diffusion_pytorch_model.bin")
+    torch.save(
+        {name: tensor * 2 for name, tensor in unet.state_dict().items()},
+        folder / "diffusion_pytorch_model.bin",
+    )
     imported = import_checkpoint(tmp_path, {})
     assert error(imported, unet) == whole
     assert any("other weights there: fp16 (--key takes one)" in line for line in imported.recognised)
@@ -231,7 +239,9 @@ def test_half_precision_and_variants(diffusers: Any, tmp_path: Path) -> None:
     chosen = import_checkpoint(tmp_path, {}, "fp16")
     rounded = half.float().eval()
     assert error(named, rounded) == error(chosen, rounded) <= LIMIT < error(chosen, unet)
-    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.non_ema.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").rename(
+        folder / "diffusion_pytorch_model.non_ema.safetensors"
+    )
     (folder / "diffusion_pytorch_model.bin").unlink()
     assert error(import_checkpoint(tmp_path, {}), unet) == whole
     with pytest.raises(SettingError, match=r"no weights of the variant --key fp32: it has fp16, non_ema"):
@@ -267,12 +277,20 @@ def test_the_networks_folder_alone(diffusers: Any, tmp_path: Path) -> None:
     scheduler = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     unet = saved(diffusers, tmp_path / "pipeline", SMALL, scheduler)
     inside = import_checkpoint(tmp_path / "pipeline" / "unet", {})
-    assert (inside.spec.prediction, inside.spec.sampling.solver, inside.spec.sampling.steps) == ("v", "ddim", 50)
+    assert (inside.spec.prediction, inside.spec.sampling.solver, inside.spec.sampling.steps) == (
+        "v",
+        "ddim",
+        50,
+    )
     shutil.copytree(tmp_path / "pipeline" / "unet", tmp_path / "unet")
     alone = import_checkpoint(tmp_path / "unet", {"prediction_type": "v_prediction", "beta_end": "0.01"})
     assert error(alone, unet) <= LIMIT
     assert alone.spec.prediction == "v"
-    assert msgspec.to_builtins(alone.spec.schedule) == {"kind": "linear", "beta_start": 1e-4, "beta_end": 0.01}
+    assert msgspec.to_builtins(alone.spec.schedule) == {
+        "kind": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.01,
+    }
     told = [assumption.flag for assumption in alone.assumed]
     assert told == ["num_train_timesteps", "beta_schedule", "clip_sample", "variance_type"]
 
@@ -282,7 +300,9 @@ def test_a_subclass_is_taken_by_its_fields(diffusers: Any, tmp_path: Path) -> No
     edit(tmp_path / "unet" / "config.json", {"_class_name": "MyUNet2DModel", "my_field": 3})
     imported = import_checkpoint(tmp_path, {})
     assert error(imported, unet) <= LIMIT
-    assert any("MyUNet2DModel is taken for a UNet2DModel by its fields" in line for line in imported.recognised)
+    assert any(
+        "MyUNet2DModel is taken for a UNet2DModel by its fields" in line for line in imported.recognised
+    )
     assert any("not known, and ignored: my_field" in line for line in imported.recognised)
 
 
@@ -335,7 +355,9 @@ def chains_differ(imported: Imported, scheduler: Any, settings: ChainSettings, *
                 out = np.concatenate([out, learned(theirs)], axis=1)
             if step.get("eta"):
                 step["variance_noise"] = torch.from_numpy(noise[number])
-            theirs = scheduler.step(torch.from_numpy(out), t, torch.from_numpy(theirs), **step).prev_sample.numpy()
+            theirs = scheduler.step(
+                torch.from_numpy(out), t, torch.from_numpy(theirs), **step
+            ).prev_sample.numpy()
     mine = run(table, spec.prediction, schedule, start, lambda number: noise[number], learned)
     return float(np.abs(mine - theirs).max())
 
@@ -355,7 +377,9 @@ def scheduled(folder: Path, scheduler: Any) -> Imported:
     """The import of a folder with another scheduler in it."""
     edit(folder / "model_index.json", {"_class_name": "DDPMPipeline"})
     scheduler.save_pretrained(folder / "scheduler")
-    return import_checkpoint(folder, {"variance_type": "fixed_small"} if "Solver" in str(type(scheduler)) else {})
+    return import_checkpoint(
+        folder, {"variance_type": "fixed_small"} if "Solver" in str(type(scheduler)) else {}
+    )
 
 
 CLIPS: list[dict[str, Any]] = [{"clip_sample": False}, {"clip_sample": True}, {"clip_sample_range": 0.5}]
@@ -364,9 +388,13 @@ CLIPS: list[dict[str, Any]] = [{"clip_sample": False}, {"clip_sample": True}, {"
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [None, 50, 8])
 def test_ddpm(diffusers: Any, folders: dict[int, Path], spacing: str, steps: int | None) -> None:
-    cases = itertools.product(CLIPS, ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"], [0, 1])
+    cases = itertools.product(
+        CLIPS, ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"], [0, 1]
+    )
     for number, (clip, variance, offset) in enumerate(cases):
-        if steps != 8 and number % 5 or not steps and offset:  # the long ones in turn; there an offset is past the end
+        if (steps != 8 and number % 5) or (
+            not steps and offset
+        ):  # the long ones in turn; there an offset is past the end
             continue
         prediction = list(PREDICTIONS)[number % 3]
         scheduler = diffusers.DDPMScheduler(
@@ -474,3 +502,181 @@ def test_a_whole_pipeline(diffusers: Any, tmp_path: Path) -> None:
     difference = np.abs(np.clip(ours.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1) - theirs).max()
     assert difference <= TOLERANCES["diffusers_pipeline"].limit
     assert theirs.std() > 0.1
+
+
+def test_the_graph_is_that_of_our_own_network(diffusers: Any, tmp_path: Path) -> None:
+    """A shrunk google/ddpm-cifar10-32 exports to the same nodes and names as a network of ours with its settings."""
+    config = CIFAR10 | {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    }
+    config |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1, "sample_size": 8}
+    saved(diffusers, tmp_path, config)
+    imported = import_checkpoint(tmp_path, {})
+    ours = UNetConfig(channels=32, widths=(32, 64), time_width=128, blocks=1, attention_levels=(1,))
+    own = UNet(ours, 3, 32, 3)
+    randomise(own, seed=1)  # the exporter leaves out a bias of zeros
+    graphs = []
+    for net in (imported.network, own):
+        graph = trace(net.eval(), imported.spec).graph
+        nodes = [(node.op_type, node.name, list(node.input), list(node.output)) for node in graph.node]
+        graphs.append((nodes, sorted((tensor.name, tuple(tensor.dims)) for tensor in graph.initializer)))
+    assert graphs[0] == graphs[1]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+NETWORK, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
+SOLVER = {"_class_name": "DPMSolverMultistepScheduler"}
+SKIP = ["SkipDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"]
+UNLIKE = ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "problem"),
+    [
+        (INDEX, {"vae": ["diffusers", "AutoencoderKL"]}, "works on latents, not on pixels (it has a vae)"),
+        (INDEX, {"vqvae": ["diffusers", "VQModel"]}, "works on latents"),
+        (INDEX, {"text_encoder": ["transformers", "CLIP"]}, "is conditioned on more (it has a text_encoder)"),
+        (NETWORK, {"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel, which is another network"),
+        (NETWORK, {"cross_attention_dim": 8}, "conditioned networks are not supported"),
+        (NETWORK, {"down_block_types": SKIP}, "SkipDownBlock2D is a block of another network"),
+        (NETWORK, {"down_block_types": SKIP[1:]}, "are not 3 each, as block_out_channels"),
+        (
+            NETWORK,
+            {"up_block_types": UNLIKE},
+            "the attention of DownBlock2D on the way down is not that of AttnUp",
+        ),
+        (
+            NETWORK,
+            {"downsample_type": "resnet"},
+            "the resampling of AttnDownBlock2D on the way down is not that",
+        ),
+        (NETWORK, {"downsample_type": "fir"}, "only conv and resnet"),
+        (NETWORK, {"downsample_padding": 2}, "downsample_padding 2"),
+        (NETWORK, {"time_embedding_type": "fourier"}, "time_embedding_type fourier"),
+        (NETWORK, {"time_embedding_type": "learned"}, "time_embedding_type learned"),
+        (NETWORK, {"class_embed_type": "identity"}, "class_embed_type identity"),
+        (NETWORK, {"freq_shift": 0.5}, "freq_shift 0.5"),
+        (NETWORK, {"center_input_sample": True}, "center_input_sample"),
+        (NETWORK, {"mid_block_type": None}, "mid_block_type None"),
+        (NETWORK, {"mid_block_scale_factor": 1.4}, "mid_block_scale_factor other than 1"),
+        (NETWORK, {"act_fn": "mish"}, "act_fn mish"),
+        (NETWORK, {"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift spatial"),
+        (NETWORK, {"in_channels": 6}, "in_channels 6 and out_channels 3"),
+        (
+            NETWORK,
+            {"out_channels": 6},
+            "variance_type fixed_small is not of a network with channels 3 in, 6 out",
+        ),
+        (NETWORK, {"block_out_channels": [16, 32, 64]}, "down_blocks.2.resnets.0.conv1.weight is"),
+        (NETWORK, {"layers_per_block": 2}, "up_blocks.1.resnets.1.norm1.weight is (48,), and (64,)"),
+        (NETWORK, {"add_attention": False}, "group_norm.bias is not of the network (and 9 more)"),
+        (NETWORK, {"num_class_embeds": 5}, "class_embedding.weight is missing"),
+        (NETWORK, {"num_class_embeds": 5, "class_embed_type": "timestep"}, "class_embedding.linear_1.weight"),
+        (NETWORK, {"attention_head_dim": 12}, "whole attention heads"),
+        (NETWORK, {"norm_num_groups": 5}, "cannot make 5 groups"),
+        (NETWORK, {"norm_num_groups": None}, "norm_num_groups"),
+        (NETWORK, {"norm_eps": float("nan")}, "norm_eps"),
+        (NETWORK, {"sample_size": 6}, "cannot be halved"),
+        (NETWORK, {"sample_size": 0}, "is not valid"),
+        (NETWORK, {"sample_size": [10**9, 8]}, "are larger than any"),
+        (NETWORK, {"sample_size": "8"}, "sample_size"),
+        (NETWORK, {"block_out_channels": [10**9] * 3}, "block_out_channels"),
+        (NETWORK, {"block_out_channels": [16] * 40}, "block_out_channels"),
+        (NETWORK, {"layers_per_block": 10**6}, "layers_per_block"),
+        (SCHEDULER, {"thresholding": True}, "thresholding: its clipping depends on the whole image"),
+        (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        (SCHEDULER, {"beta_schedule": "laplace"}, "beta_schedule laplace is not supported"),
+        (SCHEDULER, {"variance_type": "learned"}, "variance_type learned is not supported"),
+        (SCHEDULER, {"variance_type": "learned_range"}, "variance_type learned_range is not of a network"),
+        (
+            SCHEDULER,
+            {"prediction_type": "flow_prediction"},
+            "prediction_type flow_prediction is not supported",
+        ),
+        (SCHEDULER, {"timestep_spacing": "karras"}, "timestep_spacing karras is not supported"),
+        (SCHEDULER, {"beta_end": 2.0}, "beta_end"),
+        (SCHEDULER, {"num_train_timesteps": 10**7}, "num_train_timesteps"),
+        (SCHEDULER, {"trained_betas": [0.1, 0.2]}, "2 trained_betas are not of 1000 num_train_timesteps"),
+        (
+            SCHEDULER,
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "a FlowMatchEulerDiscreteScheduler, which",
+        ),
+        (SCHEDULER, SOLVER | {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        (SCHEDULER, SOLVER | {"use_lu_lambdas": True}, "use_lu_lambdas"),
+        (SCHEDULER, SOLVER | {"use_flow_sigmas": True}, "use_flow_sigmas"),
+        (SCHEDULER, SOLVER | {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        (SCHEDULER, SOLVER | {"solver_order": 3}, "solver_order 3"),
+        (SCHEDULER, SOLVER | {"solver_type": "heun"}, "solver_type heun"),
+        (SCHEDULER, SOLVER | {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type sde-dpmsolver++"),
+        (SCHEDULER, SOLVER | {"final_sigmas_type": "sigma_min"}, "final_sigmas_type sigma_min"),
+        (SCHEDULER, SOLVER | {"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
+    ],
+)
+def test_what_is_refused(
+    small: Path, tmp_path: Path, file: str, change: dict[str, Any], problem: str
+) -> None:
+    """By name, in one line."""
+    shutil.copytree(small, tmp_path / "it")
+    edit(tmp_path / "it" / file, change)
+    with pytest.raises(DdpmDeployError) as refused:
+        import_checkpoint(tmp_path / "it", {})
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.fixture(scope="session")
+def small(diffusers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    saved(diffusers, folder, SMALL)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[" * 100_000, "is not a whole JSON file"),
+        ("{", "is not a whole JSON file"),
+        ("[1]", "holds no names and values"),
+        ('{"sample_size": ' + "9" * 5000 + "}", "is not a whole JSON file"),
+        (" " * (1 << 20) + "{}", "is too large for a configuration"),
+        ('{"_class_name": ["UNet2DModel"], "sample_size": {}}', "sample_size"),
+        ("\ud800".encode("utf-8", "surrogatepass"), "is not a whole JSON file"),
+    ],
+)
+def test_configurations_that_are_none(small: Path, tmp_path: Path, text: str | bytes, problem: str) -> None:
+    shutil.copytree(small, tmp_path / "it")
+    for name in (NETWORK, SCHEDULER, INDEX) if "sample_size" not in str(text) else (NETWORK,):
+        before = (tmp_path / "it" / name).read_bytes()
+        (tmp_path / "it" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ArtefactError, match=problem):
+            import_checkpoint(tmp_path / "it", {})
+        (tmp_path / "it" / name).write_bytes(before)
+
+
+def test_folders_that_are_not_whole(small: Path, tmp_path: Path) -> None:
+    shutil.copy(small / INDEX, tmp_path)
+    with pytest.raises(ArtefactError, match=r"has no network: neither .*config\.json nor weights"):
+        import_checkpoint(tmp_path, {})
+    shutil.copytree(small / "unet", tmp_path / "unet")
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    with pytest.raises(ArtefactError, match="are split into several files"):
+        import_checkpoint(tmp_path, {})
+    next(tmp_path.glob("unet/*.safetensors")).unlink()
+    with pytest.raises(ArtefactError, match="has no weights: diffusion_pytorch_model"):
+        import_checkpoint(tmp_path, {})
+    shutil.copy(small / "unet" / weights.name, tmp_path / weights.name)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(ArtefactError, match=r"says nothing of itself: its config\.json is needed beside it"):
+        import_checkpoint(tmp_path / weights.name, {})
+    weights.write_bytes((small / "unet" / weights.name).read_bytes()[:-100])
+    with pytest.raises(ArtefactError, match="is not a whole, safe file of weights"):
+        import_checkpoint(tmp_path / "unet", {})
+
+
+def test_another_flag_is_refused(small: Path) -> None:
+    with pytest.raises(SettingError, match="--num_heads cannot be told of diffusers"):
+        import_checkpoint(small, {"num_heads": 4})

@@ -341,7 +341,7 @@ def _unet(fields: _Network, where: str) -> UNetConfig:
     up, doubling = _blocks(reversed(fields.up_block_types), _UP, fields.upsample_type, where)
     last = len(down) - 1
     for what, ways in (("attention", zip(down, up, strict=True)), ("resampling", _both(halving, doubling))):
-        if level := next((i for i, (one, other) in enumerate(ways) if one != other), None):
+        for level in (number for number, (one, other) in enumerate(ways) if one != other):
             raise ArtefactError(
                 f"{where}: the {what} of {show(fields.down_block_types[level])} on the way down is not that of "
                 f"{show(fields.up_block_types[last - level])} on the way up, which is not supported"
