@@ -419,6 +419,8 @@ def test_ddpm(diffusers: Any, folders: dict[int, Path], spacing: str, steps: int
 def test_ddim(diffusers: Any, folders: dict[int, Path], spacing: str, steps: int | None) -> None:
     cases = itertools.product(CLIPS, [0, 1], [True, False], [0.0, 0.6])
     for number, (clip, offset, to_one, eta) in enumerate(cases):
+        if steps is None and number % 5:  # the long ones in turn
+            continue
         prediction = list(PREDICTIONS)[number % 3]
         scheduler = diffusers.DDIMScheduler(
             timestep_spacing=spacing,

@@ -5,6 +5,7 @@ the scheduler becomes the model's own chain.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -43,19 +44,13 @@ NAME: Final = "diffusers"
 
 _INDEX: Final = "model_index.json"
 _CONFIG: Final = "config.json"
-_WEIGHTS: Final = re.compile(
-    r"diffusion_pytorch_model(?:\.(?P<variant>[\w-]+))?(?P<suffix>\.safetensors|\.bin)"
-)
+_WEIGHTS: Final = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>[\w-]+))?\.(safetensors|bin)")
 _SHARDS: Final = re.compile(r"diffusion_pytorch_model.*(-\d+-of-\d+\.\w+|\.index\.json)")
 _MOST_BYTES: Final = 1 << 20  # of a JSON file
 _MOST_FILES: Final = 10_000  # looked at in a folder
-_LATENT: Final = (
-    "vae",
-    "vqvae",
-    "movq",
-    "vqgan",
-    "first_stage_model",
-)  # parts of a pipeline that works on latents
+_MOST_TEXT: Final = 60  # characters of a text out of a configuration
+# Parts of a pipeline that works on latents, and of one that needs more than noise.
+_LATENT: Final = ("vae", "vqvae", "movq", "vqgan", "first_stage_model")
 _CONDITION: Final = ("text_encoder", "image_encoder", "prior", "transformer", "mel")
 
 
@@ -79,9 +74,8 @@ def folder_of(path: Path) -> Path | None:
     if path.is_dir():
         return path
     its_own = path.name in (_INDEX, _CONFIG) or _WEIGHTS.fullmatch(path.name) or _SHARDS.fullmatch(path.name)
-    return (
-        path.parent if its_own and any((path.parent / name).is_file() for name in (_CONFIG, _INDEX)) else None
-    )
+    with_configs = any((path.parent / name).is_file() for name in (_CONFIG, _INDEX))
+    return path.parent if its_own and with_configs and path.is_file() else None
 
 
 def read_folder(path: Path, variant: str | None = None) -> Weights:
@@ -93,7 +87,8 @@ def read_folder(path: Path, variant: str | None = None) -> Weights:
     Raises ArtefactError where a part is missing, broken, or of a network that is not of this family; SettingError where
     there is no such variant.
     """
-    named = path.name if _WEIGHTS.fullmatch(path.name) and path.is_file() else None
+    whole_file = _WEIGHTS.fullmatch(path.name) and not _SHARDS.fullmatch(path.name) and path.is_file()
+    named = path.name if whole_file else None
     folder = _snapshot(folder_of(path) or path)
     whole = _pipeline_of(folder)
     index = _read_json(whole / _INDEX) if (whole / _INDEX).is_file() else {}
@@ -144,13 +139,13 @@ def _scheduler_file(folder: Path) -> Path | None:
 
 
 def _listed(folder: Path) -> list[str]:
-    names: list[str] = []
-    for entry in folder.iterdir():
-        names.append(entry.name)
-        if len(names) > _MOST_FILES:
-            raise ArtefactError(
-                f"{show(folder)} has more than {_MOST_FILES} files: it is no folder of a network"
-            )
+    """The names in a folder, in order. Raises ArtefactError where they are absurdly many."""
+    try:
+        names = [entry.name for entry in itertools.islice(folder.iterdir(), _MOST_FILES + 1)]
+    except OSError as error:
+        raise ArtefactError(f"{show(folder)} cannot be read: {first_line(error)}") from error
+    if len(names) > _MOST_FILES:
+        raise ArtefactError(f"{show(folder)} has more than {_MOST_FILES} files: it is no folder of a network")
     return sorted(names)
 
 
@@ -182,6 +177,11 @@ def _weights_file(folder: Path, named: str | None, variant: str | None) -> tuple
     return folder / chosen, tuple(other for other, name in found.items() if other and name != chosen)
 
 
+def _word(text: object) -> str:
+    """A text out of a configuration, for a message: one short line."""
+    return show(str(text)[:_MOST_TEXT])
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """An object out of a file. Raises ArtefactError where it is none, or too large to be one of diffusers."""
     require_file(path)
@@ -201,7 +201,7 @@ def _require_pixels(index: Mapping[str, Any], folder: Path) -> None:
     for parts, what in ((_LATENT, "works on latents, not on pixels"), (_CONDITION, "is conditioned on more")):
         if there := [part for part in parts if index.get(part) not in (None, [None, None])]:
             raise ArtefactError(
-                f"{show(folder)} is a {show(str(index.get('_class_name', 'pipeline')))} that {what} (it has a "
+                f"{show(folder)} is a {_word(index.get('_class_name', 'pipeline'))} that {what} (it has a "
                 f"{there[0]}), which is not supported: a pipeline of a UNet2DModel and a scheduler is needed"
             )
 
@@ -216,7 +216,7 @@ def _require_family(configs: Configs) -> None:
     kind = str(configs.network.get("_class_name", "UNet2DModel"))
     if _ANOTHER.search(kind):
         raise ArtefactError(
-            f"{configs.name} is of a {show(kind)}, which is another network: only UNet2DModel is supported"
+            f"{configs.name} is of a {_word(kind)}, which is another network: only UNet2DModel is supported"
         )
     if configs.network.get("cross_attention_dim") is not None:
         raise ArtefactError(f"{configs.name} has cross_attention_dim: conditioned networks are not supported")
@@ -276,33 +276,33 @@ class _Network(msgspec.Struct, frozen=True, kw_only=True):
             "center_input_sample: its first convolution sees 2x - 1, which at the padded border is not x": (
                 self.center_input_sample
             ),
-            f"time_embedding_type {self.time_embedding_type}: only positional is a table of sinusoids": (
+            f"time_embedding_type {_word(self.time_embedding_type)}: only positional is a table of sinusoids": (
                 self.time_embedding_type != "positional"
             ),
             f"freq_shift {self.freq_shift}: only 0 and 1 are known": self.freq_shift not in (0, 1),
-            f"mid_block_type {self.mid_block_type}: only UNetMidBlock2D is supported": (
+            f"mid_block_type {_word(self.mid_block_type)}: only UNetMidBlock2D is supported": (
                 self.mid_block_type not in ("UNetMidBlock2D", "UNetResMidBlock2D")
             ),
             "mid_block_scale_factor other than 1": self.mid_block_scale_factor != 1,
-            f"downsample_padding {self.downsample_padding}: only 0 and 1 are known": (
+            f"downsample_padding {_word(self.downsample_padding)}: only 0 and 1 are known": (
                 self.downsample_padding not in (0, 1)
             ),
             "downsample_type and upsample_type: only conv and resnet are known": any(
                 kind not in (None, "conv", "resnet") for kind in (self.downsample_type, self.upsample_type)
             ),
-            f"act_fn {self.act_fn}: only silu, which is swish, is supported": (
+            f"act_fn {_word(self.act_fn)}: only silu, which is swish, is supported": (
                 self.act_fn.lower() not in ("silu", "swish")
             ),
-            f"resnet_time_scale_shift {self.resnet_time_scale_shift}: only default and scale_shift are known": (
+            f"resnet_time_scale_shift {_word(self.resnet_time_scale_shift)}: only default and scale_shift are known": (
                 self.resnet_time_scale_shift not in ("default", "scale_shift")
             ),
-            f"class_embed_type {self.class_embed_type}: only null and timestep are tables of classes": (
+            f"class_embed_type {_word(self.class_embed_type)}: only null and timestep are tables of classes": (
                 self.class_embed_type not in (None, "timestep")
             ),
             f"in_channels {self.in_channels} and out_channels {self.out_channels}: its input holds more than the "
             "image, or its output less": self.out_channels not in (self.in_channels, 2 * self.in_channels),
         }
-        return next((show(reason) for reason, found in reasons.items() if found), None)
+        return next((reason for reason, found in reasons.items() if found), None)
 
 
 # Of each block, whether it has attention, and whether a residual block resamples: None is as downsample_type says.
@@ -327,7 +327,7 @@ def _blocks(
         short = name.removeprefix("UNetRes")  # before 0.1
         if short not in known:
             raise ArtefactError(
-                f"{where}: {show(name)} is a block of another network: only {', '.join(known)} are supported"
+                f"{where}: {_word(name)} is a block of another network: only {', '.join(known)} are supported"
             )
         attends, by_block = known[short]
         attention.append(attends)
@@ -492,14 +492,15 @@ class _Scheduler(msgspec.Struct, frozen=True, kw_only=True):
         }
         if multistep:
             reasons |= {
-                f"algorithm_type {self.algorithm_type}: only dpmsolver++ is here": (
+                f"algorithm_type {_word(self.algorithm_type)}: only dpmsolver++ is here": (
                     self.algorithm_type not in ("dpmsolver++", "deis")
                 ),
-                f"solver_order {self.solver_order}: only 1 and 2 are here": self.solver_order not in (1, 2),
-                f"solver_type {self.solver_type}: only midpoint is here": (
+                f"solver_order {_word(self.solver_order)}: only 1 and 2 are here": self.solver_order
+                not in (1, 2),
+                f"solver_type {_word(self.solver_type)}: only midpoint is here": (
                     self.solver_order == 2 and self.solver_type == "heun"
                 ),
-                f"final_sigmas_type {self.final_sigmas_type}: only zero is here": (
+                f"final_sigmas_type {_word(self.final_sigmas_type)}: only zero is here": (
                     self.final_sigmas_type not in (None, "zero")
                 ),
                 "lambda_min_clipped: it begins below T - 1": self.lambda_min_clipped > -1e9,
@@ -508,7 +509,7 @@ class _Scheduler(msgspec.Struct, frozen=True, kw_only=True):
                 for name in self.__struct_fields__
                 if name.startswith("use_") and name != "use_dynamic_shifting"
             }
-        return next((show(reason) for reason, found in reasons.items() if found), None)
+        return next((reason for reason, found in reasons.items() if found), None)
 
 
 _PREDICTIONS: Final[dict[str, Prediction]] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
@@ -558,7 +559,7 @@ _Value = TypeVar("_Value")
 
 def _known(of: Mapping[str, _Value], value: str, name: str, where: str) -> _Value:
     if value not in of:
-        raise ArtefactError(f"{where}: {name} {show(value)} is not supported: only {', '.join(of)} are")
+        raise ArtefactError(f"{where}: {name} {_word(value)} is not supported: only {', '.join(of)} are")
     return of[value]
 
 
@@ -651,7 +652,7 @@ def _scheduler(configs: Configs, told: Told[DiffusersFlags]) -> _Read:
         name = "DDIMScheduler"
     if name not in _KINDS and name not in _OTHER_SOLVERS:
         raise ArtefactError(
-            f"{where} is a {show(name)}, which is not supported: save the pipeline with the DDPMScheduler that it was "
+            f"{where} is a {_word(name)}, which is not supported: save the pipeline with the DDPMScheduler that it was "
             "trained with, or name the folder of its network outside the pipeline, and its schedule by flags"
         )
     fields = _convert(found | given, _Scheduler, where)
@@ -679,7 +680,7 @@ def _variance(read: _Read, told: Told[DiffusersFlags], learns: bool, configs: Co
     if (variance == "learned_range") != learns:
         channels = f"{configs.network.get('in_channels', 3)} in, {configs.network.get('out_channels', 3)} out"
         raise ArtefactError(
-            f"{read.where}: variance_type {kind} is not of a network with channels {channels}"
+            f"{read.where}: variance_type {_word(kind)} is not of a network with channels {channels}"
         )
     return variance
 
@@ -760,26 +761,24 @@ def _classes(fields: _Network, told: Told[DiffusersFlags]) -> int:
 
 def _said(weights: Weights, configs: Configs) -> list[str]:
     """What the files say, for people."""
-    kind = str(configs.network.get("_class_name", "UNet2DModel"))
-    version = str(configs.network.get("_diffusers_version", "unknown"))
-    lines = [
-        f"{kind} of diffusers {version}, in {configs.pipeline or 'no pipeline'}; weights of {weights.name}"
-    ]
+    kind = _word(configs.network.get("_class_name", "UNet2DModel"))
+    version = _word(configs.network.get("_diffusers_version", "unknown"))
+    pipeline = _word(configs.pipeline) if configs.pipeline else "no pipeline"
+    lines = [f"{kind} of diffusers {version}, in {pipeline}; weights of {weights.name}"]
     if kind != "UNet2DModel":
         lines.append(f"{kind} is taken for a UNet2DModel by its fields, whatever it does beside")
     ignored = [
-        name
+        _word(name)
         for found, known in ((configs.network, _Network), (configs.scheduler or {}, _Scheduler))
         for name, value in found.items()
-        if not name.startswith("_")
-        and name not in (*known.__struct_fields__, *_IDLE)
-        and value not in (None, False)
+        if name not in (*known.__struct_fields__, *_IDLE) and value not in (None, False) and name[:1] != "_"
     ]
     if ignored:
-        lines.append(f"not known, and ignored: {', '.join(ignored)}")
+        more = f" and {len(ignored) - 10} more" if len(ignored) > 10 else ""
+        lines.append(f"not known, and ignored: {', '.join(ignored[:10])}{more}")
     if configs.others:
         lines.append(f"other weights there: {', '.join(configs.others)} (--key takes one)")
-    return [show(line) for line in lines]
+    return lines
 
 
 # Fields that change nothing here: of thresholding, of other solvers, and of an average's own configuration.
