@@ -679,6 +679,13 @@ def test_folders_that_are_not_whole(small: Path, tmp_path: Path) -> None:
         import_checkpoint(tmp_path / "unet", {})
 
 
+def test_weights_that_are_whole_numbers(diffusers: Any, tmp_path: Path) -> None:
+    saved(diffusers, tmp_path, SMALL)
+    rewrite(tmp_path, lambda state: state | {"conv_in.weight": state["conv_in.weight"].long()})
+    with pytest.raises(ArtefactError, match=r"conv_in\.weight holds whole numbers, and no weights"):
+        import_checkpoint(tmp_path, {})
+
+
 def test_another_flag_is_refused(small: Path) -> None:
     with pytest.raises(SettingError, match="--num_heads cannot be told of diffusers"):
         import_checkpoint(small, {"num_heads": 4})

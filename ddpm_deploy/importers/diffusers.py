@@ -281,7 +281,7 @@ class _Network(msgspec.Struct, frozen=True, kw_only=True):
             ),
             f"freq_shift {self.freq_shift}: only 0 and 1 are known": self.freq_shift not in (0, 1),
             f"mid_block_type {_word(self.mid_block_type)}: only UNetMidBlock2D is supported": (
-                self.mid_block_type not in ("UNetMidBlock2D", "UNetResMidBlock2D")
+                self.mid_block_type != "UNetMidBlock2D"
             ),
             "mid_block_scale_factor other than 1": self.mid_block_scale_factor != 1,
             f"downsample_padding {_word(self.downsample_padding)}: only 0 and 1 are known": (
