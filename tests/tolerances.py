@@ -45,10 +45,6 @@ TOLERANCES: Final = {
     "openai_chain": Tolerance(
         1e-5, 4.3e-6, "relative RMS of the images of their samplers on our noise, 7 to 50 steps"
     ),
-    "imported_prediction": Tolerance(1e-5, 1e-6, "relative RMS, an imported network's against its peer's own"),
-    "imported_ddpm": Tolerance(1e-3, 1e-3, "whole chains of an imported DDPMScheduler's settings"),
-    "imported_ddim": Tolerance(1e-3, 1e-3, "the same of a DDIMScheduler's"),
-    "imported_dpm": Tolerance(1e-3, 1e-3, "the same of a DPMSolverMultistepScheduler's"),
     "imported_prediction": Tolerance(1e-5, 1.8e-6, "relative RMS, diffusers' networks as imported"),
     "imported_ddpm": Tolerance(
         2.6e-4, 1.3e-4, "whole chains of an imported DDPMScheduler; its 1 - ᾱ/ᾱ_prev is of float32"

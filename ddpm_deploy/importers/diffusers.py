@@ -24,7 +24,7 @@ from ddpm_deploy.errors import ArtefactError, SettingError, first_line
 from ddpm_deploy.files import require_file, show
 from ddpm_deploy.importers.family import Names, Place, build_family
 from ddpm_deploy.importers.flags import DiffusersFlags
-from ddpm_deploy.importers.imported import Imported, Told
+from ddpm_deploy.importers.imported import Imported, Told, new_spec
 from ddpm_deploy.importers.weights import Weights, read_weights
 from ddpm_deploy.schedule import (
     Beta,
@@ -737,9 +737,9 @@ def read(weights: Weights, told: Told[DiffusersFlags]) -> Imported:
 def _spec(where: str, **fields: Any) -> ModelSpec:
     """A spec in which every number is in its range. Raises ArtefactError where one is not."""
     try:
-        return ModelSpec.from_json(ModelSpec(**fields).to_json(), where)
-    except ValueError as error:
-        raise ArtefactError(f"{where} makes no network: {first_line(error)}") from error
+        return new_spec(**fields)
+    except SettingError as error:
+        raise ArtefactError(f"{where}: {error}") from error
 
 
 def _image_size(fields: _Network, told: Told[DiffusersFlags]) -> tuple[int, int]:
