@@ -45,9 +45,12 @@ def open_model(path: str | Path, spec: ModelSpec | None = None) -> "ModelFile":
 
 
 def is_of_diffusers(path: Path) -> bool:
-    """Whether a folder is a pipeline of diffusers or a part of one, by the names in it."""
+    """Whether a folder is a pipeline of diffusers, a part of one, or holds one, by the names in it."""
     parts = all((path / part).is_dir() for part in ("scheduler", "unet"))
-    return parts or any((path / name).is_file() for name in _DIFFUSERS)
+    cached = all(
+        (path / part).is_dir() for part in ("refs", "snapshots")
+    )  # as the hub keeps a model on a disk
+    return parts or cached or any((path / name).is_file() for name in _DIFFUSERS)
 
 
 class ModelFile:
@@ -61,6 +64,8 @@ class ModelFile:
     head: PlanHead | None = None
 
     def __init__(self, path: Path, spec: ModelSpec | None = None) -> None:
+        if path.name in _DIFFUSERS and path.is_file():
+            path = path.parent
         self.path, self.name, self._given = path, show(path), spec
         self._text: str | bytes | None = None
         if path.is_dir() and is_of_diffusers(path):

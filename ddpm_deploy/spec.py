@@ -138,9 +138,10 @@ class Sampling(_Strict, frozen=True, kw_only=True):
 
     steps (None: all T), solver, eta, spacing: of the chain that runs where nobody says another.
     offset: added to each timestep of a chain of fewer steps than T (`steps_offset` of diffusers).
-    fixed_stride: whether each step goes to t - T // N, whatever timestep comes next: diffusers' DDPM and DDIM.
+    fixed_stride: whether each step goes to t - T // N, whatever timestep comes next: diffusers' DDIM.
     raw_epsilon: whether DDIM goes on with ε as the network gave it where x̂0 was clipped: diffusers.
     to_first: whether DDIM ends at ᾱ_0, and not at 1: diffusers' `set_alpha_to_one` as false.
+    noise_to_end: whether DDPM adds noise on its last step too, where that is not from t = 0: diffusers' DDPM.
     """
 
     steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -151,6 +152,7 @@ class Sampling(_Strict, frozen=True, kw_only=True):
     fixed_stride: bool = False
     raw_epsilon: bool = False
     to_first: bool = False
+    noise_to_end: bool = False
 
 
 class Provenance(_Strict, frozen=True, kw_only=True):
@@ -353,6 +355,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
                     variance=self.variance,
                     clip=clip,
                     stride=stride,
+                    noise_to_end=own.noise_to_end,
                 )
             case "ddim":
                 return ddim(

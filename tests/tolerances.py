@@ -45,6 +45,12 @@ TOLERANCES: Final = {
     "openai_chain": Tolerance(
         1e-5, 4.3e-6, "relative RMS of the images of their samplers on our noise, 7 to 50 steps"
     ),
+    "imported_prediction": Tolerance(1e-5, 1.8e-6, "relative RMS, diffusers' networks as imported"),
+    "imported_ddpm": Tolerance(
+        2.6e-4, 1.3e-4, "whole chains of an imported DDPMScheduler; its 1 - ᾱ/ᾱ_prev is of float32"
+    ),
+    "imported_ddim": Tolerance(4e-6, 2.0e-6, "the same of a DDIMScheduler"),
+    "imported_dpm": Tolerance(3e-6, 1.3e-6, "the same of a DPMSolverMultistepScheduler"),
     "diffusers_network": Tolerance(
         1e-5, 1.9e-6, "our U-Net with the same weights, relative to the largest prediction"
     ),

@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol
 
 from ddpm_deploy.errors import ArtefactError
 from ddpm_deploy.files import show
-from ddpm_deploy.importers import ho, lucidrains, monai, openai
+from ddpm_deploy.importers import diffusers, ho, lucidrains, monai, openai
 from ddpm_deploy.importers.flags import FLAGS, parse
 from ddpm_deploy.importers.imported import Imported, Told, with_provenance
 from ddpm_deploy.importers.weights import Weights, read_weights
@@ -28,19 +28,22 @@ class Dialect(Protocol):
         """The network and the spec of such weights; its provenance is added later."""
 
 
-DIALECTS: Final[tuple[Dialect, ...]] = (openai, ho, monai, lucidrains)
+DIALECTS: Final[tuple[Dialect, ...]] = (diffusers, openai, ho, monai, lucidrains)
 
 
 def import_checkpoint(path: Path, flags: Mapping[str, Any], key: str | None = None) -> Imported:
     """Read another's checkpoint: the network, its spec, and what was assumed.
 
-    flags: what its own code is told beside the weights, by the names there. key: which entry of the file holds the
-    weights (None: the averaged ones where it has some by their name).
+    path: a file, or of diffusers the folder. flags: what its own code is told beside the weights, by the names there.
+    key: which entry of the file holds the weights (None: the averaged ones where it has some by their name); of a
+    folder, which variant of them.
 
     Raises ArtefactError where it is of no dialect that is known, or is not whole; SettingError where a flag is needed.
     """
-    weights = read_weights(path, key, lambda names: any(one.recognises(names) for one in DIALECTS))
-    dialect = next((one for one in DIALECTS if one.recognises(weights.state)), None)
+    folder = diffusers.folder_of(path)
+    weights = diffusers.read_folder(path, key) if folder else read_weights(path, key, _known)
+    found = (diffusers,) if folder else (one for one in DIALECTS if one.recognises(weights.state))
+    dialect: Dialect | None = next(iter(found), None)
     if dialect is None:
         raise ArtefactError(
             f"{show(path)} is of no dialect that is known by the names of its weights ({_some(weights)}): name the "
@@ -54,6 +57,10 @@ def import_checkpoint(path: Path, flags: Mapping[str, Any], key: str | None = No
     )
     recognised = (*weights.described(), *imported.recognised)
     return Imported(imported.network, spec, imported.dialect, recognised, imported.assumed)
+
+
+def _known(names: Collection[str]) -> bool:
+    return any(one.recognises(names) for one in DIALECTS)
 
 
 def _some(weights: Weights) -> str:

@@ -162,6 +162,8 @@ class _Taking:
         if tensor is None:
             self.missing.append(name)
             return torch.empty(shape, device="meta")
+        if not tensor.is_floating_point():
+            raise ArtefactError(f"{self.weights.name}: {show(name)} holds whole numbers, and no weights")
         # A 1×1 convolution may be a matrix there.
         if tensor.shape != shape and [n for n in tensor.shape if n > 1] != [n for n in shape if n > 1]:
             raise ArtefactError(

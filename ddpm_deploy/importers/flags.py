@@ -73,7 +73,10 @@ class OpenAIFlags(Flags, frozen=True, kw_only=True):
 
 
 class DiffusersFlags(Flags, frozen=True, kw_only=True):
-    """Of a scheduler's configuration in diffusers, in place of what the file says, or where there is no such file."""
+    """Of a scheduler's configuration in diffusers, in place of what the file says, or where there is no such file.
+
+    num_class_embeds: of a network that embeds its classes as it does timesteps, and does not count them.
+    """
 
     num_train_timesteps: int | None = None
     beta_schedule: str | None = None
@@ -82,6 +85,7 @@ class DiffusersFlags(Flags, frozen=True, kw_only=True):
     prediction_type: str | None = None
     variance_type: str | None = None
     clip_sample: bool | None = None
+    num_class_embeds: int | None = None
 
 
 class HoFlags(Flags, frozen=True, kw_only=True):
