@@ -91,7 +91,6 @@ def ddpm(
     prediction: Prediction = "epsilon",
     variance: Variance = "fixed_large",
     clip: Clip = (-1.0, 1.0),
-    stride: int | None = None,
     noise_to_end: bool = False,
 ) -> StepTable:
     """Ancestral sampling over `timesteps`, descending; full where they are all T of them.
@@ -101,17 +100,16 @@ def ddpm(
     section 4). `variance` is β̃ ("fixed_small"), β ("fixed_large"), or between the two by what the network says
     ("learned_range"); the last step adds no noise.
     A predicted mean is used itself, unclipped, where the step is one of the full chain.
-    stride: take each step to t - stride, and add noise on each but that from t = 0, as diffusers' DDPM scheduler did
-    with T // N before 0.33; None is the consistent chain. noise_to_end: add noise on its last step too where that is
-    not from t = 0, with a posterior variance of at least 1e-20, as that scheduler does now.
+    noise_to_end: add noise on the last step too where that is not from t = 0, with a posterior variance of at least
+    1e-20, as diffusers' DDPM scheduler does.
 
     Raises SettingError where the variance is of another kind, as one that is learned without a range.
     """
     if variance not in VARIANCES:
         raise SettingError(f"variance {variance!r} is not supported: choose from {', '.join(VARIANCES)}")
-    step = _Steps(schedule, timesteps, stride)
+    step = _Steps(schedule, timesteps)
     k0, kt, posterior_variance = posterior(step.here, step.there)
-    noisy = step.t > 0 if stride or noise_to_end else np.arange(len(step.t)) < len(step.t) - 1
+    noisy = step.t > 0 if noise_to_end else np.arange(len(step.t)) < len(step.t) - 1
     if noise_to_end:
         posterior_variance = np.maximum(posterior_variance, 1e-20)
     itself = (prediction == "mean") & (step.there == schedule.alphas_cumprod_prev[step.t])

@@ -342,7 +342,6 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         timesteps = spaced(settings.spacing, self.timesteps, steps)
         if steps < self.timesteps:
             timesteps = np.minimum(timesteps + own.offset, self.timesteps - 1)
-        stride = self.timesteps // steps if own.fixed_stride else None
         schedule, prediction, clip = self.make_schedule(), self.prediction, self.clip_range
         if settings.eta is not None and settings.solver != "ddim":
             raise SettingError(f"eta is of the solver ddim, and {settings.solver} has none: leave it out")
@@ -354,7 +353,6 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
                     prediction=prediction,
                     variance=self.variance,
                     clip=clip,
-                    stride=stride,
                     noise_to_end=own.noise_to_end,
                 )
             case "ddim":
@@ -365,7 +363,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
                     eta=settings.eta or 0.0,
                     clip=clip,
                     use_clipped_model_output=not own.raw_epsilon,
-                    stride=stride,
+                    stride=self.timesteps // steps if own.fixed_stride else None,
                     to_first=own.to_first,
                 )
             case "dpmpp-2m":

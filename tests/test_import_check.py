@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ddpm_deploy.embedding import TimestepItself
 from ddpm_deploy.errors import DataError, SettingError
 from ddpm_deploy.importers.check import compare
-from ddpm_deploy.importers.imported import Assumption, Imported
+from ddpm_deploy.importers.imported import Imported
+from ddpm_deploy.importers.told import Assumption
 from ddpm_deploy.schedule import CosineBetas, LinearBetas
 from ddpm_deploy.spec import ModelSpec
 

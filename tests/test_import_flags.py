@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from ddpm_deploy.errors import SettingError
-from ddpm_deploy.importers.flags import FLAGS, MonaiFlags, OpenAIFlags, all_names, parse, read_flags
+from ddpm_deploy.importers.flags import FLAGS, MonaiFlags, OpenAIFlags, all_names, names_of
+from ddpm_deploy.importers.told import parse, read_flags
 
 # From the README of improved-diffusion, its variables and the lines that use them.
 README = """\
@@ -35,7 +36,7 @@ OF_README = {
 def told(kind: type[Any], content: dict[str, Any]) -> dict[str, Any]:
     """The flags that were told, by name."""
     flags = parse(kind, content, "OpenAI")
-    return {n: getattr(flags, n) for n in kind.__struct_fields__ if getattr(flags, n) is not None}
+    return {n: getattr(flags, n) for n in names_of(kind) if getattr(flags, n) is not None}
 
 
 def read(tmp_path: Path, text: str, name: str = "flags.txt") -> dict[str, Any]:
@@ -144,6 +145,6 @@ def test_a_value_that_is_none(content: dict[str, Any], message: str) -> None:
 
 def test_what_is_ignored_is_no_flag_and_may_be_typed() -> None:
     for kind in FLAGS.values():
-        assert not kind.ignored & set(kind.__struct_fields__)
+        assert not kind.ignored & set(names_of(kind))
         assert parse(kind, dict.fromkeys(kind.ignored, "x"), "") == kind()
     assert OpenAIFlags.ignored < set(all_names())

@@ -93,7 +93,7 @@ def test_a_quadratic_chain_visits_equal_timesteps_once() -> None:
 def imported_spec_of_a_chain(chain: Chain) -> ModelSpec:
     from ddpm_deploy.importers import ho
     from ddpm_deploy.importers.flags import HoFlags
-    from ddpm_deploy.importers.imported import Told
+    from ddpm_deploy.importers.told import Told
     from ddpm_deploy.importers.weights import Weights
 
     flags = HoFlags(image_size=size(chain.case), num_diffusion_timesteps=SHORT, **chain.flags)

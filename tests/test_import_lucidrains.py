@@ -17,7 +17,8 @@ from ddpm_deploy.errors import ArtefactError, DependencyError, SettingError
 from ddpm_deploy.importers import lucidrains
 from ddpm_deploy.importers.dialects import import_checkpoint
 from ddpm_deploy.importers.flags import LucidrainsFlags
-from ddpm_deploy.importers.imported import Imported, Told
+from ddpm_deploy.importers.imported import Imported
+from ddpm_deploy.importers.told import Told
 from ddpm_deploy.importers.weights import Weights
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.sampler import Sampler

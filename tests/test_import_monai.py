@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ddpm_deploy.errors import ArtefactError, SettingError
 from ddpm_deploy.importers.dialects import import_checkpoint
-from ddpm_deploy.importers.flags import read_flags
 from ddpm_deploy.importers.imported import Imported
+from ddpm_deploy.importers.told import read_flags
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import CosineBetas
 from ddpm_deploy.spacings import spaced

@@ -34,8 +34,8 @@ from torch.nn import functional as F  # noqa: E402
 
 from ddpm_deploy.export import graph  # noqa: E402
 from ddpm_deploy.export.graph import export_onnx  # noqa: E402
-from ddpm_deploy.export.own import OwnNetwork, adapt  # noqa: E402
 from ddpm_deploy.importers.module import load_module, make_network, read_spec, unwrapped  # noqa: E402
+from ddpm_deploy.importers.own import OwnNetwork, adapt  # noqa: E402
 from ddpm_deploy.train.noise import AddressedRandn  # noqa: E402
 from tests.importing import randomise  # noqa: E402
 

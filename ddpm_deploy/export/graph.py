@@ -22,10 +22,10 @@ from torch.nn.parameter import is_lazy
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ArtefactError, BackendError, ParityError, first_line
 from ddpm_deploy.export.bits import same_bits
-from ddpm_deploy.export.own import OwnNetwork, adapt, own_name
 from ddpm_deploy.export.precision import TYPES, Calibration, calibrate, convolutions, reduce, widened
 from ddpm_deploy.files import atomic_together, require_output, show
 from ddpm_deploy.importers.module import unwrapped
+from ddpm_deploy.importers.own import OwnNetwork, adapt, own_name
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.onnx_file import entry, seal
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork

@@ -7,8 +7,9 @@ from typing import Any, Final, Protocol
 from ddpm_deploy.errors import ArtefactError
 from ddpm_deploy.files import show
 from ddpm_deploy.importers import diffusers, ho, lucidrains, monai, openai
-from ddpm_deploy.importers.flags import FLAGS, parse
-from ddpm_deploy.importers.imported import Imported, Told, with_provenance
+from ddpm_deploy.importers.flags import FLAGS
+from ddpm_deploy.importers.imported import Imported, with_provenance
+from ddpm_deploy.importers.told import Told, parse
 from ddpm_deploy.importers.weights import Weights, read_weights
 from ddpm_deploy.train.checkpoint import require_finite
 

@@ -17,7 +17,8 @@ from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import ArtefactError, SettingError, plural
 from ddpm_deploy.importers.family import Names, Place, build_family
 from ddpm_deploy.importers.flags import HoFlags
-from ddpm_deploy.importers.imported import Imported, Told, new_spec
+from ddpm_deploy.importers.imported import Imported, new_spec
+from ddpm_deploy.importers.told import Told
 from ddpm_deploy.importers.weights import Weights
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, ScaledLinearBetas, SigmoidBetas
 from ddpm_deploy.spec import ModelSpec, Sampling, UNetConfig

@@ -11,13 +11,15 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.embedding import TimestepItself
 from ddpm_deploy.errors import ArtefactError, SettingError, first_line
 from ddpm_deploy.importers.flags import LucidrainsFlags
-from ddpm_deploy.importers.imported import Imported, Told, new_spec
+from ddpm_deploy.importers.imported import Imported, new_spec
+from ddpm_deploy.importers.own import OwnNetwork
+from ddpm_deploy.importers.told import Told
 from ddpm_deploy.importers.weights import Weights
 from ddpm_deploy.schedule import (
     BetaSchedule,
@@ -98,21 +100,8 @@ def read(weights: Weights, told: Told[LucidrainsFlags]) -> Imported:
         f"of {version}",
         f"Unet({', '.join(f'{name}={value}' for name, value in arguments.items())})",
     )
-    module = _TakesTemb(_build(arguments, network))
+    module = OwnNetwork(_build(arguments, network), "int64")
     return Imported(module, spec, "denoising-diffusion-pytorch", recognised, tuple(told.assumed))
-
-
-class _TakesTemb(nn.Module):
-    """Their network, which makes its own embedding of t: temb is t itself, (B, 1)."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C or 2C, H, W)."""
-        result: Tensor = self.network(x, temb[:, 0])
-        return result
 
 
 def _part(weights: Weights, root: str) -> Weights:

@@ -100,7 +100,7 @@ def read_weights(path: Path, key: str | None = None, knows: Knows | None = None)
     return Weights(
         name=name,
         key=chosen,
-        state={n: t.detach().float() if t.is_floating_point() else t.detach() for n, t in state.items()},
+        state={n: _own(t) for n, t in state.items()},
         others=tuple(other for other in found if other != chosen),
         content=content,
         averaged=chosen in averages,
@@ -108,6 +108,11 @@ def read_weights(path: Path, key: str | None = None, knows: Knows | None = None)
         around=around,
         aside=tuple(n for n in found[chosen] if not n.startswith(around)) if around else (),
     )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """In memory of its own, as the file that it is mapped from may change; numbers with a point in float32."""
+    return tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def load_tensors(path: Path) -> Any:

@@ -7,12 +7,13 @@ from typing import Any
 from ddpm_deploy.cli.bodies.progress import stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import SettingError, plural
-from ddpm_deploy.export.own import FORMS, adapt
 from ddpm_deploy.files import show
 from ddpm_deploy.importers.check import Fit, compare
 from ddpm_deploy.importers.dialects import import_checkpoint
-from ddpm_deploy.importers.imported import Assumption, Imported, with_provenance
+from ddpm_deploy.importers.imported import Imported, with_provenance
 from ddpm_deploy.importers.module import load_module, read_spec
+from ddpm_deploy.importers.own import FORMS, adapt
+from ddpm_deploy.importers.told import Assumption
 
 
 def read_and_tell(

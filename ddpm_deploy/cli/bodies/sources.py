@@ -14,7 +14,7 @@ import click
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.files import quoted, show
-from ddpm_deploy.importers.flags import read_flags
+from ddpm_deploy.importers.told import read_flags
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.words import Weights
