@@ -16,6 +16,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -46,7 +47,8 @@ MEMORY: Final = 3 << 30  # bytes beyond what the process has at its start
 class Use:
     """What people do with a file.
 
-    kind: of file, by its suffix. words: of the command; CASE, FOLDER and OUT stand for the file, the folder it is in,
+    kind: of file, by its suffix, or of some its whole name. beside: kinds of other files of its folder. words: of the
+    command; CASE, FOLDER and OUT stand for the file, the folder it is in,
     and what is written beside it, and the kind of another file for a whole one of that. outputs: of a whole result.
     records: of a training, which stay whatever becomes of it. needs_gpu: and ends with an error where there is none.
     """
@@ -56,12 +58,19 @@ class Use:
     outputs: tuple[str, ...] = ()
     records: tuple[str, ...] = ()
     needs_gpu: bool = False
+    beside: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the file is called."""
+        return f"case{self.kind}" if self.kind.startswith(".") else self.kind
 
 
 _QUICK: Final = "--threads 1 -o OUT.npz"
 _TRAINING: Final = "-o OUT.pt --sample-every 0 --batch-size 4 --workers 1 --device cpu"
 _NEW: Final = f"--preset digits --image-size 8 --steps 2 {_TRAINING}"
 _TRAINED: Final = {"outputs": ("out.pt",), "records": ("out.train",)}
+_DIFFUSERS: Final = ("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
 # Every command that reads a file, with each kind of file that it reads.
 USES: Final = (
     Use(".npz", f"train CASE {_NEW}", **_TRAINED),
@@ -87,6 +96,13 @@ USES: Final = (
     Use(".onnx", "inspect CASE"),
     Use(".plan", "inspect CASE"),
     Use(".json", "(its ModelSpec)"),
+    Use(".openai.pt", "(another's network)"),
+    *(
+        Use(kind, "(another's network, in a folder)", beside=tuple({*_DIFFUSERS} - {kind}))
+        for kind in _DIFFUSERS
+    ),
+    Use(".flags.txt", "(another's flags)"),
+    Use(".spec.toml", "(the spec of a network of one's own)"),
 )
 Rng = np.random.Generator
 
@@ -164,7 +180,7 @@ def mutated(whole: bytes, rng: Rng) -> bytes:
 def mutated_inside(kind: str, whole: bytes, rng: Rng) -> bytes:
     """Mutate what a file holds and make its checksums right again, as somebody with intent would."""
     match kind:
-        case ".pt" | ".npz" | ".proof.npz" | ".snapshot.npz" | ".zip":
+        case ".pt" | ".openai.pt" | ".npz" | ".proof.npz" | ".snapshot.npz" | ".zip":
             return _mutated_member(whole, rng)
         case ".onnx":
             return mutated(whole[: whole.rindex(b"\x12ddpm_deploy.sha256") - 3], rng)
@@ -172,7 +188,9 @@ def mutated_inside(kind: str, whole: bytes, rng: Rng) -> bytes:
             return _mutated_chunk(whole, rng)
         case ".plan":
             return _mutated_name(whole, rng)
-        case ".tif" | ".idx":  # they have none
+        case (
+            ".tif" | ".idx" | ".flags.txt" | ".spec.toml" | "diffusion_pytorch_model.safetensors"
+        ):  # they have none
             return mutated(whole, rng)
     return _mutated_value(whole, rng)
 
@@ -253,7 +271,34 @@ def whole_files(checkpoint: Path, onnx: Path, folder: Path) -> dict[str, Path]:
         for step, *_ in sampler.stream(2, steps=5, seed=1):
             if step == 2:
                 sampler.snapshot().save(files[".snapshot.npz"])
-    return files
+    return files | _foreign_files(folder)
+
+
+def _foreign_files(folder: Path) -> dict[str, Path]:
+    """Of other people's code: a state dict, a folder of diffusers, flags, a spec."""
+    import diffusers
+
+    from ddpm_deploy.importers.template import TEMPLATE
+    from tests.golden import openai_networks
+    from tests.importing import named_weights
+
+    files = {kind: folder / f"whole{kind}" for kind in (".openai.pt", ".flags.txt", ".spec.toml")}
+    with np.load(openai_networks.FILE) as golden:
+        shapes = json.loads(golden["guided shapes"].tobytes())
+    torch.save(named_weights({name: tuple(shape) for name, shape in shapes.items()}), files[".openai.pt"])
+    flags = " ".join(f"--{name} {value}" for name, value in openai_networks.CASES["guided"].flags.items())
+    files[".flags.txt"].write_text(f'MODEL_FLAGS="{flags}"\npython scripts/image_sample.py $MODEL_FLAGS\n')
+    files[".spec.toml"].write_text(TEMPLATE)
+    diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        layers_per_block=1,
+    ).save_pretrained(folder / "diffusers")
+    diffusers.DDIMScheduler(timestep_spacing="trailing").save_pretrained(folder / "diffusers")
+    return files | {kind: folder / "diffusers" / kind for kind in _DIFFUSERS}
 
 
 def _write_archive(path: Path, images: NDArray[np.uint8]) -> None:
@@ -277,10 +322,38 @@ def use(what: Use, path: Path, files: dict[str, Path]) -> None:
         spec.step_table(ChainSettings(steps=min(10, spec.timesteps)))
         spec.embedding.table(spec.timesteps)
         return
+    if what.words.startswith("("):
+        _use_foreign(what, path, files)
+        return
     names = {kind: str(whole) for kind, whole in files.items()}
     names |= {"CASE": str(path), "FOLDER": str(path.parent)}
     names |= {f"OUT{Path(name).suffix}": str(path.parent / name) for name in what.outputs}
     main([names.get(word, word) for word in what.words.split()])
+
+
+def _use_foreign(what: Use, path: Path, files: dict[str, Path]) -> None:
+    """Read what is another's, and ask the network that comes of it once."""
+    from ddpm_deploy.importers.dialects import import_checkpoint
+    from ddpm_deploy.importers.flags import OpenAIFlags
+    from ddpm_deploy.importers.module import read_spec
+    from ddpm_deploy.importers.told import parse, read_flags
+    from ddpm_deploy.spec import ChainSettings
+    from tests.golden import openai_networks
+    from tests.importing import predict
+
+    if what.kind == ".flags.txt":
+        parse(OpenAIFlags, read_flags(path), "OpenAI")
+        return
+    if what.kind == ".spec.toml":
+        spec = read_spec(path)
+    else:
+        flags = openai_networks.CASES["guided"].flags if what.kind == ".openai.pt" else {}
+        imported = import_checkpoint(path.parent if what.beside else path, flags)
+        spec = imported.spec
+        labels = torch.zeros(1, dtype=torch.int64) if spec.num_classes else None
+        if np.prod(spec.image_shape) < 1 << 16:
+            predict(imported, torch.zeros(1, *spec.image_shape), torch.zeros(1, dtype=torch.int64), labels)
+    spec.step_table(ChainSettings(steps=min(10, spec.timesteps)))
 
 
 def judge(what: Use, path: Path, files: dict[str, Path]) -> str:
@@ -304,7 +377,7 @@ def judge(what: Use, path: Path, files: dict[str, Path]) -> str:
         time.sleep(0.002)
     with os.fdopen(read) as pipe:
         verdict = pipe.read() or "crash"
-    there = {p.name for p in path.parent.iterdir()} - {path.name, *what.records}
+    there = {p.name for p in path.parent.iterdir()} - {path.name, *what.records, *what.beside}
     if others := sorted(there - set(what.outputs)):
         return f"left behind: {others}"
     if there != set(what.outputs if verdict == "result" else ()):
@@ -338,8 +411,10 @@ def _child(what: Use, path: Path, files: dict[str, Path]) -> str:
 def judged(what: Use, data: bytes, files: dict[str, Path]) -> str:
     """`judge` of a file with this content, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"case{what.kind}"
+        path = Path(folder) / what.name
         path.write_bytes(data)
+        for kind in what.beside:
+            shutil.copy(files[kind], Path(folder) / kind)
         return judge(what, path, files)
 
 
@@ -391,7 +466,14 @@ def main() -> None:
     from tests.models import tiny_checkpoint, tiny_export
 
     Image.init()
-    for module in ("onnxscript", "torch.onnx", "torch.utils.tensorboard", "ddpm_deploy.export.graph"):
+    for module in (
+        "ddpm_deploy.importers.dialects",
+        "ddpm_deploy.importers.module",
+        "onnxscript",
+        "torch.onnx",
+        "torch.utils.tensorboard",
+        "ddpm_deploy.export.graph",
+    ):
         importlib.import_module(module)  # once, and not in each process
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.model or tiny_checkpoint(Path(folder) / "m.pt")
