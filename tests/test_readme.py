@@ -1,7 +1,9 @@
 """README's snippets, as they are pasted."""
 
 import io
+import json
 import re
+import shlex
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,9 +13,11 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from ddpm_deploy import Sampler, to_uint8
+from ddpm_deploy.cli import main
 
 README = Path(__file__).parent.parent / "README.md"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
@@ -67,3 +71,60 @@ def test_a_threaded_server(onnx_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         wanted = [sampler.sample(1, solver="ddim", steps=50, seed=seed) for seed in range(SEEDS)]
     for i, image in enumerate(found):
         np.testing.assert_array_equal(image, to_uint8(wanted[i % SEEDS])[0, ..., 0])
+
+
+OWN = """
+import torch
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.time = torch.nn.Embedding(1000, 4)
+        self.first = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.last = torch.nn.Conv2d(4, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.last(torch.tanh(self.first(x) + self.time(t)[:, :, None, None]))
+
+
+def build():
+    return Network()
+"""
+
+
+def test_your_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three lines of the first screen, as they stand, on checkpoints that the originals' code or names make."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    from ddpm_deploy.importers.template import TEMPLATE
+    from tests.golden import openai_networks
+    from tests.importing import named_weights
+
+    monkeypatch.chdir(tmp_path)
+    blocks = {
+        "down_block_types": ["DownBlock2D"] * 2,
+        "up_block_types": ["UpBlock2D"] * 2,
+        "norm_num_groups": 4,
+    }
+    unet = diffusers.UNet2DModel(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, **blocks)
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained("my-ddpm")
+    with np.load(openai_networks.FILE) as golden:
+        shapes = json.loads(golden["improved shapes"].tobytes())
+    torch.save(named_weights({name: tuple(shape) for name, shape in shapes.items()}), "ema.pt")
+    Path("my_package").mkdir()
+    Path("my_package/models.py").write_text(OWN)
+    names = {}
+    exec(compile(OWN, "models.py", "exec"), names)
+    torch.save(names["build"]().state_dict(), "ckpt.pt")
+    Path("spec.toml").write_text(TEMPLATE)
+
+    lines = re.findall(
+        r"^    ddpm-export ((?:my-ddpm/|ema\.pt|my_package)\S*(?: --\S+ \S+)*)",
+        README.read_text(),
+        re.MULTILINE,
+    )
+    assert len(lines) == 3
+    for line, made in zip(lines, ("my-ddpm.onnx", "ema.onnx", "ckpt.onnx"), strict=True):
+        ran = CliRunner().invoke(main, ["export", "-q", *shlex.split(line)])
+        assert ran.exit_code == 0, ran.output
+        assert f"wrote {made}" in ran.stdout
