@@ -60,7 +60,7 @@ def _ddim(spacing: Spacing, count: int, stride: int | None) -> str:
     from diffusers import DDIMScheduler
 
     peer = DDIMScheduler(trained_betas=_SCHEDULE.betas, timestep_spacing=spacing)
-    timesteps = spaced(spacing, 1000, count)
+    timesteps = spaced(spacing, _SCHEDULE, count)
     table = ddim(_SCHEDULE, timesteps, use_clipped_model_output=False, stride=stride)
     return _difference(peer, count, table)
 
@@ -71,7 +71,7 @@ def _ddpm(variance: Any, spacing: Spacing, count: int) -> str:
     peer = DDPMScheduler(trained_betas=_SCHEDULE.betas, timestep_spacing=spacing, variance_type=variance)
     table = ddpm(
         _SCHEDULE,
-        spaced(spacing, 1000, count),
+        spaced(spacing, _SCHEDULE, count),
         variance="fixed_small" if variance == "fixed_small" else "fixed_large",
     )
     return _difference(peer, count, table)

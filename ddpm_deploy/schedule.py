@@ -136,6 +136,12 @@ class Schedule:
         return np.cumprod(1.0 - self.betas, dtype=np.float64)
 
     @cached_property
+    def log_snr(self) -> Floats:
+        """ln(ᾱ_t/(1 - ᾱ_t)), (T,): falls with t."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alphas_cumprod) - np.log1p(-self.alphas_cumprod)
+
+    @cached_property
     def alphas_cumprod_prev(self) -> Floats:
         """ᾱ_{t-1}, (T,): 1 at t = 0."""
         return np.append(1.0, self.alphas_cumprod[:-1])

@@ -184,17 +184,38 @@ def dpmpp_2m(
     order.
     """
     step = _Steps(schedule, timesteps)
-    half_log_snr = 0.5 * np.log(step.here / (1 - step.here))  # λ of each step
-    with np.errstate(divide="ignore"):
-        h = np.append(half_log_snr[1:], np.inf) - half_log_snr
+    h, before = step.multistep()
     fall = np.sqrt(step.there) * -np.expm1(-h)  # of x̂0
-    before = np.zeros_like(h)  # the share of the difference to the last x̂0
-    before[1:-1] = h[1:-1] / (2 * h[:-2])  # 1/(2r), r = h_before/h
     return step.table(
         prediction,
         clip,
         c=fall * (1 + before),
         d=np.sqrt((1 - step.there) / (1 - step.here)),
+        f=-fall * before,
+    )
+
+
+def sde_dpmpp_2m(
+    schedule: Schedule,
+    timesteps: Timesteps,
+    *,
+    prediction: Prediction = "epsilon",
+    clip: Clip = (-1.0, 1.0),
+) -> StepTable:
+    """SDE-DPM-Solver++(2M) over `timesteps`, descending (Lu et al. 2022, appendix B): noise on each step but the last.
+
+    The first step and the last one are of first order, as in `dpmpp_2m`.
+    """
+    step = _Steps(schedule, timesteps)
+    h, before = step.multistep()
+    noise = np.sqrt(1 - step.there)  # σ after the step
+    fall = np.sqrt(step.there) * -np.expm1(-2 * h)
+    return step.table(
+        prediction,
+        clip,
+        c=fall * (1 + before),
+        d=noise / np.sqrt(1 - step.here) * np.exp(-h),
+        e=noise * np.sqrt(-np.expm1(-2 * h)),
         f=-fall * before,
     )
 
@@ -267,6 +288,17 @@ class _Steps:
                 raise SettingError(f"stride must be 1 or more, not {stride}")
             before = self.t - stride
             self.there = np.where(before >= 0, schedule.alphas_cumprod[np.maximum(before, 0)], end)
+
+    def multistep(self) -> tuple[Floats, Floats]:
+        """The step h in half the log-SNR, and 1/(2r), r = h_before/h: the share of the difference to the last x̂0.
+
+        The first step has no x̂0 before it, and the last one, to ᾱ = 1, no finite h: these are of first order.
+        """
+        half_log_snr = self._schedule.log_snr[self.t] / 2
+        h = np.append(half_log_snr[1:], np.inf) - half_log_snr
+        share = np.zeros_like(h)
+        share[1:-1] = h[1:-1] / (2 * h[:-2])
+        return h, share
 
     def table(self, prediction: Prediction, clip: Clip, **columns: Floats) -> StepTable:
         """The rows, from the columns of the update."""

@@ -17,7 +17,7 @@ from ddpm_deploy.errors import SettingError, SpecError, first_line, newer, plura
 from ddpm_deploy.files import show
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
-from ddpm_deploy.solvers import StepTable, ddim, ddpm, dpmpp_2m
+from ddpm_deploy.solvers import StepTable, ddim, ddpm, dpmpp_2m, sde_dpmpp_2m
 from ddpm_deploy.spacings import spaced
 from ddpm_deploy.words import (
     MAX_BATCH,
@@ -55,13 +55,15 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Which reverse chain to run; None is as the model's own `Sampling` says.
 
-    steps: 1 .. T. solver, spacing: by name. eta: of ddim, 0 to 1.
+    steps: 1 .. T. solver, spacing: by name. eta: of ddim, 0 to 1. timesteps: that are visited, falling, in place of
+    steps and spacing.
     """
 
     steps: int | None = None
     solver: Solver | None = None
     eta: float | None = None
     spacing: Spacing | None = None
+    timesteps: tuple[int, ...] | None = None
 
 
 DEFAULT_CHAIN: Final = ChainSettings()
@@ -318,15 +320,23 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         """The settings of a chain with the model's own in place of those that are None.
 
         The steps and eta of the model's own chain are of its own solver: another takes all T steps, and no eta.
+        Raises SettingError where timesteps are given, and a number of steps or a spacing that is not theirs.
         """
         own = self.sampling
         solver = settings.solver or own.solver
         same = solver == own.solver
+        eta = own.eta if settings.eta is None and same else settings.eta
+        if settings.timesteps is not None:
+            if settings.spacing or settings.steps not in (None, len(settings.timesteps)):
+                raise SettingError("timesteps are in place of steps and spacing: leave these out")
+            return ChainSettings(
+                steps=len(settings.timesteps), solver=solver, eta=eta, timesteps=settings.timesteps
+            )
         steps = (own.steps if same else None) if settings.steps is None else settings.steps
         return ChainSettings(
             steps=self.timesteps if steps is None else steps,
             solver=solver,
-            eta=own.eta if settings.eta is None and same else settings.eta,
+            eta=eta,
             spacing=settings.spacing or own.spacing,
         )
 
@@ -336,13 +346,14 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         Raises SettingError where a setting is out of range or not known.
         """
         settings, own = self.completed(settings), self.sampling
-        assert settings.steps is not None
-        assert settings.spacing is not None
-        steps = settings.steps
-        timesteps = spaced(settings.spacing, self.timesteps, steps)
-        if steps < self.timesteps:
-            timesteps = np.minimum(timesteps + own.offset, self.timesteps - 1)
+        steps = settings.steps or 0
         schedule, prediction, clip = self.make_schedule(), self.prediction, self.clip_range
+        if settings.timesteps is not None:
+            timesteps = np.array(settings.timesteps, np.int64)
+        else:
+            timesteps = spaced(settings.spacing or own.spacing, schedule, steps)
+            offset = own.offset if steps < self.timesteps else 0
+            timesteps = np.minimum(timesteps + offset, self.timesteps - 1)
         if settings.eta is not None and settings.solver != "ddim":
             raise SettingError(f"eta is of the solver ddim, and {settings.solver} has none: leave it out")
         match settings.solver:
@@ -368,6 +379,8 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
                 )
             case "dpmpp-2m":
                 return dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
+            case "sde-dpmpp-2m":
+                return sde_dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
         raise SettingError(f"solver {settings.solver!r} is not known: choose from {', '.join(SOLVERS)}")
 
     @property

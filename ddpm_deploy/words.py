@@ -2,7 +2,7 @@
 
 from typing import Final, Literal, get_args
 
-Solver = Literal["ddpm", "ddim", "dpmpp-2m"]
+Solver = Literal["ddpm", "ddim", "dpmpp-2m", "sde-dpmpp-2m"]
 Spacing = Literal[
     "leading",
     "trailing",
@@ -13,6 +13,7 @@ Spacing = Literal[
     "lucidrains",
     "dpm-linspace",
     "dpm-leading",
+    "log-snr",
 ]
 Prediction = Literal["epsilon", "v", "x0", "mean"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]

@@ -38,16 +38,16 @@ def every_column_table(seed: int, steps: int) -> StepTable:
 
 
 TABLES = {
-    "full": ddpm(SCHEDULE, spaced("leading", 30, 30)),
-    "strided": ddpm(SCHEDULE, spaced("leading", 30, 7), variance="fixed_small"),
-    "unclipped": ddpm(SCHEDULE, spaced("leading", 30, 5), clip=None),
+    "full": ddpm(SCHEDULE, spaced("leading", SCHEDULE, 30)),
+    "strided": ddpm(SCHEDULE, spaced("leading", SCHEDULE, 7), variance="fixed_small"),
+    "unclipped": ddpm(SCHEDULE, spaced("leading", SCHEDULE, 5), clip=None),
     "every column": every_column_table(0, 12),
 }
 
 
 LEARNED_SPEC = msgspec.structs.replace(SPEC, variance="learned_range")
 LEARNED_TABLES = {
-    "learned": ddpm(SCHEDULE, spaced("leading", 30, 30), variance="learned_range"),
+    "learned": ddpm(SCHEDULE, spaced("leading", SCHEDULE, 30), variance="learned_range"),
     # Bounds that no schedule has: past what exp takes, the wrong way about, one of them zero.
     "any bounds": StepTable.from_columns(
         **{name: every_column_table(1, 20)[name] for name in COLUMNS[:10]},
@@ -58,7 +58,7 @@ LEARNED_TABLES = {
         **{name: every_column_table(2, 20)[name] for name in COLUMNS[:10]},
         ln_var_min=np.where(np.arange(20) % 2, -3.0, 0.0),
     ),
-    "fixed": ddpm(SCHEDULE, spaced("leading", 30, 7)),
+    "fixed": ddpm(SCHEDULE, spaced("leading", SCHEDULE, 7)),
 }
 
 
@@ -368,7 +368,7 @@ def test_slots_move_into_holes(make: Make) -> None:
 def test_tables_leave_with_their_last_slot(make: Make) -> None:
     """More of them than there is room for, one after another; at once, that is told."""
     chain = make(ArrayNetwork(SPEC, 40))
-    tables = [ddpm(SCHEDULE, spaced("leading", 30, 1 + i % 30)) for i in range(90)]
+    tables = [ddpm(SCHEDULE, spaced("leading", SCHEDULE, 1 + i % 30)) for i in range(90)]
     room = len(chain._tables)
     for first in range(0, 90, 30):
         for slot in range(30):
@@ -499,7 +499,7 @@ def test_a_step_allocates_less_than_an_image() -> None:
             """Predict zero, without allocating."""
 
     chain = Chain(Still(spec, 2))
-    table = ddpm(spec.make_schedule(), spaced("leading", 1000, 1000))
+    table = ddpm(spec.make_schedule(), spaced("leading", spec.make_schedule(), 1000))
     chain.start(np.arange(2), Request(table=table, count=2, seed=0))
     chain.step()
     tracemalloc.start()

@@ -22,7 +22,7 @@ from ddpm_deploy.importers.told import Told
 from ddpm_deploy.importers.weights import Weights
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.sampler import Sampler
-from ddpm_deploy.schedule import CosineBetas, LinearBetas, SigmoidAlphas
+from ddpm_deploy.schedule import CosineBetas, LinearBetas, Schedule, SigmoidAlphas
 from ddpm_deploy.spacings import spaced
 from tests.golden import lucidrains as golden
 from tests.importing import named_weights, predict, relative_rms
@@ -154,7 +154,7 @@ def test_schedules_are_its_own(schedule: str, timesteps: int) -> None:
 @pytest.mark.parametrize("steps", [1, 3, 7, 30, 50, 100, 250, 333, 999, 1000])
 def test_its_timesteps_are_ours(steps: int) -> None:
     times = torch.linspace(-1, 999, steps=steps + 1).int().tolist()[:0:-1]
-    assert times == spaced("lucidrains", 1000, steps).tolist()
+    assert times == spaced("lucidrains", Schedule(LinearBetas().betas(1000)), steps).tolist()
 
 
 def test_the_average_is_taken_and_key_takes_the_other(pretended: list[Any], tmp_path: Path) -> None:
@@ -217,7 +217,10 @@ class Answer(ArrayNetwork):
 def chain(imported: Imported, steps: int) -> Any:
     """Our chain as the spec says, on the golden noise."""
     noise = golden.given(golden.T + 1)
-    order = {int(t): number for number, t in enumerate(spaced("lucidrains", golden.T, steps))}
+    order = {
+        int(t): number
+        for number, t in enumerate(spaced("lucidrains", Schedule(LinearBetas().betas(golden.T)), steps))
+    }
     return Sampler(Answer(imported.spec, 2)).sample(
         2, noise=lambda draw: noise[order[draw - 1] + 1 if draw else 0]
     )
@@ -415,7 +418,10 @@ def test_a_trained_model_exports_and_samples_as_there(
     draws = torch.randn(41, 2, 1, 8, 8)
     with Sampler.load(tmp_path / "model.onnx", backend="onnxruntime") as sampler:
         for steps, chain in ((40, {}), (7, {"solver": "ddim", "steps": 7, "eta": 0.5})):
-            order = {int(t): number for number, t in enumerate(spaced("lucidrains", 40, steps))}
+            order = {
+                int(t): number
+                for number, t in enumerate(spaced("lucidrains", Schedule(LinearBetas().betas(40)), steps))
+            }
             mine = sampler.sample(
                 2, noise=lambda draw, o=order: draws[o[draw - 1] + 1 if draw else 0].numpy(), **chain
             )

@@ -17,7 +17,7 @@ from ddpm_deploy.importers.dialects import import_checkpoint
 from ddpm_deploy.importers.imported import Imported
 from ddpm_deploy.importers.told import read_flags
 from ddpm_deploy.runtime.sampler import Sampler
-from ddpm_deploy.schedule import CosineBetas
+from ddpm_deploy.schedule import CosineBetas, LinearBetas, Schedule
 from ddpm_deploy.spacings import spaced
 from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.train.unet import UNet
@@ -239,7 +239,10 @@ def test_its_timesteps_are_ours(steps: int, monai: Any) -> None:
     """It divides in float32, and so rounds a half to the other side here and there, as for 999 of 1000."""
     scheduler = monai.schedulers.DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == spaced("linspace", 1000, steps).tolist()
+    assert (
+        scheduler.timesteps.tolist()
+        == spaced("linspace", Schedule(LinearBetas().betas(1000)), steps).tolist()
+    )
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,7 @@ def table_moments(table: StepTable, schedule: Schedule, mean: float, std: float)
 def test_table_gives_the_exact_moments_on_gaussian_data(
     schedule: Schedule, steps: int, variance: Variance
 ) -> None:
-    timesteps = spaced("leading", 1000, steps)
+    timesteps = spaced("leading", LINEAR, steps)
     table = ddpm(schedule, timesteps, variance=variance, clip=None)
     wanted = exact_moments(schedule, timesteps, variance, mean=0.3, std=0.4)
     got = table_moments(table, schedule, mean=0.3, std=0.4)
@@ -111,10 +111,10 @@ def test_table_gives_the_exact_moments_on_gaussian_data(
 
 def test_known_variances_of_the_chain() -> None:
     """For data variance 0.16: nearly that at 1000 steps, and well below it at 50."""
-    assert exact_moments(LINEAR, spaced("leading", 1000, 1000), "fixed_small", 0.0, 0.4)[1] == pytest.approx(
-        0.157, abs=5e-4
-    )
-    assert exact_moments(LINEAR, spaced("leading", 1000, 50), "fixed_small", 0.0, 0.4)[1] == pytest.approx(
+    assert exact_moments(LINEAR, spaced("leading", LINEAR, 1000), "fixed_small", 0.0, 0.4)[
+        1
+    ] == pytest.approx(0.157, abs=5e-4)
+    assert exact_moments(LINEAR, spaced("leading", LINEAR, 50), "fixed_small", 0.0, 0.4)[1] == pytest.approx(
         0.121, abs=5e-4
     )
 
@@ -124,7 +124,7 @@ def test_running_chain_has_the_exact_moments(steps: int, variance: Variance) -> 
     """The real chain, in float32 on the addressed noise, within five standard errors."""
     spec = tiny_spec((1, 32, 32))
     network = GaussianNetwork(spec, 8, mean=0.3, std=0.4)
-    timesteps = spaced("leading", 1000, steps)
+    timesteps = spaced("leading", LINEAR, steps)
     table = ddpm(LINEAR, timesteps, variance=variance, clip=None)
     chain = Chain(network)
     chain.start(np.arange(8), Request(table=table, count=8, seed=1))
@@ -142,7 +142,7 @@ def test_running_chain_has_the_exact_moments(steps: int, variance: Variance) -> 
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("steps", [1000, 50, 1])
 def test_last_step_gives_x0_and_adds_no_noise(steps: int, variance: Variance) -> None:
-    table = ddpm(LINEAR, spaced("leading", 1000, steps), variance=variance)
+    table = ddpm(LINEAR, spaced("leading", LINEAR, steps), variance=variance)
     assert len(table) == steps
     assert table.timesteps[-1] == 0
     assert table["c"][-1] == 1.0
@@ -151,20 +151,20 @@ def test_last_step_gives_x0_and_adds_no_noise(steps: int, variance: Variance) ->
 
 
 def test_columns_that_ancestral_sampling_does_not_use_are_zero() -> None:
-    table = ddpm(LINEAR, spaced("leading", 1000, 10))
+    table = ddpm(LINEAR, spaced("leading", LINEAR, 10))
     for column in ("f", "g", "ln_var_min", "ln_var_max"):
         assert (table[column] == 0).all()
 
 
 def test_float32_rows_end_in_the_identity() -> None:
-    rows = ddpm(LINEAR, spaced("leading", 1000, 10)).float32_rows()
+    rows = ddpm(LINEAR, spaced("leading", LINEAR, 10)).float32_rows()
     assert rows.shape == (11, len(COLUMNS))
     assert rows.dtype == np.float32
     assert tuple(rows[-1]) == IDENTITY
 
 
 def test_table_rows_cannot_be_changed() -> None:
-    table = ddpm(LINEAR, spaced("leading", 1000, 10))
+    table = ddpm(LINEAR, spaced("leading", LINEAR, 10))
     with pytest.raises(ValueError, match="read-only"):
         table.rows[0] = 0
 
@@ -172,7 +172,7 @@ def test_table_rows_cannot_be_changed() -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_denoised_undoes_the_forward_process(prediction: Prediction) -> None:
     """x̂0 is x_0 when the network is right, whatever it predicts."""
-    table = ddpm(LINEAR, spaced("leading", 1000, 1000), prediction=prediction)
+    table = ddpm(LINEAR, spaced("leading", LINEAR, 1000), prediction=prediction)
     signal, noise = np.sqrt(LINEAR.alphas_cumprod[::-1]), np.sqrt(1 - LINEAR.alphas_cumprod[::-1])
     x0, epsilon = 0.7, -1.3
     x = signal * x0 + noise * epsilon
@@ -182,13 +182,14 @@ def test_denoised_undoes_the_forward_process(prediction: Prediction) -> None:
 
 def test_a_schedule_that_float32_cannot_hold() -> None:
     with pytest.raises(SettingError, match="comes too near zero"):
-        ddpm(Schedule(LinearBetas().betas(100_000)), spaced("leading", 100_000, 100))
+        long = Schedule(LinearBetas().betas(100_000))
+        ddpm(long, spaced("leading", long, 100))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_out_of_range(steps: int) -> None:
     with pytest.raises(SettingError, match="choose from 1 to 1000"):
-        spaced("leading", 1000, steps)
+        spaced("leading", LINEAR, steps)
 
 
 # --- peers ----------------------------------------------------------------------------------------

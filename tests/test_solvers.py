@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.schedule import CosineBetas, LinearBetas, ScaledLinearBetas, Schedule, SigmoidBetas
-from ddpm_deploy.solvers import COLUMNS, StepTable, ddim, ddpm, dpmpp_2m
+from ddpm_deploy.solvers import COLUMNS, StepTable, ddim, ddpm, dpmpp_2m, sde_dpmpp_2m
 from ddpm_deploy.spacings import SPACINGS, spaced
 from ddpm_deploy.spec import ChainSettings
 from ddpm_deploy.words import Prediction, Spacing, Variance
@@ -122,6 +122,29 @@ def exact_2m(schedule: Schedule, timesteps: NDArray[np.int64]) -> tuple[float, f
     return offset, (solve(1.0) - offset) ** 2
 
 
+def exact_sde_2m(schedule: Schedule, timesteps: NDArray[np.int64]) -> tuple[float, float]:
+    """The same of SDE-DPM-Solver++(2M), as its authors write it: λ-steps of dx = … dλ + … dω, each affine."""
+    alpha = np.sqrt(schedule.alphas_cumprod[timesteps])
+    sigma = np.sqrt(1 - alpha**2)
+    lam = np.log(alpha / sigma)
+    size = len(timesteps) + 1
+    unit = np.eye(size + 1)  # x_T, the noise of each step, and the constant
+    x, q = unit[0], []
+    for i, t in enumerate(timesteps):
+        q.append(
+            denoised(x, schedule.alphas_cumprod[t])
+            - denoised(0.0, schedule.alphas_cumprod[t]) * (1 - unit[-1])
+        )
+        if i + 1 == len(timesteps):
+            x = q[-1]
+            break
+        h = lam[i + 1] - lam[i]
+        d = q[-1] if not i else q[-1] + (q[-1] - q[-2]) * h / (2 * (lam[i] - lam[i - 1]))
+        x = sigma[i + 1] / sigma[i] * np.exp(-h) * x + alpha[i + 1] * (1 - np.exp(-2 * h)) * d
+        x = x + sigma[i + 1] * np.sqrt(1 - np.exp(-2 * h)) * unit[i + 1]
+    return float(x[-1]), float((x[:-1] ** 2).sum())
+
+
 def moments(table: StepTable, prediction: Prediction, schedule: Schedule) -> tuple[float, float]:
     """Mean and variance of a table's output: it is affine in x_T and in the noise of each step."""
     size = len(table) + 1
@@ -138,7 +161,7 @@ def moments(table: StepTable, prediction: Prediction, schedule: Schedule) -> tup
 def test_tables_give_the_exact_moments_on_gaussian_data(
     kind: str, prediction: Prediction, spacing: Spacing, steps: int
 ) -> None:
-    schedule, timesteps = SCHEDULES[kind], spaced(spacing, 1000, steps)
+    schedule, timesteps = SCHEDULES[kind], spaced(spacing, SCHEDULES[kind], steps)
     limit = TOLERANCES["gaussian_table"].limit
     for eta, raw in itertools.product((0.0, 0.5, 1.0), (False, True)):
         table = ddim(
@@ -151,10 +174,31 @@ def test_tables_give_the_exact_moments_on_gaussian_data(
     np.testing.assert_allclose(
         moments(table, prediction, schedule), exact_2m(schedule, timesteps), rtol=limit
     )
+    table = sde_dpmpp_2m(schedule, timesteps, prediction=prediction, clip=None)
+    np.testing.assert_allclose(
+        moments(table, prediction, schedule), exact_sde_2m(schedule, timesteps), rtol=limit
+    )
+
+
+def test_the_sde_solver_comes_to_the_datas_variance_with_more_steps() -> None:
+    """Its noise is that of the reverse SDE, whose exact solution keeps the variance of the forward process."""
+    errors = []
+    for steps in (20, 50, 100, 250):
+        timesteps = spaced("log-snr", LINEAR, steps)
+        mean, variance = moments(sde_dpmpp_2m(LINEAR, timesteps, clip=None), "epsilon", LINEAR)
+        assert mean == pytest.approx(MEAN, abs=2e-2)
+        errors.append(abs(variance - STD**2))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3
+
+
+def test_log_snr_is_even() -> None:
+    steps = np.diff(LINEAR.log_snr[spaced("log-snr", LINEAR, 20)])
+    assert steps.std() / steps.mean() < 0.15
 
 
 def test_ddim_at_eta_1_is_ancestral_sampling() -> None:
-    timesteps = spaced("leading", 1000, 50)
+    timesteps = spaced("leading", LINEAR, 50)
     wanted = ddpm(LINEAR, timesteps, variance="fixed_small")
     np.testing.assert_allclose(ddim(LINEAR, timesteps, eta=1.0).rows, wanted.rows, rtol=1e-9, atol=1e-12)
 
@@ -162,13 +206,13 @@ def test_ddim_at_eta_1_is_ancestral_sampling() -> None:
 @pytest.mark.parametrize("steps", [1000, 50])
 def test_a_predicted_mean_is_ancestral_sampling(steps: int) -> None:
     """Unclipped it is the chain of a predicted ε, full or strided."""
-    timesteps = spaced("leading", 1000, steps)
+    timesteps = spaced("leading", LINEAR, steps)
     results = [
         moments(ddpm(LINEAR, timesteps, prediction=prediction, clip=None), prediction, LINEAR)
         for prediction in ("epsilon", "mean")
     ]
     np.testing.assert_allclose(*results, rtol=1e-9)
-    full = ddpm(LINEAR, spaced("leading", 1000, 1000), prediction="mean")
+    full = ddpm(LINEAR, spaced("leading", LINEAR, 1000), prediction="mean")
     assert (full["g"] == 1).all()
     assert (full["c"] == 0).all()
     assert (full["d"] == 0).all()
@@ -202,6 +246,8 @@ def test_orders_of_convergence(solver: Any, least: float, most: float) -> None:
         {"solver": "ddim", "steps": 50},
         {"solver": "ddim", "steps": 50, "eta": 0.7, "spacing": "trailing"},
         {"solver": "dpmpp-2m", "steps": 20, "spacing": "linspace"},
+        {"solver": "sde-dpmpp-2m", "steps": 20, "spacing": "log-snr"},
+        {"solver": "sde-dpmpp-2m", "timesteps": (999, 800, 431, 90, 12, 0)},
     ],
 )
 def test_running_chains_have_the_exact_moments(settings: dict[str, Any]) -> None:
@@ -210,10 +256,9 @@ def test_running_chains_have_the_exact_moments(settings: dict[str, Any]) -> None
     sampler = Sampler(GaussianNetwork(spec, 8, mean=MEAN, std=STD))
     x = sampler.sample(8, seed=1, **settings).astype(np.float64)
     timesteps = spec.step_table(ChainSettings(**settings)).timesteps
+    exact = {"dpmpp-2m": exact_2m, "sde-dpmpp-2m": exact_sde_2m}.get(settings["solver"])
     mean, variance = (
-        exact_2m(LINEAR, timesteps)
-        if settings["solver"] == "dpmpp-2m"
-        else exact_ddim(LINEAR, timesteps, settings.get("eta", 0.0))
+        exact(LINEAR, timesteps) if exact else exact_ddim(LINEAR, timesteps, settings.get("eta", 0.0))
     )
     assert abs(x.mean() - mean) < 5 * (variance / x.size) ** 0.5
     assert abs(x.var() - variance) < 5 * variance * (2 / x.size) ** 0.5
@@ -223,20 +268,21 @@ def test_running_chains_have_the_exact_moments(settings: dict[str, Any]) -> None
 
 
 # As their code has them, these come to the same timestep more than once, or past the last, where there are many steps.
-REPEATS = ("quad", "dpm-linspace", "dpm-leading", "openai-ddim")
+REPEATS = ("quad", "dpm-linspace", "dpm-leading", "openai-ddim", "log-snr")
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("total", [1, 2, 10, 1000, 4000])
 def test_spacings_fall_within_their_range(spacing: Spacing, total: int) -> None:
+    schedule = Schedule(LinearBetas().betas(total))
     for steps in sorted({1, 2, 3, 7, total // 3 or 1, total - 1 or 1, total}):
         if steps <= total:
-            timesteps = spaced(spacing, total, steps)
+            timesteps = spaced(spacing, schedule, steps)
             assert len(timesteps) == steps or (spacing in REPEATS and 1 <= len(timesteps) < steps)
             assert (np.diff(timesteps) < 0).all()
             assert 0 <= timesteps[-1] <= timesteps[0] < total
     if spacing not in REPEATS:
-        assert spaced(spacing, total, total).tolist() == list(range(total))[::-1]
+        assert spaced(spacing, schedule, total).tolist() == list(range(total))[::-1]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +296,7 @@ def test_spacings_fall_within_their_range(spacing: Spacing, total: int) -> None:
     ],
 )
 def test_timesteps_that_are_no_chain(timesteps: list[int], problem: str) -> None:
-    for solver in (ddpm, ddim, dpmpp_2m):
+    for solver in (ddpm, ddim, dpmpp_2m, sde_dpmpp_2m):
         with pytest.raises(SettingError, match=problem):
             solver(LINEAR, timesteps)
 
@@ -315,7 +361,7 @@ def test_other_predictions_are_refused_by_name(solver: Any) -> None:
 @pytest.mark.parametrize(("total", "steps"), improved_diffusion.SPACED)
 def test_spacing_is_that_of_improved_diffusion(total: int, steps: int) -> None:
     golden = np.load(improved_diffusion.FILE)[f"spaced {total} {steps}"]
-    assert golden.tolist() == spaced("openai", total, steps).tolist()[::-1]
+    assert golden.tolist() == spaced("openai", Schedule(LinearBetas().betas(total)), steps).tolist()[::-1]
 
 
 @pytest.mark.parametrize("case", improved_diffusion.CHAINS, ids=str)
@@ -323,7 +369,9 @@ def test_chains_are_those_of_improved_diffusion(case: tuple[str, Variance, int, 
     """Respaced, each variance, whole chains on shared noise."""
     kind, variance, steps, clip = case
     noise, schedule = improved_diffusion.given(steps + 1), SCHEDULES[kind]
-    table = ddpm(schedule, spaced("openai", 1000, steps), variance=variance, clip=(-1, 1) if clip else None)
+    table = ddpm(
+        schedule, spaced("openai", schedule, steps), variance=variance, clip=(-1, 1) if clip else None
+    )
     mine = run(table, "epsilon", schedule, noise[0], lambda step: noise[step + 1], improved_diffusion.learned)
     golden = np.load(improved_diffusion.FILE)[f"chain {case}"]
     assert np.abs(mine - golden).max() <= TOLERANCES[f"improved_diffusion_{kind}"].limit
@@ -367,7 +415,7 @@ def test_alphas_cumprod_are_those_of_diffusers(diffusers: Any, kind: str) -> Non
 def test_spacings_are_those_of_diffusers(diffusers: Any, spacing: Spacing, steps: int) -> None:
     peer = diffusers.DDPMScheduler(timestep_spacing=spacing)
     peer.set_timesteps(steps)
-    assert peer.timesteps.tolist() == spaced(spacing, 1000, steps).tolist()
+    assert peer.timesteps.tolist() == spaced(spacing, LINEAR, steps).tolist()
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
@@ -378,7 +426,7 @@ def test_stride_replays_ddim_of_diffusers_in_any_spacing(
     """It steps to t - T // N: where that is not the next timestep, our consistent chain is another one."""
     import torch
 
-    timesteps = spaced(spacing, 1000, steps)
+    timesteps = spaced(spacing, LINEAR, steps)
     start = theirs = np.random.default_rng(0).standard_normal((2, 1, 4, 4))
     peer = diffusers.DDIMScheduler(trained_betas=LINEAR.betas, timestep_spacing=spacing)
     peer.set_timesteps(steps)
@@ -463,7 +511,7 @@ def test_ddpm_is_that_of_diffusers(
     """
     import torch
 
-    schedule, timesteps = SCHEDULES[kind], spaced(spacing, 1000, steps)
+    schedule, timesteps = SCHEDULES[kind], spaced(spacing, SCHEDULES[kind], steps)
     rng = np.random.default_rng(0)
     start, noise = rng.standard_normal((2, 1, 4, 4)), rng.standard_normal((steps, 2, 1, 4, 4))
     draw = torch.zeros(())
@@ -514,7 +562,7 @@ def test_ddim_is_that_of_diffusers(
     """Whole chains on shared noise, where its scheduler follows its own timesteps."""
     import torch
 
-    schedule, timesteps = SCHEDULES[kind], spaced(spacing, 1000, steps)
+    schedule, timesteps = SCHEDULES[kind], spaced(spacing, SCHEDULES[kind], steps)
     rng = np.random.default_rng(0)
     start, noise = rng.standard_normal((2, 1, 4, 4)), rng.standard_normal((steps, 2, 1, 4, 4))
     etas = (0.0, 0.6) if steps < 1000 else (0.6,)
@@ -548,6 +596,42 @@ def test_ddim_is_that_of_diffusers(
         )
         mine = run(table, prediction, schedule, start, lambda step: noise[step])
         assert np.abs(mine - theirs).max() <= TOLERANCES["diffusers_ddim"].limit
+
+
+@pytest.mark.filterwarnings("ignore:__array__")  # of diffusers about itself
+@pytest.mark.parametrize("steps", [50, 20, 7])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_sde_dpmpp_2m_is_that_of_diffusers(
+    diffusers: Any, kind: str, prediction: Prediction, spacing: str, steps: int
+) -> None:
+    """On its own timesteps, and with the same noise at each."""
+    import torch
+
+    peer = diffusers.DPMSolverMultistepScheduler(
+        trained_betas=SCHEDULES[kind].betas,
+        prediction_type=PEER_PREDICTIONS[prediction],
+        timestep_spacing=spacing,
+        algorithm_type="sde-dpmsolver++",
+    )
+    peer.set_timesteps(steps)
+    timesteps, schedule = peer.timesteps.numpy(), SCHEDULES[kind]
+    rng = np.random.default_rng(0)
+    start = theirs = rng.standard_normal((2, 1, 4, 4))
+    noise = rng.standard_normal((steps, 2, 1, 4, 4))
+    for step, t in enumerate(timesteps.tolist()):
+        out = torch.from_numpy(network(prediction, theirs, t, schedule))
+        given = torch.from_numpy(noise[step])
+        theirs = peer.step(out, t, torch.from_numpy(theirs), variance_noise=given).prev_sample.numpy()
+    mine = run(
+        sde_dpmpp_2m(schedule, timesteps, prediction=prediction, clip=None),
+        prediction,
+        schedule,
+        start,
+        lambda step: noise[step],
+    )
+    assert np.abs(mine - theirs).max() <= TOLERANCES["diffusers_sde_2m"].limit
 
 
 @pytest.mark.filterwarnings("ignore:__array__")  # of diffusers about itself

@@ -27,6 +27,7 @@ TOLERANCES: Final = {
     "diffusers_ddim": Tolerance(5e-5, 2.7e-5, "whole chains on shared noise, any schedule, clipping and η"),
     "diffusers_2m": Tolerance(6e-6, 2.9e-6, "whole chains of its DPMSolverMultistepScheduler"),
     "diffusers_2m_cosine": Tolerance(4e-4, 2.0e-4, "the same; 1/√ᾱ reaches 20,291"),
+    "diffusers_sde_2m": Tolerance(4e-5, 1.9e-5, "the same of its sde-dpmsolver++, on shared noise"),
     "improved_diffusion_linear": Tolerance(
         6e-7, 3.2e-7, "whole respaced chains, every variance; its tables are float32"
     ),

@@ -46,6 +46,14 @@ def sizes(text: str) -> tuple[int, ...]:
     return found
 
 
+def timesteps(text: str) -> tuple[int, ...]:
+    """Read timesteps, as 999,500,0; whether they fall within the model's is asked of that."""
+    try:
+        return tuple(int(t) for t in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not of the form 999,500,0") from error
+
+
 class _ImageSize(click.ParamType[tuple[int, int]]):
     """Height and width: 48x64, or 32 for both."""
 

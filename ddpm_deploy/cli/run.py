@@ -4,7 +4,7 @@ import click
 
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
-from ddpm_deploy.cli.options import FilePath, Option
+from ddpm_deploy.cli.options import FilePath, Option, timesteps
 from ddpm_deploy.words import SOLVERS, SPACINGS
 
 main = command(
@@ -47,7 +47,7 @@ main = command(
         ),
         Option(
             "--solver",
-            "Method of sampling: ddpm for the full chain, ddim for some 50 steps, dpmpp-2m for some 20.",
+            "Method of sampling: ddpm for the full chain, ddim for some 50 steps, dpmpp-2m or sde-dpmpp-2m for 20.",
             click.Choice(SOLVERS),
             show_default="the model's own: ddpm, unless it was imported",
         ),
@@ -59,6 +59,11 @@ main = command(
             "Which timesteps a chain with fewer steps visits.",
             click.Choice(SPACINGS),
             show_default="the model's own: leading, unless it was imported",
+        ),
+        Option(
+            "--timesteps",
+            "The timesteps to visit, falling, as 999,850,600,300,0: in place of --steps and --spacing.",
+            timesteps,
         ),
         Option(
             "--guidance",

@@ -157,9 +157,4 @@ def _losses(
 def _timesteps(schedule: Schedule, assumed: Schedule) -> list[int]:
     """The timesteps with the levels of noise that even timesteps of the assumed schedule have."""
     even = np.linspace(0, assumed.timesteps - 1, _LEVELS + 2).astype(np.int64)[1:-1]
-    return [int(np.abs(_log_snr(schedule) - level).argmin()) for level in _log_snr(assumed)[even]]
-
-
-def _log_snr(schedule: Schedule) -> Floats:
-    here = schedule.alphas_cumprod
-    return np.log(here / (1 - here))
+    return [int(np.abs(schedule.log_snr - level).argmin()) for level in assumed.log_snr[even]]

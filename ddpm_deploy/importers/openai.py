@@ -20,7 +20,7 @@ from ddpm_deploy.importers.flags import OpenAIFlags
 from ddpm_deploy.importers.imported import Imported, new_spec
 from ddpm_deploy.importers.told import Told
 from ddpm_deploy.importers.weights import Weights
-from ddpm_deploy.schedule import BetaSchedule, CosineBetas, LinearBetas
+from ddpm_deploy.schedule import BetaSchedule, CosineBetas, LinearBetas, Schedule
 from ddpm_deploy.spacings import spaced
 from ddpm_deploy.spec import DEFAULT_CHAIN, ModelSpec, Sampling, UNetConfig
 from ddpm_deploy.words import Prediction, Solver, Spacing, Variance
@@ -299,7 +299,7 @@ def _sampling(flags: OpenAIFlags, timesteps: int) -> Sampling:
     if not 1 <= steps <= timesteps:
         raise SettingError(f"--timestep_respacing {text} is none of 1 to {timesteps}, of --diffusion_steps")
     spacing: Spacing = "openai-ddim" if text.startswith("ddim") else "openai"
-    if len(spaced(spacing, timesteps, steps)) < steps:
+    if len(spaced(spacing, Schedule(LinearBetas().betas(timesteps)), steps)) < steps:
         raise SettingError(f"--timestep_respacing {text}: no whole stride makes {steps} steps of {timesteps}")
     return Sampling(solver=solver, steps=steps, spacing=spacing)
 

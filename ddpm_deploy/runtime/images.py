@@ -247,6 +247,7 @@ class Destination:
             ("solver", request.solver),
             ("eta", request.eta or 0.0),
             ("spacing", request.spacing),
+            ("timesteps", request.timesteps),
             ("label", "none" if labels is None else labels[0]),
             ("guidance", "none" if scales is None else scales[0]),
         ]

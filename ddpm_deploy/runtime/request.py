@@ -30,6 +30,7 @@ class Keywords(TypedDict, total=False):
     solver: Solver | None
     eta: float | None
     spacing: Spacing | None
+    timesteps: Sequence[int] | None
     table: StepTable | None
     seed: int | None
     first_index: int
@@ -68,7 +69,9 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if not 0 <= self.first_index <= _END - self.count:
             raise SettingError(f"first_index must be from 0 to 2^64 - count, not {self.first_index}")
         if self.table is not None and self.chain != DEFAULT_CHAIN:
-            raise SettingError("a table is instead of steps, solver, eta and spacing: leave these out")
+            raise SettingError(
+                "a table is instead of steps, solver, eta, spacing and timesteps: leave these out"
+            )
         if self.guidance and not spec.null_class:
             raise SettingError(
                 "guidance needs a model that knows the null class: train with --labels and --label-dropout"
@@ -103,7 +106,13 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     @property
     def chain(self) -> ChainSettings:
         """The settings of the chain alone."""
-        return ChainSettings(steps=self.steps, solver=self.solver, eta=self.eta, spacing=self.spacing)
+        return ChainSettings(
+            steps=self.steps,
+            solver=self.solver,
+            eta=self.eta,
+            spacing=self.spacing,
+            timesteps=self.timesteps,
+        )
 
     @property
     def rows(self) -> int:
@@ -172,6 +181,7 @@ def make_request(
     solver: Solver | None = None,
     eta: float | None = None,
     spacing: Spacing | None = None,
+    timesteps: Sequence[int] | None = None,
     table: StepTable | None = None,
     seed: int | None = None,
     first_index: int = 0,
@@ -191,6 +201,7 @@ def make_request(
         solver=None if solver is None else _word("solver", solver),  # type: ignore[arg-type]
         eta=None if eta is None else _number("eta", eta),
         spacing=None if spacing is None else _word("spacing", spacing),  # type: ignore[arg-type]
+        timesteps=None if timesteps is None else tuple(_whole("a timestep", t) for t in timesteps),
         seed=None if seed is None else _whole("seed", seed),
         first_index=first_index,
         labels=_each("label", labels, count, first_index),

@@ -118,10 +118,11 @@ class Sampler:
     ) -> Array:
         """Draw `count` images: float32 (count, C, H, W) in the model's value range.
 
-        steps: of the chain, 1 .. T. solver: "ddpm", "ddim" or "dpmpp-2m". eta: of ddim, 0 to 1. spacing: of the
-            timesteps, one of `words.SPACINGS`. Those not given are as `spec.sampling` has them: all T, "ddpm", 0 and
+        steps: of the chain, 1 .. T. solver: "ddpm", "ddim", "dpmpp-2m" or "sde-dpmpp-2m". eta: of ddim, 0 to 1.
+            spacing: of the timesteps, one of `words.SPACINGS`. timesteps: the very ones, falling, in place of steps
+            and spacing. Those not given are as `spec.sampling` has them: all T, "ddpm", 0 and
             "leading", unless the model was imported.
-        table: a StepTable of your own in place of these four, as of `solvers.ddim(…, stride=…)`.
+        table: a StepTable of your own in place of all these, as of `solvers.ddim(…, stride=…)`.
         seed: 0 .. 2⁶⁴ - 1 (None: a fresh one). Sample i of the call has sample index first_index + i (0).
         labels: of a class-conditional model, by name or number: one for all, or one for each sample. None:
             each class in turn, by sample index.
