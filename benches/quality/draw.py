@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -77,10 +78,8 @@ def step_times(real: Real, sampler: Sampler) -> dict[str, float]:
     def block(solver: Solver) -> None:
         sampler.sample(count, solver=solver, steps=steps, seed=0, guidance=guidance)
 
-    solvers = dict.fromkeys(way.solver for way in WAYS)
-    times = interleave(
-        {solver: (lambda solver=solver: block(solver)) for solver in solvers}, steps * count, 6
-    )
+    blocks = {str(way.solver): partial(block, way.solver) for way in WAYS}
+    times = interleave(blocks, steps * count, 6)
     return {solver: median(each) for solver, each in times.items()}
 
 
