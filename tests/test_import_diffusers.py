@@ -472,6 +472,17 @@ def test_cosine_by_name_and_by_its_betas(diffusers: Any, folders: dict[int, Path
         scheduled(folders[1], diffusers.DDPMScheduler(trained_betas=np.geomspace(1e-4, 0.02, 1000).tolist()))
 
 
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler"])
+def test_clipping_that_is_null_is_none(diffusers: Any, folders: dict[int, Path], kind: str) -> None:
+    """As its code asks whether it is true; only a field that is not there is the default."""
+    scheduler = getattr(diffusers, kind)(clip_sample=None)
+    imported = scheduled(folders[1], scheduler)
+    assert imported.spec.clip is False
+    assert chains_differ(imported, scheduler, ChainSettings(steps=20)) <= TOLERANCES["imported_ddpm"].limit
+    edit(folders[1] / SCHEDULER, {"clip_sample": "absent"})
+    assert import_checkpoint(folders[1], {}).spec.clip is True
+
+
 def test_a_ddim_pipeline_makes_ddim_of_any_scheduler(diffusers: Any, folders: dict[int, Path]) -> None:
     """As its constructor does."""
     scheduled(folders[1], diffusers.DDPMScheduler())
@@ -610,6 +621,7 @@ UNLIKE = ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D"]
         (SCHEDULER, SOLVER | {"use_karras_sigmas": True}, "use_karras_sigmas"),
         (SCHEDULER, SOLVER | {"use_lu_lambdas": True}, "use_lu_lambdas"),
         (SCHEDULER, SOLVER | {"use_flow_sigmas": True}, "use_flow_sigmas"),
+        (SCHEDULER, {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
         (SCHEDULER, SOLVER | {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         (SCHEDULER, SOLVER | {"solver_order": 3}, "solver_order 3"),
         (SCHEDULER, SOLVER | {"solver_type": "heun"}, "solver_type heun"),

@@ -43,7 +43,7 @@ def read(weights: Weights, told: Told[DiffusersFlags]) -> Imported:
         )
     fields = convert(configs.network, NetworkFields, configs.name)
     if reason := fields.refusal():
-        raise ArtefactError(f"{configs.name} has {reason}, which is not supported")
+        raise ArtefactError(f"{configs.name} cannot be taken: {reason}")
     scheduler = read_scheduler(configs, told)
     network, sampling = unet_config(fields, configs.name), scheduler.sampling()
     spec = _spec(
