@@ -137,7 +137,7 @@ class Sampling(_Strict, frozen=True, kw_only=True):
     """How the code that a model comes from samples it: the chain where a request names none, and its habits.
 
     steps (None: all T), solver, eta, spacing: of the chain that runs where nobody says another.
-    offset: added to each timestep of a chain of fewer steps than T (`steps_offset` of diffusers).
+    offset: added to each timestep of a chain of fewer steps than T, by its own spacing (`steps_offset` of diffusers).
     fixed_stride: whether each step goes to t - T // N, whatever timestep comes next: diffusers' DDIM.
     raw_epsilon: whether DDIM goes on with ε as the network gave it where x̂0 was clipped: diffusers.
     to_first: whether DDIM ends at ᾱ_0, and not at 1: diffusers' `set_alpha_to_one` as false.
@@ -340,7 +340,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         assert settings.spacing is not None
         steps = settings.steps
         timesteps = spaced(settings.spacing, self.timesteps, steps)
-        if steps < self.timesteps:
+        if steps < self.timesteps and settings.spacing == own.spacing:
             timesteps = np.minimum(timesteps + own.offset, self.timesteps - 1)
         schedule, prediction, clip = self.make_schedule(), self.prediction, self.clip_range
         if settings.eta is not None and settings.solver != "ddim":
