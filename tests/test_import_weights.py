@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import pickle
 import random
 import struct
 import zipfile
@@ -311,8 +312,47 @@ def test_an_archive_of_something_else(tmp_path: Path) -> None:
         file.writestr("word/document.xml", "<w/>")
     path = tmp_path / "m.pt"
     path.write_bytes(archive.getvalue())
-    with pytest.raises(ArtefactError, match="not a whole, safe file of weights"):
+    with pytest.raises(ArtefactError, match=r"an archive of files .word/document.xml. .* unpack it"):
         read_weights(path)
+
+
+def _script() -> bytes:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), file)
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("file", ["m.pt", "m.safetensors"])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (lambda: b"<!DOCTYPE html>\n<html>", "a page of text .*download it again"),
+        (lambda: b'{"error":"Repository not found"}', "a page of text .*download it again"),
+        (lambda: b"\x1f\x8b" + bytes(99), "an archive of files: unpack it"),
+        (lambda: bytes(257) + b"ustar" + bytes(999), "an archive of files: unpack it"),
+        (lambda: pickle.dumps({"ema": nn.Linear(2, 2)}), "a pickle of Python objects, as EDM's"),
+        (_script, "a program of TorchScript, and not weights: save them alone"),
+        (lambda: b"PK\x03\x04" + bytes(99), "cut short"),
+        (lambda: b"Access denied\n", "not a whole, safe file of weights: Unsupported|name it .pt"),
+    ],
+)
+def test_files_of_other_kinds_are_named(
+    tmp_path: Path, file: str, make: Callable[[], bytes], said: str
+) -> None:
+    (tmp_path / file).write_bytes(make())
+    with pytest.raises(ArtefactError, match=said) as caught:
+        read_weights(tmp_path / file)
+    assert "PyTorch 2.6" not in str(caught.value)
+
+
+def test_a_file_is_read_by_what_it_begins_with(tmp_path: Path) -> None:
+    saved(tmp_path / "m.safetensors", STATE).rename(tmp_path / "m.pt")
+    assert set(read_weights(tmp_path / "m.pt").state) == set(STATE)
+    saved(tmp_path / "n.pt", STATE).rename(tmp_path / "n.safetensors")
+    with pytest.raises(ArtefactError, match="where torch.save wrote it, name it .pt"):
+        read_weights(tmp_path / "n.safetensors")
 
 
 def test_a_shape_is_checked_before_it_is_used(tmp_path: Path) -> None:
