@@ -61,6 +61,7 @@ def test_their_readme_pasted_as_it_stands(tmp_path: Path, ends: str) -> None:
         ("--num_heads_upsample -1", {"num_heads_upsample": "-1"}),
         ("--channel_mult '' --image_size 64", {"channel_mult": "", "image_size": "64"}),
         ("torchrun --nproc_per_node=8 image_train.py --lr 1", {"lr": "1"}),
+        ("torchrun --nproc_per_node=8 -m scripts.image_train --lr 1", {"lr": "1"}),
         ("python -m scripts.image_train --lr 1; ls -l | cat", {"lr": "1"}),
         ("--model_path a=b.pt --lr 1", {"model_path": "a=b.pt", "lr": "1"}),
         ("--model_path $CKPT --lr 1", {"model_path": "$CKPT", "lr": "1"}),
@@ -104,6 +105,9 @@ def test_what_is_no_command_line(tmp_path: Path, text: str, message: str) -> Non
 
 def test_a_hostile_text_takes_no_time(tmp_path: Path) -> None:
     read(tmp_path, "--a 1\n" * 20_000)
+    with pytest.raises(SettingError, match="not a file of flags"):
+        read(tmp_path, f"--a 1 {'> ' * 90_000}{'–' * 90_000}{' >' * 90_000} x")
+    read(tmp_path, f'X="{"--a 1 " * 50_000}"')
     with pytest.raises(SettingError, match="is not of the form"):
         read(tmp_path, "--a 1 b " * 20_000)
     with pytest.raises(SettingError, match="too large"):

@@ -286,6 +286,13 @@ def test_relatives_and_broken_files_are_refused_by_name(
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_the_average_is_known_by_the_name_of_its_file(golden: dict[str, Any], tmp_path: Path) -> None:
+    for name, kind in (("ema_0.9999_500000.pt", "ema"), ("model500000.pt", "raw"), ("schema.pt", "raw")):
+        torch.save(weights(golden, "improved"), tmp_path / name)
+        spec = import_checkpoint(tmp_path / name, CASES["improved"].flags).spec
+        assert spec.provenance.weights == kind
+
+
 def test_what_stands_beside_the_network_is_looked_at(golden: dict[str, Any], tmp_path: Path) -> None:
     """As in a file of latent diffusion, or of a Lightning module that holds its process too."""
     state = {f"model.diffusion_model.{n}": t for n, t in weights(golden, "improved").items()}

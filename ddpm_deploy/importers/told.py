@@ -159,7 +159,9 @@ def _commands(text: str) -> Iterator[list[str]]:
 
 def _behind_program(words: list[str]) -> list[str]:
     """A command without `mpiexec -n 8 python scripts/image_train.py` in front, of what runs it."""
-    program = next((n for n, word in enumerate(words) if word.endswith(".py") and "=" not in word), -1)
+    script = (n for n, word in enumerate(words) if word.endswith(".py") and "=" not in word)
+    module = (n for n in range(len(words) - 1, 0, -1) if words[n - 1] == "-m")
+    program = next(script, next(module, -1))
     if early := [word for word in words[: program + 1] if word.removeprefix("--") in all_names()]:
         raise ValueError(f"{early[0]} stands before {words[program]}: put it on a line of its own")
     words = words[program + 1 :]

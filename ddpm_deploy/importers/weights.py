@@ -35,9 +35,9 @@ class Weights:
 
     name: the file's, for messages. key: which of its entries they are; "": the file itself. state: by name, without
     what stands before all names. others: the other entries that hold weights. content: all that the file holds.
-    averaged: whether they are an average by the name of their entry. step: of the training, 0 where the file has none.
-    around: what stood before the names of the network, in a file that holds more. aside: what else its entry
-    holds, by name.
+    averaged: whether they are an average by the name of their entry, or of the file where that is none. step: of the
+    training, 0 where the file has none. around: what stood before the names of the network, in a file that holds more.
+    aside: what else its entry holds, by name.
     """
 
     name: str
@@ -104,7 +104,7 @@ def read_weights(path: Path, key: str | None = None, knows: Knows | None = None)
         state={n: _own(t) for n, t in state.items()},
         others=tuple(other for other in found if other != chosen),
         content=content,
-        averaged=chosen in averages,
+        averaged=chosen in averages or (not chosen and _is_average(path.stem)),  # ema_0.9999_500000.pt
         step=_step(content),
         around=around,
         aside={n: t for n, t in found[chosen].items() if around and not n.startswith(around)},
