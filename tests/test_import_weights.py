@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Collection
@@ -123,6 +124,22 @@ def test_the_entry_that_is_taken(tmp_path: Path, content: Content, key: str, oth
         assert read_weights(path, other).key == other
     with pytest.raises(SettingError, match=f"no weights under --key none of these: choose from .*{key}"):
         read_weights(path, "none of these")
+
+
+def test_an_average_that_has_no_names_is_told(tmp_path: Path) -> None:
+    listed = {"model": STATE, "ema": {"decay": 0.9, "shadow_params": [torch.ones(2)]}}
+    flat = under("model.net.") | {"model_ema.netconv_inweight": torch.ones(2)}
+    for content in (listed, flat):
+        weights = read_weights(saved(tmp_path / "m.pt", content), knows=knows)
+        assert not weights.averaged
+        assert re.fullmatch("not averaged: (ema|model_ema.*) seems to hold .*", weights.described()[-1])
+    for content in ({"model": STATE, "ema_rate": 0.9}, {"model": STATE, "ema": OTHER}):
+        weights = read_weights(saved(tmp_path / "m.pt", content), knows=knows)
+        assert "not averaged" not in " ".join(weights.described())
+    both = under("model.") | under("ema.module.", OTHER)
+    weights = read_weights(saved(tmp_path / "m.pt", both), knows=knows)
+    assert weights.averaged
+    assert weights.around == "ema.module."
 
 
 def test_steps_of_the_training(tmp_path: Path) -> None:

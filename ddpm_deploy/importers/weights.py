@@ -37,7 +37,7 @@ class Weights:
     what stands before all names. others: the other entries that hold weights. content: all that the file holds.
     averaged: whether they are an average by the name of their entry, or of the file where that is none. step: of the
     training, 0 where the file has none. around: what stood before the names of the network, in a file that holds more.
-    aside: what else its entry holds, by name.
+    aside: what else its entry holds, by name. unnamed: what seems to hold an average that was not taken.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Weights:
     step: int = 0
     around: str = ""
     aside: StateDict = field(default_factory=dict)
+    unnamed: str = ""
 
     def __contains__(self, name: str) -> bool:
         return name in self.state
@@ -74,6 +75,11 @@ class Weights:
             said.append(
                 f"weights under {show(self.around)}; left aside: {', '.join(map(show, list(self.aside)[:3]))}{more}"
             )
+        if self.unnamed:
+            said.append(
+                f"not averaged: {show(self.unnamed)} seems to hold an average, by no names of a network; where it was "
+                "trained, save that as a state_dict"
+            )
         return tuple(said)
 
 
@@ -98,16 +104,21 @@ def read_weights(path: Path, key: str | None = None, knows: Knows | None = None)
     order = [key] if key is not None else list(dict.fromkeys([*averages, *found]))
     chosen, around, state = _first_known(found, order, knows)
     _require_dense(state, path)
+    averaged = chosen in averages or _is_average(
+        around if around or chosen else path.stem
+    )  # ema_0.9999_500000.pt
+    aside = {n: t for n, t in found[chosen].items() if around and not n.startswith(around)}
     return Weights(
         name=name,
         key=chosen,
         state={n: _own(t) for n, t in state.items()},
         others=tuple(other for other in found if other != chosen),
         content=content,
-        averaged=chosen in averages or (not chosen and _is_average(path.stem)),  # ema_0.9999_500000.pt
+        averaged=averaged,
         step=_step(content),
         around=around,
-        aside={n: t for n, t in found[chosen].items() if around and not n.startswith(around)},
+        aside=aside,
+        unnamed="" if averaged or averages or key is not None else _unnamed_average(content, aside),
     )
 
 
@@ -235,6 +246,13 @@ def _averages(content: Any, keys: list[str]) -> list[str]:
         return ["4"]  # ermongroup's [network, optimiser, epoch, step, average]
     last = [key for key in keys if _is_average(key.rpartition(".")[2])]
     return [*last, *(key for key in keys if _is_average(key) and key not in last)]
+
+
+def _unnamed_average(content: Any, aside: StateDict) -> str:
+    """What holds tensors and is an average by its name, as torch_ema's list of them; "": there is none."""
+    entries = content.items() if isinstance(content, dict) else ()
+    held = [str(name) for name, value in entries if isinstance(value, dict | list)]
+    return next((name for name in (*held, *aside) if _is_average(name)), "")
 
 
 def _is_average(key: str) -> bool:
