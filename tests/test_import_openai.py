@@ -374,3 +374,14 @@ def test_the_command_line(golden: dict[str, Any], tmp_path: Path, monkeypatch: p
     [(network, spec)] = found
     assert prediction(Imported(network, spec, ""), CASES[name]).shape == (3, 1, 8, 8)
     assert (spec.prediction, spec.variance, spec.sampling.steps) == ("x0", "fixed_small", 20)
+
+
+def test_the_last_class_may_stand_for_none(golden: dict[str, Any], tmp_path: Path) -> None:
+    """As people train for guidance with code that has no word for it."""
+    state, flags = weights(golden, "guided"), CASES["guided"].flags
+    plain, guided = (read(tmp_path, state, {**flags, **more}).spec for more in ({}, {"null_class": "true"}))
+    assert (plain.num_classes, plain.null_class) == (guided.num_classes + 1, False)
+    assert guided.null_class
+    assert guided.num_labels == plain.num_labels
+    with pytest.raises(SettingError, match="--null_class needs classes"):
+        read(tmp_path, weights(golden, "improved"), {"null_class": "true"})

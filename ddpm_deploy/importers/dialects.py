@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import msgspec
 import numpy as np
 
-from ddpm_deploy.errors import ArtefactError
+from ddpm_deploy.errors import ArtefactError, SettingError
 from ddpm_deploy.files import show
 from ddpm_deploy.importers import diffusers, ho, lucidrains, monai, openai
 from ddpm_deploy.importers.flags import FLAGS
@@ -60,6 +62,8 @@ def import_checkpoint(path: Path, flags: Mapping[str, Any], key: str | None = No
     _refuse_latents(weights)
     told = Told(parse(FLAGS[dialect.NAME], flags, dialect.NAME))
     imported = dialect.read(weights, told)
+    if told.flags.null_class:
+        imported = replace(imported, spec=_with_null_class(imported.spec))
     _require_betas(weights, imported.spec)
     spec = with_provenance(
         imported.network, imported.spec, imported.dialect, weights.step, averaged=weights.averaged
@@ -93,6 +97,15 @@ def _require_betas(weights: Weights, spec: ModelSpec) -> None:
             f"{by:.1g}): tell it the schedule; where no flag names it, name the function that makes the network, as in "
             "ddpm-export my_package.models:build --weights FILE --spec FILE"
         )
+
+
+def _with_null_class(spec: ModelSpec) -> ModelSpec:
+    """The same network, whose last class stands for none."""
+    if spec.num_classes < 2:
+        raise SettingError(
+            f"--null_class needs classes, one of which may be none: this network has {spec.num_classes}"
+        )
+    return msgspec.structs.replace(spec, num_classes=spec.num_classes - 1, null_class=True)
 
 
 def _known(names: Collection[str]) -> bool:

@@ -34,7 +34,7 @@ def read_and_tell(
 
 def _require_best(fits: Sequence[Fit], images: Path) -> None:
     """Tell how each reading fits the images. Raises SettingError where one fits them better than the assumed one."""
-    logger.info("L_simple on %s: %.4f as assumed", show(images), fits[0].loss)
+    logger.info("L_simple on %s: %.4f as it was read", show(images), fits[0].loss)
     for fit in fits[1:]:
         if fit.loss is None:
             logger.info("  --%s %s: no such network (%s)", fit.flag, fit.value, fit.why)

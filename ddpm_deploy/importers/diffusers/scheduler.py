@@ -113,7 +113,9 @@ _DPM_SPACINGS: Final[dict[str, Spacing]] = {
 Kind = Literal["DDPM", "DDIM", "DPM-Solver++"]
 _KINDS: Final[dict[str, Kind]] = {
     "DDPMScheduler": "DDPM",
+    "DDPMParallelScheduler": "DDPM",
     "DDIMScheduler": "DDIM",
+    "DDIMParallelScheduler": "DDIM",
     "DPMSolverMultistepScheduler": "DPM-Solver++",
 }
 # Solvers that are not here, for the same networks on the same schedules.
