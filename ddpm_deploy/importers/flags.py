@@ -13,7 +13,8 @@ class Flags:
     """What the dialects have in common.
 
     image_size: height and width, as 32 or 48x64. null_class: whether the last class stands for none, as in training for
-    classifier-free guidance. ignored: names that whole command lines of a dialect hold beside these, and that are of no account here.
+    classifier-free guidance.
+    ignored: names that whole command lines of a dialect hold beside these, and that are of no account here.
     """
 
     ignored: ClassVar[frozenset[str]] = frozenset()

@@ -68,7 +68,7 @@ def _tell(imported: Imported) -> None:
     for line in imported.recognised:
         logger.info("  %s", line)
     if imported.assumed:
-        logger.info("assumed, as nothing in it tells (%s changes it):", _flag(imported.assumed[0]))
+        logger.info("assumed, as nothing in it tells (each flag changes it):")
     for assumption in imported.assumed:
         others = f"; others: {', '.join(map(str, assumption.others))}" if assumption.others else ""
         logger.info("  %s %s%s", _flag(assumption), assumption.value, others)
