@@ -586,10 +586,15 @@ def test_a_convolution_that_looks_at_the_type_of_its_input(tmp_path: Path) -> No
             var = self.weight.var((1, 2, 3), unbiased=False, keepdim=True)
             return F.conv2d(x, (self.weight - mean) * (var + eps).rsqrt(), self.bias, padding=1)
 
-    network = Plain()
-    network.conv = Standardised(1, 1, 3, padding=1)
-    network.last = nn.Conv2d(1, 1, 1)
-    network.spoil = network.last
+    class Standard(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = Standardised(1, 1, 3, padding=1), nn.Conv2d(1, 1, 1)
+
+        def spoil(self, h: Any) -> Any:
+            return self.last(h)
+
+    network = Standard()
     found = export_onnx(network, plain_spec(), tmp_path / "m.onnx", precision="fp16").calibration
     assert found is not None
     assert found.convolutions == 2
@@ -640,7 +645,9 @@ def test_a_network_that_uses_a_weight_itself_has_no_half_precision(tmp_path: Pat
         def spoil(self, h: Any) -> Any:
             return self.last(F.conv2d(h, self.again.weight, padding=1))
 
-    with pytest.raises(ParityError, match="does not run with its convolutions in fp16 .* export it in fp32, or"):
+    with pytest.raises(
+        ParityError, match="does not run with its convolutions in fp16 .* export it in fp32, or"
+    ):
         export_onnx(Itself(), plain_spec(), tmp_path / "m.onnx", precision="fp16")
     assert not list(tmp_path.iterdir())
 
@@ -885,7 +892,9 @@ def test_a_command_line_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make_network("parses:build"), Plain)
     assert sys.argv[1:] == ["--weights", "w.pt"]
     Path("asks.py").write_text("import argparse\n\nargparse.ArgumentParser().parse_args(['--data'])\n")
-    with pytest.raises(SettingError, match=r"in .*asks.py, line 3: SystemExit: 2; where it reads a command line"):
+    with pytest.raises(
+        SettingError, match=r"in .*asks.py, line 3: SystemExit: 2; where it reads a command line"
+    ):
         make_network("asks:build")
 
 

@@ -8,7 +8,8 @@ float32. A network may say more of itself:
   knows how to go on with that (see `train.unet`). Others get a cast before them and one back to float32 behind.
 
 Then real trajectories decide: `calibrate` runs them on an oracle of half-precision hardware, and what comes too near
-the range of the type, or loses too much by rounding, stays in float32 too.
+the range of the type, or loses too much by rounding, stays in float32 too. So do the convolutions that a network takes
+its own type from, where it does not run otherwise, and those with a forward() of their own, where it is too far off.
 """
 
 import copy
@@ -181,7 +182,8 @@ def calibrate(
             if not (types := _of_types(network) - islands.keys()):
                 raise ParityError(
                     f"the network does not run with its convolutions in {precision} ({first_line(error)}): its "
-                    f"forward() casts by the type of a weight, or uses that of a convolution itself; {_instead(precision)}"
+                    "forward() casts by the type of a weight, or uses that of a convolution itself; "
+                    f"{_instead(precision)}"
                 ) from error
             islands |= dict.fromkeys(sorted(types), "the network takes the type that it works in from it")
             continue

@@ -196,10 +196,11 @@ def _ask(
     except Exception as error:  # it is their own code
         label = f" and the labels {tuple(inputs[2].tolist())}" if spec.num_classes else ""
         numbers = temb[:, 0].to(torch.int64) if own.form == "int64" else temb[:, 0]
+        half = "; make it in float32, as by use_fp16=False" if "Half" in str(error) else ""
         told = f", {tuple(numbers.tolist())}" if own.form != "temb" else ""
         raise ArtefactError(
-            f"the network fails on x {tuple(x.shape)} and {FORMS[own.form]}{told}{label}: {_said(error)}; it must be "
-            "forward(x, t), with y where num_classes in the spec is not 0, for images of its image_shape"
+            f"the network fails on x {tuple(x.shape)} and {FORMS[own.form]}{told}{label}: {_said(error)}{half}; it must "
+            "be forward(x, t), with y where num_classes in the spec is not 0, for images of its image_shape"
         ) from error
 
 
