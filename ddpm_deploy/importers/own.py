@@ -199,8 +199,8 @@ def _ask(
         half = "; make it in float32, as by use_fp16=False" if "Half" in str(error) else ""
         told = f", {tuple(numbers.tolist())}" if own.form != "temb" else ""
         raise ArtefactError(
-            f"the network fails on x {tuple(x.shape)} and {FORMS[own.form]}{told}{label}: {_said(error)}{half}; it must "
-            "be forward(x, t), with y where num_classes in the spec is not 0, for images of its image_shape"
+            f"the network fails on x {tuple(x.shape)} and {FORMS[own.form]}{told}{label}: {_said(error)}{half}; it "
+            "must be forward(x, t), with y where num_classes in the spec is not 0, for images of its image_shape"
         ) from error
 
 
