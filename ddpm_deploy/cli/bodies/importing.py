@@ -57,7 +57,9 @@ def build_and_tell(factory: str, weights: Path, spec: Path, key: str | None) -> 
     described = with_provenance(network, described, factory[:200], found.step, found.averaged)
     own, described = adapt(network, described)
     given = "x, " + FORMS[own.form] + (", and y (B,) in int64" if described.num_classes else "")
-    unchecked = f"T, schedule, prediction, ranges and clip are as {show(spec)} says: images alone can check them"
+    unchecked = (
+        f"T, schedule, prediction, ranges and clip are as {show(spec)} says: images alone can check them"
+    )
     imported = Imported(own, described, factory, (*found.described(), f"takes {given}", unchecked))
     _tell(imported)
     return imported
