@@ -133,8 +133,8 @@ def _require_valid(model: Any) -> None:
         require("onnx", "export").checker.check_model(model, full_check=True)
     except Exception as error:
         raise ArtefactError(
-            f"the network exports to no valid ONNX: {first_line(error)}; where its forward() uses torch.autocast, take "
-            "that out, as --precision chooses the precision"
+            f"the network exports to no valid ONNX: {first_line(error)}; where its forward() uses torch.autocast, or "
+            "casts by the type of a weight, take that out, as --precision chooses the precision"
         ) from error
 
 

@@ -8,7 +8,8 @@ float32. A network may say more of itself:
   knows how to go on with that (see `train.unet`). Others get a cast before them and one back to float32 behind.
 
 Then real trajectories decide: `calibrate` runs them on an oracle of half-precision hardware, and what comes too near
-the range of the type, or loses too much by rounding, stays in float32 too.
+the range of the type, or loses too much by rounding, stays in float32 too. So do the convolutions that a network takes
+its own type from, where it does not run otherwise, and those with a forward() of their own, where it is too far off.
 """
 
 import copy
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import ParityError, plural
+from ddpm_deploy.errors import BackendError, ParityError, first_line, plural
 from ddpm_deploy.runtime.network import default_max_batch
 from ddpm_deploy.runtime.parity import StepErrors, Trajectory, teacher_forced, worst
 from ddpm_deploy.spec import ModelSpec
@@ -98,6 +99,27 @@ def convolutions(network: nn.Module) -> list[str]:
     return _inside("", network)
 
 
+def _with_own_forward(network: nn.Module) -> set[str]:
+    """The convolutions that compute something else than PyTorch's do: it may depend on the type of what they get."""
+    usual = {kind.forward for kind in _CONVOLUTIONS}
+    return {
+        name
+        for name in convolutions(network)
+        if type(module := network.get_submodule(name)).forward not in usual
+        and not getattr(module, "takes_any_type", False)
+    }
+
+
+def _of_types(network: nn.Module) -> set[str]:
+    """The convolutions that a network may take its own type from: its first and last, and those of parts with one."""
+    found: set[str] = set()
+    for name, module in network.named_modules():
+        if name == "" or isinstance(getattr(module, "dtype", None), torch.dtype):
+            owners = [own.rpartition(".")[0] for own, _ in module.named_parameters(name)]
+            found |= {owners[0], owners[-1]} if owners else set()
+    return found.intersection(convolutions(network))
+
+
 def reduce(network: nn.Module, precision: GraphPrecision, islands: Iterable[str]) -> nn.Module:
     """A copy of the network whose convolutions, but for `islands`, work in the given precision."""
     reduced = copy.deepcopy(network)
@@ -151,12 +173,30 @@ def calibrate(
                 f"{_instead(precision)}"
             )
         oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=largest)
-        with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
-            steps = teacher_forced(trajectory, oracle, progress)
+        try:
+            with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
+                steps = teacher_forced(trajectory, oracle, progress)
+        except BackendError as error:
+            if "type" not in str(error):
+                raise
+            if not (types := _of_types(network) - islands.keys()):
+                raise ParityError(
+                    f"the network does not run with its convolutions in {precision} ({first_line(error)}): its "
+                    "forward() casts by the type of a weight, or uses that of a convolution itself; "
+                    f"{_instead(precision)}"
+                ) from error
+            islands |= dict.fromkeys(sorted(types), "the network takes the type that it works in from it")
+            continue
         ranges = oracle.ranges()
         found = unsafe(ranges, network, TYPES[precision])
         if not found:
             most = worst(steps)
+            if not most.within and (own := _with_own_forward(network) - islands.keys()):
+                islands |= dict.fromkeys(
+                    sorted(own),
+                    f"has a forward() of its own: in {precision} the prediction is off by {most.relative_rms:.1e}",
+                )
+                continue
             if not most.within:
                 raise ParityError(
                     f"hardware that rounds to {precision} would be off by {most.relative_rms:.1e} of the prediction's "

@@ -53,10 +53,14 @@ def build_and_tell(factory: str, weights: Path, spec: Path, key: str | None) -> 
     """Make the user's own network, and say what was found of it."""
     described = read_spec(spec)
     # The source is in the spec, which has room for so much of it.
-    network = load_module(factory, weights, key)
-    own, described = adapt(network, with_provenance(network, described, factory[:200]))
+    network, found = load_module(factory, weights, key)
+    described = with_provenance(network, described, factory[:200], found.step, found.averaged)
+    own, described = adapt(network, described)
     given = "x, " + FORMS[own.form] + (", and y (B,) in int64" if described.num_classes else "")
-    imported = Imported(own, described, factory, (f"takes {given}",))
+    unchecked = (
+        f"T, schedule, prediction, ranges and clip are as {show(spec)} says: images alone can check them"
+    )
+    imported = Imported(own, described, factory, (*found.described(), f"takes {given}", unchecked))
     _tell(imported)
     return imported
 

@@ -179,8 +179,27 @@ def is_factory(model: Path) -> bool:
     return bool(_FACTORY.fullmatch(str(model))) and not model.exists()
 
 
+def _require_spelling(model: Path, options: ImportOptions) -> None:
+    """Raise UsageError where MODEL is meant to name a function, and names it otherwise."""
+    path, colon, name = str(model).rpartition(":")
+    if model.exists() or (is_factory(model) and not path.endswith(".py")):
+        return
+    place = Path(path.removesuffix(".py"))
+    if colon and name.isidentifier() and place.name.replace(".", "_").isidentifier():
+        outside = place.is_absolute() or ".." in place.parts
+        named = f"{place.name if outside else '.'.join(place.parts)}:{name}"
+        where = f", in the folder {show(place.parent)}" if outside else ""
+        raise click.UsageError(f"a function is named by its module, not by its file: {named}{where}")
+    if options.spec:
+        raise click.UsageError(
+            f"{show(model)} is neither a file nor a function: with --spec, name the function that makes the network, "
+            "as my_package.models:build"
+        )
+
+
 def source_of(model: Path, options: ImportOptions) -> Source | ModelFile:
     """What MODEL is; a ModelFile where it is an .onnx, of which an engine alone can be built."""
+    _require_spelling(model, options)
     if is_factory(model):
         options.refuse_but("a function of your own: it knows its network", "weights", "key", "spec")
         if not isinstance(options.weights, Path) or options.spec is None:
