@@ -1,6 +1,7 @@
 """Readings of a checkpoint compared on images, with a network whose loss is known in closed form."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,16 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor, nn
 
+from ddpm_deploy.cli import main
 from ddpm_deploy.embedding import TimestepItself
 from ddpm_deploy.errors import DataError, SettingError
 from ddpm_deploy.importers.check import compare
 from ddpm_deploy.importers.imported import Imported
+from ddpm_deploy.importers.template import TEMPLATE
 from ddpm_deploy.importers.told import Assumption
 from ddpm_deploy.schedule import CosineBetas, LinearBetas
 from ddpm_deploy.spec import ModelSpec, UNetConfig
@@ -192,3 +196,44 @@ def test_what_is_of_sampling_alone_is_not_tried(images: str) -> None:
     own, *others = compare(Imported(Counted(spec), spec, "Gauss", (), assumed), read, images)
     assert Counted.calls == 16
     assert [(fit.loss, fit.better, fit.worse) for fit in others] == [(own.loss, False, False)] * 2
+
+
+OWN = """
+import torch
+
+
+class Optimal(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Conv2d(1, 1, 1)  # of no account
+        self.register_buffer("alphas", torch.zeros(1000, dtype=torch.float32))
+
+    def forward(self, x, t):
+        here = self.alphas[t][:, None, None, None]
+        return (1 - here).sqrt() * x / (here * 0.16 + 1 - here) + 0 * self.weight(x)
+"""
+
+
+def test_the_spec_of_ones_own_network_is_held_against_images(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("closed_form.py").write_text(OWN)
+    names: dict[str, Any] = {}
+    exec(compile(OWN, "closed_form.py", "exec"), names)
+    network = names["Optimal"]()
+    network.alphas.copy_(torch.from_numpy(spec_of().make_schedule().alphas_cumprod))
+    torch.save(network.state_dict(), "ckpt.pt")
+    told = TEMPLATE.replace("[3, 32, 32]", "[1, 8, 8]")
+    command = ["export", "closed_form:Optimal", "--weights", "ckpt.pt", "--spec", "spec.toml", "-o", "x.onnx"]
+    for wrong, right in (
+        ('prediction = "v"', 'prediction = "epsilon"'),
+        ('schedule = "cosine"', 'schedule = "linear"'),
+    ):
+        Path("spec.toml").write_text(re.sub(rf"(?m)^{wrong.split()[0]} = \S+", wrong, told))
+        refused = CliRunner().invoke(main, [*command, "--check-images", images])
+        assert refused.exit_code == 1, refused.output
+        assert f"in the spec, {right} fits" in refused.stderr
+        assert not Path("x.onnx").exists()
+    Path("spec.toml").write_text(told)
+    assert CliRunner().invoke(main, [*command, "--check-images", images]).exit_code == 0

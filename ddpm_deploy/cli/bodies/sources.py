@@ -134,6 +134,7 @@ class OwnModule(_Imported):
 
     weights: Path
     spec_file: Path
+    check_images: Path | None
 
     @property
     def stem(self) -> Path:
@@ -147,7 +148,7 @@ class OwnModule(_Imported):
     def imported(self) -> Any:
         from ddpm_deploy.cli.bodies.importing import build_and_tell
 
-        return build_and_tell(str(self.path), self.weights, self.spec_file, self.key)
+        return build_and_tell(str(self.path), self.weights, self.spec_file, self.key, self.check_images)
 
 
 @dataclass(frozen=True)
@@ -201,14 +202,16 @@ def source_of(model: Path, options: ImportOptions) -> Source | ModelFile:
     """What MODEL is; a ModelFile where it is an .onnx, of which an engine alone can be built."""
     _require_spelling(model, options)
     if is_factory(model):
-        options.refuse_but("a function of your own: it knows its network", "weights", "key", "spec")
+        options.refuse_but(
+            "a function of your own: it knows its network", "weights", "key", "spec", "check_images"
+        )
         if not isinstance(options.weights, Path) or options.spec is None:
             raise click.UsageError(
                 f"{model} names a function: --weights FILE and --spec FILE are needed with it (ddpm-export "
                 "--spec-template prints a spec to start from)"
             )
         require("torch", "export")
-        return OwnModule(model, options.key, options.weights, options.spec)
+        return OwnModule(model, options.key, options.weights, options.spec, options.check_images)
     opened = open_model(model)
     opened.require_kind("checkpoint", "onnx", "foreign")
     if opened.kind == "onnx":
