@@ -863,7 +863,7 @@ def test_which_weights_were_taken_is_said() -> None:
     Path("spec.toml").write_text(spec_text(image_shape="[1, 8, 8]"))
     said = run("export", f"{HERE}:tiny", "--weights", "w.pt", "--spec", "spec.toml", "-v").output
     assert "weights of the entry ema, the averaged ones (others, by --key: model)" in said
-    assert "are as spec.toml says: images alone can check them" in said
+    assert "are as spec.toml says: --check-images holds them against images" in said
     with Sampler.load("w.onnx") as sampler:
         assert (sampler.spec.provenance.weights, sampler.spec.provenance.step) == ("ema", 7)
 
