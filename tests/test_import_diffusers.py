@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -758,3 +759,12 @@ def test_weights_under_another_name(small: Path, tmp_path: Path) -> None:
     shutil.copy(small / "unet" / "config.json", tmp_path)
     with pytest.raises(ArtefactError, match=r"must be called diffusion_pytorch_model\.safetensors or \.bin"):
         import_checkpoint(tmp_path / "model.safetensors", {})
+
+
+def test_a_part_of_what_becomes_one_tensor_is_missing(small: Path, tmp_path: Path) -> None:
+    """As the timestep's projection of one block, which stands with those of the others in ours."""
+    folder = Path(shutil.copytree(small, tmp_path / "one"))
+    name = "down_blocks.0.resnets.0.time_emb_proj.weight"
+    rewrite(folder, lambda state: {key: tensor for key, tensor in state.items() if key != name})
+    with pytest.raises(ArtefactError, match=f"another network: {re.escape(name)} is missing"):
+        import_checkpoint(folder, {})

@@ -103,11 +103,7 @@ def export_onnx(
     require("onnxscript", "export")
     require_output(path)
     require_output(proof_path(path))
-    if spec.network is None:
-        network = unwrapped(network)
-    _require_one_file(network, precision)
-    if spec.network is None:
-        network, spec = adapt(_copied(network), spec)
+    network, spec = _prepared(network, spec, precision)
     trajectory = _record(network.eval(), spec, precision != "fp32", every, stages)
     calibration, reduced = None, network
     if precision != "fp32":
@@ -128,6 +124,14 @@ def export_onnx(
         bits = None if precision == "bf16" else same_bits(open_model(temporary, spec), stages=stages)
         describe(temporary, msgspec.structs.replace(spec, same_bits=bits))
     return Export(comparison, calibration and _by_own_names(calibration), bits)
+
+
+def _prepared(network: nn.Module, spec: ModelSpec, precision: GraphPrecision) -> tuple[nn.Module, ModelSpec]:
+    """The network as the runtime asks it; one that is not ours is copied, and checked."""
+    if spec.network is None:
+        network = unwrapped(network)
+    _require_one_file(network, precision)
+    return (network, spec) if spec.network else adapt(_copied(network), spec)
 
 
 def _require_valid(model: Any) -> None:

@@ -29,7 +29,7 @@ from ddpm_deploy.files import require_file, require_suffix, show
 from ddpm_deploy.importers.weights import Weights, read_weights
 from ddpm_deploy.schedule import BetaSchedule
 from ddpm_deploy.spec import ModelSpec, Sampling
-from ddpm_deploy.train.checkpoint import require_finite
+from ddpm_deploy.train.checkpoint import misfits, require_finite
 from ddpm_deploy.words import PREDICTIONS, SCHEDULES, SOLVERS, SPACINGS, VARIANCES
 
 _SUFFIXES: Final = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -192,15 +192,9 @@ def _around(names: Collection[str]) -> str:
 def _put(weights: Weights, path: Path, network: nn.Module, factory: str) -> None:
     """Load the weights into the network. Raises ArtefactError unless they are those of it, each and no more."""
     wanted, state = network.state_dict(), weights.state
-    names = (
-        ("is missing", [name for name in wanted if name not in state]),
-        ("is not of the network", [name for name in state if name not in wanted]),
+    said = misfits(
+        [name for name in wanted if name not in state], [name for name in state if name not in wanted]
     )
-    said = [
-        f"{show(strays[0])} {what}" + (f" (and {len(strays) - 1} more)" if strays[1:] else "")
-        for what, strays in names
-        if strays
-    ]
     others = (
         f"; other entries of the file, for --key: {', '.join(map(show, weights.others))}"
         if weights.others
@@ -209,7 +203,7 @@ def _put(weights: Weights, path: Path, network: nn.Module, factory: str) -> None
     if said:
         raise ArtefactError(
             f"the weights in {weights.name}{f' ({show(weights.key)})' if weights.key else ''} are not of the network "
-            f"that {factory} makes: {', '.join(said)}{others}"
+            f"that {factory} makes: {said}{others}"
         )
     for name, tensor in wanted.items():
         if not is_lazy(tensor) and state[name].shape != tensor.shape:
