@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 ROUNDS: Final = 12
@@ -10,7 +10,7 @@ ROUNDS: Final = 12
 Block = Callable[[], None]  # runs some steps
 
 
-def interleave(blocks: dict[str, Block], steps: int, rounds: int = ROUNDS) -> dict[str, list[float]]:
+def interleave(blocks: Mapping[str, Block], steps: int, rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Seconds a step of each candidate, in turn, `rounds` times after a warm-up. steps: that a block runs."""
     times: dict[str, list[float]] = {name: [] for name in blocks}
     for round_ in range(rounds + 1):

@@ -46,7 +46,7 @@ def open_model(path: str | Path, spec: ModelSpec | None = None) -> "ModelFile":
 
 def is_of_diffusers(path: Path) -> bool:
     """Whether a folder is a pipeline of diffusers, a part of one, or holds one, by the names in it."""
-    parts = all((path / part).is_dir() for part in ("scheduler", "unet"))
+    parts = any((path / part / "config.json").is_file() for part in ("unet", "unet_ema"))
     cached = all(
         (path / part).is_dir() for part in ("refs", "snapshots")
     )  # as the hub keeps a model on a disk

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from ddpm_deploy.embedding import Embedding
 from ddpm_deploy.errors import SettingError, SpecError, first_line, newer, plural
@@ -139,7 +140,7 @@ class Sampling(_Strict, frozen=True, kw_only=True):
     """How the code that a model comes from samples it: the chain where a request names none, and its habits.
 
     steps (None: all T), solver, eta, spacing: of the chain that runs where nobody says another.
-    offset: added to each timestep of a chain of fewer steps than T (`steps_offset` of diffusers).
+    offset: added to each timestep of a chain of fewer steps than T, by its own spacing (`steps_offset` of diffusers).
     fixed_stride: whether each step goes to t - T // N, whatever timestep comes next: diffusers' DDIM.
     raw_epsilon: whether DDIM goes on with ε as the network gave it where x̂0 was clipped: diffusers.
     to_first: whether DDIM ends at ᾱ_0, and not at 1: diffusers' `set_alpha_to_one` as false.
@@ -346,14 +347,8 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         Raises SettingError where a setting is out of range or not known.
         """
         settings, own = self.completed(settings), self.sampling
-        steps = settings.steps or 0
         schedule, prediction, clip = self.make_schedule(), self.prediction, self.clip_range
-        if settings.timesteps is not None:
-            timesteps = np.array(settings.timesteps, np.int64)
-        else:
-            timesteps = spaced(settings.spacing or own.spacing, schedule, steps)
-            offset = own.offset if steps < self.timesteps else 0
-            timesteps = np.minimum(timesteps + offset, self.timesteps - 1)
+        timesteps = self._timesteps(schedule, settings)
         if settings.eta is not None and settings.solver != "ddim":
             raise SettingError(f"eta is of the solver ddim, and {settings.solver} has none: leave it out")
         match settings.solver:
@@ -374,7 +369,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
                     eta=settings.eta or 0.0,
                     clip=clip,
                     use_clipped_model_output=not own.raw_epsilon,
-                    stride=self.timesteps // steps if own.fixed_stride else None,
+                    stride=self.timesteps // len(timesteps) if own.fixed_stride else None,
                     to_first=own.to_first,
                 )
             case "dpmpp-2m":
@@ -382,6 +377,16 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
             case "sde-dpmpp-2m":
                 return sde_dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
         raise SettingError(f"solver {settings.solver!r} is not known: choose from {', '.join(SOLVERS)}")
+
+    def _timesteps(self, schedule: Schedule, settings: ChainSettings) -> NDArray[np.int64]:
+        """That a chain of completed settings visits."""
+        if settings.timesteps is not None:
+            return np.array(settings.timesteps, np.int64)
+        own, steps = self.sampling, settings.steps or 0
+        timesteps = spaced(settings.spacing or own.spacing, schedule, steps)
+        if steps < self.timesteps and settings.spacing == own.spacing:
+            timesteps = np.minimum(timesteps + own.offset, self.timesteps - 1)
+        return timesteps
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

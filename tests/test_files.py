@@ -222,7 +222,7 @@ def test_a_signal_while_a_file_is_made_leaves_none(
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("holds", [["model_index.json"], ["scheduler/s.json", "unet/u.json"]])
+@pytest.mark.parametrize("holds", [["model_index.json"], ["scheduler/s.json", "unet/config.json"]])
 @pytest.mark.parametrize("command", ["run", "verify", "inspect"])
 def test_a_folder_of_diffusers_is_told_from_other_folders(
     tmp_path: Path, command: str, holds: list[str]

@@ -1,22 +1,28 @@
 """Readings of a checkpoint compared on images, with a network whose loss is known in closed form."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 from torch import Tensor, nn
 
+from ddpm_deploy.cli import main
 from ddpm_deploy.embedding import TimestepItself
 from ddpm_deploy.errors import DataError, SettingError
 from ddpm_deploy.importers.check import compare
 from ddpm_deploy.importers.imported import Imported
+from ddpm_deploy.importers.template import TEMPLATE
 from ddpm_deploy.importers.told import Assumption
 from ddpm_deploy.schedule import CosineBetas, LinearBetas
-from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.spec import ModelSpec, UNetConfig
 
 VARIANCE = 0.16  # of the images
 SHAPE = (1, 8, 8)
@@ -131,3 +137,103 @@ def test_labels_that_are_not_the_models_are_told(
     spec = spec_of(num_classes=3, null_class=null_class)
     compare(Imported(Labelled(spec), spec, "Gauss"), told(spec), images)
     assert "has not the model's 3 classes" in caplog.text
+
+
+def test_the_last_class_may_be_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where a network of ten classes embeds eleven: the images have the labels of the ten."""
+
+    class Labelled(Optimal):
+        def forward(self, x: Tensor, temb: Tensor, y: Tensor | None = None) -> Tensor:
+            assert y is not None
+            assert set(y.tolist()) == {0, 1, 2}
+            return super().forward(x, temb)
+
+    rng = np.random.default_rng(0)
+    for label in ("a", "b", "c"):
+        (tmp_path / label).mkdir()
+        for number in range(4):
+            Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / label / f"{number}.png")
+    spec = spec_of(num_classes=4)
+    compare(Imported(Labelled(spec), spec, "Gauss"), told(spec), str(tmp_path))
+    assert "has not the model's" not in caplog.text
+    assert "one class less than the model" in caplog.text
+
+
+def test_a_loss_of_a_network_that_knows_nothing_of_the_images_is_told(
+    images: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a wrong flag was told, so that nothing is left to compare with."""
+
+    class Nothing(Optimal):
+        def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+            return torch.zeros_like(x)
+
+    spec = spec_of()
+    compare(Imported(Optimal(spec), spec, "Gauss"), told(spec), images)
+    assert not caplog.text
+    (own,) = compare(Imported(Nothing(spec), spec, "Gauss"), told(spec), images)
+    assert own.loss == pytest.approx(1, rel=0.02)
+    assert "something that was told or assumed of it is wrong" in caplog.text
+
+
+def test_what_is_of_sampling_alone_is_not_tried(images: str) -> None:
+    """Of our own network, which a spec describes wholly."""
+
+    class Counted(Optimal):
+        calls = 0
+
+        def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+            Counted.calls += 1
+            return super().forward(x, temb)
+
+    config = UNetConfig(channels=32, widths=(32,), time_width=32, blocks=1, attention_levels=())
+    spec = spec_of(network=config, prediction="epsilon")
+
+    def read(flags: Mapping[str, Any]) -> Imported:
+        return Imported(Counted(spec), msgspec.structs.replace(spec, **flags), "Gauss")
+
+    assumed = (Assumption("variance", "fixed_large", ("fixed_small",)), Assumption("clip", True, (False,)))
+    own, *others = compare(Imported(Counted(spec), spec, "Gauss", (), assumed), read, images)
+    assert Counted.calls == 16
+    assert [(fit.loss, fit.better, fit.worse) for fit in others] == [(own.loss, False, False)] * 2
+
+
+OWN = """
+import torch
+
+
+class Optimal(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Conv2d(1, 1, 1)  # of no account
+        self.register_buffer("alphas", torch.zeros(1000, dtype=torch.float32))
+
+    def forward(self, x, t):
+        here = self.alphas[t][:, None, None, None]
+        return (1 - here).sqrt() * x / (here * 0.16 + 1 - here) + 0 * self.weight(x)
+"""
+
+
+def test_the_spec_of_ones_own_network_is_held_against_images(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("closed_form.py").write_text(OWN)
+    names: dict[str, Any] = {}
+    exec(compile(OWN, "closed_form.py", "exec"), names)
+    network = names["Optimal"]()
+    network.alphas.copy_(torch.from_numpy(spec_of().make_schedule().alphas_cumprod))
+    torch.save(network.state_dict(), "ckpt.pt")
+    told = TEMPLATE.replace("[3, 32, 32]", "[1, 8, 8]")
+    command = ["export", "closed_form:Optimal", "--weights", "ckpt.pt", "--spec", "spec.toml", "-o", "x.onnx"]
+    for wrong, right in (
+        ('prediction = "v"', 'prediction = "epsilon"'),
+        ('schedule = "cosine"', 'schedule = "linear"'),
+    ):
+        Path("spec.toml").write_text(re.sub(rf"(?m)^{wrong.split()[0]} = \S+", wrong, told))
+        refused = CliRunner().invoke(main, [*command, "--check-images", images])
+        assert refused.exit_code == 1, refused.output
+        assert f"in the spec, {right} fits" in refused.stderr
+        assert not Path("x.onnx").exists()
+    Path("spec.toml").write_text(told)
+    assert CliRunner().invoke(main, [*command, "--check-images", images]).exit_code == 0

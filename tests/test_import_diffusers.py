@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from ddpm_deploy.importers.dialects import import_checkpoint
 from ddpm_deploy.importers.imported import Imported
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.schedule import CosineBetas
 from ddpm_deploy.spec import ChainSettings, UNetConfig
 from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.train.noise import AddressedRandn
@@ -471,6 +473,17 @@ def test_cosine_by_name_and_by_its_betas(diffusers: Any, folders: dict[int, Path
         scheduled(folders[1], diffusers.DDPMScheduler(trained_betas=np.geomspace(1e-4, 0.02, 1000).tolist()))
 
 
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler"])
+def test_clipping_that_is_null_is_none(diffusers: Any, folders: dict[int, Path], kind: str) -> None:
+    """As its code asks whether it is true; only a field that is not there is the default."""
+    scheduler = getattr(diffusers, kind)(clip_sample=None)
+    imported = scheduled(folders[1], scheduler)
+    assert imported.spec.clip is False
+    assert chains_differ(imported, scheduler, ChainSettings(steps=20)) <= TOLERANCES["imported_ddpm"].limit
+    edit(folders[1] / SCHEDULER, {"clip_sample": "absent"})
+    assert import_checkpoint(folders[1], {}).spec.clip is True
+
+
 def test_a_ddim_pipeline_makes_ddim_of_any_scheduler(diffusers: Any, folders: dict[int, Path]) -> None:
     """As its constructor does."""
     scheduled(folders[1], diffusers.DDPMScheduler())
@@ -609,6 +622,7 @@ UNLIKE = ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D"]
         (SCHEDULER, SOLVER | {"use_karras_sigmas": True}, "use_karras_sigmas"),
         (SCHEDULER, SOLVER | {"use_lu_lambdas": True}, "use_lu_lambdas"),
         (SCHEDULER, SOLVER | {"use_flow_sigmas": True}, "use_flow_sigmas"),
+        (SCHEDULER, {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
         (SCHEDULER, SOLVER | {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         (SCHEDULER, SOLVER | {"solver_order": 3}, "solver_order 3"),
         (SCHEDULER, SOLVER | {"solver_type": "heun"}, "solver_type heun"),
@@ -689,3 +703,68 @@ def test_weights_that_are_whole_numbers(diffusers: Any, tmp_path: Path) -> None:
 def test_another_flag_is_refused(small: Path) -> None:
     with pytest.raises(SettingError, match="--num_heads cannot be told of diffusers"):
         import_checkpoint(small, {"num_heads": 4})
+
+
+# --- folders as people have them ------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_train_unconditional(diffusers: Any, tmp_path: Path) -> None:
+    """PIPELINE/checkpoint-500/unet and unet_ema: with the pipeline's schedule, and the averaged weights are named."""
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+    unet = saved(diffusers, tmp_path, SMALL, scheduler)
+    for name in ("unet", "unet_ema"):
+        folder = tmp_path / "checkpoint-500" / name
+        shutil.copytree(tmp_path / "unet", folder)
+        imported = import_checkpoint(folder, {})
+        assert error(imported, unet) <= LIMIT
+        assert imported.assumed == ()
+        assert (imported.spec.prediction, imported.spec.schedule) == ("x0", CosineBetas())
+    shutil.copytree(tmp_path / "unet", tmp_path / "others" / "unet_ema")
+    assert import_checkpoint(tmp_path / "others" / "unet_ema", {}).assumed
+    (line,) = [
+        line
+        for line in import_checkpoint(tmp_path / "checkpoint-500" / "unet", {}).recognised
+        if "averaged" in line
+    ]
+    assert str(folder) in line
+    assert not any("averaged" in line for line in imported.recognised)
+
+
+def test_a_scheduler_beside_the_network_without_a_pipeline(diffusers: Any, tmp_path: Path) -> None:
+    """What a script of one's own saves: its schedule holds, whichever of the two folders is named."""
+    unet = saved(diffusers, tmp_path, SMALL, diffusers.DDPMScheduler(prediction_type="v_prediction"))
+    (tmp_path / INDEX).unlink()
+    for folder in (tmp_path, tmp_path / "unet"):
+        imported = import_checkpoint(folder, {})
+        assert error(imported, unet) <= LIMIT
+        assert imported.spec.prediction == "v"
+        assert imported.assumed == ()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_that_git_did_not_fetch(small: Path, tmp_path: Path, suffix: str) -> None:
+    shutil.copytree(small, tmp_path / "it")
+    weights = tmp_path / "it" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n")
+    weights.rename(weights.with_suffix(f".{suffix}"))
+    with pytest.raises(
+        ArtefactError, match=r"only a pointer of git-lfs to the weights: fetch them with git lfs"
+    ):
+        import_checkpoint(tmp_path / "it", {})
+
+
+def test_weights_under_another_name(small: Path, tmp_path: Path) -> None:
+    """The configuration is beside them, and only the name is not as it must be."""
+    shutil.copy(small / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "model.safetensors")
+    shutil.copy(small / "unet" / "config.json", tmp_path)
+    with pytest.raises(ArtefactError, match=r"must be called diffusion_pytorch_model\.safetensors or \.bin"):
+        import_checkpoint(tmp_path / "model.safetensors", {})
+
+
+def test_a_part_of_what_becomes_one_tensor_is_missing(small: Path, tmp_path: Path) -> None:
+    """As the timestep's projection of one block, which stands with those of the others in ours."""
+    folder = Path(shutil.copytree(small, tmp_path / "one"))
+    name = "down_blocks.0.resnets.0.time_emb_proj.weight"
+    rewrite(folder, lambda state: {key: tensor for key, tensor in state.items() if key != name})
+    with pytest.raises(ArtefactError, match=f"another network: {re.escape(name)} is missing"):
+        import_checkpoint(folder, {})

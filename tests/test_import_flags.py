@@ -61,11 +61,19 @@ def test_their_readme_pasted_as_it_stands(tmp_path: Path, ends: str) -> None:
         ("--num_heads_upsample -1", {"num_heads_upsample": "-1"}),
         ("--channel_mult '' --image_size 64", {"channel_mult": "", "image_size": "64"}),
         ("torchrun --nproc_per_node=8 image_train.py --lr 1", {"lr": "1"}),
+        ("torchrun --nproc_per_node=8 -m scripts.image_train --lr 1", {"lr": "1"}),
         ("python -m scripts.image_train --lr 1; ls -l | cat", {"lr": "1"}),
         ("--model_path a=b.pt --lr 1", {"model_path": "a=b.pt", "lr": "1"}),
         ("--model_path $CKPT --lr 1", {"model_path": "$CKPT", "lr": "1"}),
         ("X=--lr\\ 1\n", {"lr": "1"}),
-        ("cd guided-diffusion\n# nothing\n", {}),
+        ("cd guided-diffusion\n# nothing\n--lr 1", {"lr": "1"}),
+        (
+            'F="--lr 1"\nF="$F --dropout 0"\nF+=" --num_heads 2"',
+            {"lr": "1", "dropout": "0", "num_heads": "2"},
+        ),
+        ("–lr 1 —dropout 0 -–num_heads 2", {"lr": "1", "dropout": "0", "num_heads": "2"}),
+        ("python x.py --lr 1 > log.txt 2>&1 &\npython x.py --lr 1 2>&1 | tee log", {"lr": "1"}),
+        ("python x.py --lr 1 ^\r\n  --dropout 0", {"lr": "1", "dropout": "0"}),
     ],
 )
 def test_a_command_line(tmp_path: Path, text: str, wanted: dict[str, str]) -> None:
@@ -81,6 +89,13 @@ def test_a_command_line(tmp_path: Path, text: str, wanted: dict[str, str]) -> No
         ("--image_size 64 --image_size 32", "--image_size is 64 in one place and 32 in another"),
         ("python x.py $MODEL_FLAGS", "no MODEL_FLAGS="),
         ('MODEL_FLAGS="--image_size 64', "No closing quotation"),
+        (
+            "--dropout 0 python x.py --image_size 64",
+            "--dropout stands before x.py: put it on a line of its own",
+        ),
+        ("# none\n", "no flag stands in it"),
+        ("image_size: 64\nnum_heads: 4\n", "no flag stands in it, .* go into a .json or a .toml"),
+        ("dict(image_size=64)", "no flag stands in it"),
     ],
 )
 def test_what_is_no_command_line(tmp_path: Path, text: str, message: str) -> None:
@@ -90,6 +105,9 @@ def test_what_is_no_command_line(tmp_path: Path, text: str, message: str) -> Non
 
 def test_a_hostile_text_takes_no_time(tmp_path: Path) -> None:
     read(tmp_path, "--a 1\n" * 20_000)
+    with pytest.raises(SettingError, match="not a file of flags"):
+        read(tmp_path, f"--a 1 {'> ' * 90_000}{'–' * 90_000}{' >' * 90_000} x")
+    read(tmp_path, f'X="{"--a 1 " * 50_000}"')
     with pytest.raises(SettingError, match="is not of the form"):
         read(tmp_path, "--a 1 b " * 20_000)
     with pytest.raises(SettingError, match="too large"):
@@ -132,9 +150,11 @@ def test_lists() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"num_heads": "four"}, "num_heads"),
-        ({"learn_sigma": "maybe"}, "learn_sigma"),
-        ({"channel_mult": [[1]]}, "channel_mult"),
+        ({"num_heads": "four"}, "--num_heads four is not a whole number$"),
+        ({"num_heads": ""}, "--num_heads '' is not a whole number$"),
+        ({"dropout": "x"}, "--dropout x is not a number$"),
+        ({"learn_sigma": "maybe"}, "--learn_sigma maybe is not True or False$"),
+        ({"channel_mult": [[1]]}, r"--channel_mult \[\[1\]\] is not a text"),
         ({"hidden": 1}, "--hidden cannot be told of OpenAI"),
     ],
 )

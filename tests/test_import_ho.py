@@ -166,7 +166,9 @@ def test_a_checkpoint_of_pytorch_ddpm_is_taken_whole(tmp_path: Path) -> None:
     torch.testing.assert_close(model.network.conv_out.bias, state(LISTS)["tail.2.bias"])
     assert (model.spec.provenance.weights, model.spec.provenance.step) == ("ema", 7000)
     # Its trainer's whole state: the network under model., and the schedule's buffers beside it.
-    content = {f"model.{name}": tensor for name, tensor in state(LISTS).items()} | {"betas": torch.ones(9)}
+    content = {f"model.{name}": tensor for name, tensor in state(LISTS).items()} | {
+        "betas": torch.linspace(1e-4, 0.02, 1000).double()
+    }
     model = imported(tmp_path, LISTS, content)
     assert model.recognised[0] == "weights under model.; left aside: betas"
 

@@ -286,6 +286,26 @@ def test_relatives_and_broken_files_are_refused_by_name(
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_the_average_is_known_by_the_name_of_its_file(golden: dict[str, Any], tmp_path: Path) -> None:
+    for name, kind in (("ema_0.9999_500000.pt", "ema"), ("model500000.pt", "raw"), ("schema.pt", "raw")):
+        torch.save(weights(golden, "improved"), tmp_path / name)
+        spec = import_checkpoint(tmp_path / name, CASES["improved"].flags).spec
+        assert spec.provenance.weights == kind
+
+
+def test_what_stands_beside_the_network_is_looked_at(golden: dict[str, Any], tmp_path: Path) -> None:
+    """As in a file of latent diffusion, or of a Lightning module that holds its process too."""
+    state = {f"model.diffusion_model.{n}": t for n, t in weights(golden, "improved").items()}
+    told = CASES["improved"].flags
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    read(tmp_path, {**state, "betas": betas}, told)
+    for other, said in ((betas**0.9, "the betas in .* are not those"), (betas[:-1], "has 999 betas")):
+        with pytest.raises(ArtefactError, match=said):
+            read(tmp_path, {**state, "betas": other}, told)
+    with pytest.raises(ArtefactError, match="an autoencoder .*first_stage_model.encoder.conv_in.weight"):
+        read(tmp_path, {**state, "first_stage_model.encoder.conv_in.weight": torch.ones(1)}, told)
+
+
 def test_images_of_six_channels_if_their_owner_says_so(golden: dict[str, Any], tmp_path: Path) -> None:
     state = {**weights(golden, "improved, 4000 cosine"), "input_blocks.0.0.weight": torch.ones(32, 6, 3, 3)}
     imported = read(tmp_path, state, {"image_size": 8, "learn_sigma": False})
@@ -354,3 +374,14 @@ def test_the_command_line(golden: dict[str, Any], tmp_path: Path, monkeypatch: p
     [(network, spec)] = found
     assert prediction(Imported(network, spec, ""), CASES[name]).shape == (3, 1, 8, 8)
     assert (spec.prediction, spec.variance, spec.sampling.steps) == ("x0", "fixed_small", 20)
+
+
+def test_the_last_class_may_stand_for_none(golden: dict[str, Any], tmp_path: Path) -> None:
+    """As people train for guidance with code that has no word for it."""
+    state, flags = weights(golden, "guided"), CASES["guided"].flags
+    plain, guided = (read(tmp_path, state, {**flags, **more}).spec for more in ({}, {"null_class": "true"}))
+    assert (plain.num_classes, plain.null_class) == (guided.num_classes + 1, False)
+    assert guided.null_class
+    assert guided.num_labels == plain.num_labels
+    with pytest.raises(SettingError, match="--null_class needs classes"):
+        read(tmp_path, weights(golden, "improved"), {"null_class": "true"})

@@ -3,7 +3,9 @@
 import argparse
 import io
 import json
+import pickle
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Collection
@@ -122,6 +124,22 @@ def test_the_entry_that_is_taken(tmp_path: Path, content: Content, key: str, oth
         assert read_weights(path, other).key == other
     with pytest.raises(SettingError, match=f"no weights under --key none of these: choose from .*{key}"):
         read_weights(path, "none of these")
+
+
+def test_an_average_that_has_no_names_is_told(tmp_path: Path) -> None:
+    listed = {"model": STATE, "ema": {"decay": 0.9, "shadow_params": [torch.ones(2)]}}
+    flat = under("model.net.") | {"model_ema.netconv_inweight": torch.ones(2)}
+    for content in (listed, flat):
+        weights = read_weights(saved(tmp_path / "m.pt", content), knows=knows)
+        assert not weights.averaged
+        assert re.fullmatch("not averaged: (ema|model_ema.*) seems to hold .*", weights.described()[-1])
+    for content in ({"model": STATE, "ema_rate": 0.9}, {"model": STATE, "ema": OTHER}):
+        weights = read_weights(saved(tmp_path / "m.pt", content), knows=knows)
+        assert "not averaged" not in " ".join(weights.described())
+    both = under("model.") | under("ema.module.", OTHER)
+    weights = read_weights(saved(tmp_path / "m.pt", both), knows=knows)
+    assert weights.averaged
+    assert weights.around == "ema.module."
 
 
 def test_steps_of_the_training(tmp_path: Path) -> None:
@@ -311,8 +329,47 @@ def test_an_archive_of_something_else(tmp_path: Path) -> None:
         file.writestr("word/document.xml", "<w/>")
     path = tmp_path / "m.pt"
     path.write_bytes(archive.getvalue())
-    with pytest.raises(ArtefactError, match="not a whole, safe file of weights"):
+    with pytest.raises(ArtefactError, match=r"an archive of files .word/document.xml. .* unpack it"):
         read_weights(path)
+
+
+def _script() -> bytes:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), file)
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("file", ["m.pt", "m.safetensors"])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (lambda: b"<!DOCTYPE html>\n<html>", "a page of text .*download it again"),
+        (lambda: b'{"error":"Repository not found"}', "a page of text .*download it again"),
+        (lambda: b"\x1f\x8b" + bytes(99), "an archive of files: unpack it"),
+        (lambda: bytes(257) + b"ustar" + bytes(999), "an archive of files: unpack it"),
+        (lambda: pickle.dumps({"ema": nn.Linear(2, 2)}), "a pickle of Python objects, as EDM's"),
+        (_script, "a program of TorchScript, and not weights: save them alone"),
+        (lambda: b"PK\x03\x04" + bytes(99), "cut short"),
+        (lambda: b"Access denied\n", "not a whole, safe file of weights: Unsupported|name it .pt"),
+    ],
+)
+def test_files_of_other_kinds_are_named(
+    tmp_path: Path, file: str, make: Callable[[], bytes], said: str
+) -> None:
+    (tmp_path / file).write_bytes(make())
+    with pytest.raises(ArtefactError, match=said) as caught:
+        read_weights(tmp_path / file)
+    assert "PyTorch 2.6" not in str(caught.value)
+
+
+def test_a_file_is_read_by_what_it_begins_with(tmp_path: Path) -> None:
+    saved(tmp_path / "m.safetensors", STATE).rename(tmp_path / "m.pt")
+    assert set(read_weights(tmp_path / "m.pt").state) == set(STATE)
+    saved(tmp_path / "n.pt", STATE).rename(tmp_path / "n.safetensors")
+    with pytest.raises(ArtefactError, match="where torch.save wrote it, name it .pt"):
+        read_weights(tmp_path / "n.safetensors")
 
 
 def test_a_shape_is_checked_before_it_is_used(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ddpm_deploy.errors import ArtefactError, DdpmDeployError, ParityError, Sett
 from ddpm_deploy.importers.template import TEMPLATE
 from ddpm_deploy.onnx_file import OnnxFile
 from ddpm_deploy.schedule import CosineBetas
+from ddpm_deploy.spec import UNetConfig
 from tests.tolerances import TOLERANCES
 
 torch = pytest.importorskip("torch")
@@ -36,6 +37,7 @@ from ddpm_deploy.export import graph  # noqa: E402
 from ddpm_deploy.export.graph import export_onnx  # noqa: E402
 from ddpm_deploy.importers.module import load_module, make_network, read_spec, unwrapped  # noqa: E402
 from ddpm_deploy.importers.own import OwnNetwork, adapt  # noqa: E402
+from ddpm_deploy.train.checkpoint import new_network  # noqa: E402
 from ddpm_deploy.train.noise import AddressedRandn  # noqa: E402
 from tests.importing import randomise  # noqa: E402
 
@@ -496,6 +498,11 @@ SPOILT: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {},
         r"gives \(2, 1, 7, 8\) for 2 images, and \(2, 1, 8, 8\) is needed",
     ),
+    "loss": (
+        spoilt(lambda h: h.mean()),
+        {},
+        r"gives one number, as a loss, .* makes the network itself, not what trains or samples it",
+    ),
     "tuple": (spoilt(lambda h: (h, h)), {}, "gives a tuple of 2, and a tensor is needed"),
     "none": (spoilt(lambda h: None), {}, "gives a NoneType, and a tensor is needed"),
     "time": (NoTime, {}, "does not depend on the timestep: it is the same at t = 0 and t = 39"),
@@ -519,7 +526,7 @@ SPOILT: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "training": (StaysInTraining, {}, "the network stays in training mode after"),
     "infinite": (spoilt(lambda h: h / 0), {}, "is not finite"),
     "complex": (Complex, {}, "phase is not a dense tensor of real numbers"),
-    "table": (Looked, {"embedding": TimestepItself(offset=1.0)}, r"fails on x .* \(21.0, 40.0\): IndexError"),
+    "table": (Looked, {"embedding": TimestepItself(offset=1.0)}, r"fails on x .* \(21, 40\): IndexError"),
     "if": (
         spoilt(depends_on_numbers),
         {},
@@ -569,6 +576,82 @@ def test_a_transformer_has_nothing_for_half_precision(tmp_path: Path) -> None:
 
     with pytest.raises(ParityError, match="it has no convolutions; export it in fp32, or in tf32"):
         export_onnx(Dense(), plain_spec(), tmp_path / "m.onnx", precision="fp16")
+
+
+def test_a_convolution_that_looks_at_the_type_of_its_input(tmp_path: Path) -> None:
+    """As the annotated tutorial's, which standardises its weights with another ε in half precision."""
+
+    class Standardised(nn.Conv2d):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            eps = 1e-5 if x.dtype == torch.float32 else 1e-1
+            mean = self.weight.mean((1, 2, 3), keepdim=True)
+            var = self.weight.var((1, 2, 3), unbiased=False, keepdim=True)
+            return F.conv2d(x, (self.weight - mean) * (var + eps).rsqrt(), self.bias, padding=1)
+
+    class Standard(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = Standardised(1, 1, 3, padding=1), nn.Conv2d(1, 1, 1)
+
+        def spoil(self, h: Any) -> Any:
+            return self.last(h)
+
+    network = Standard()
+    found = export_onnx(network, plain_spec(), tmp_path / "m.onnx", precision="fp16").calibration
+    assert found is not None
+    assert found.convolutions == 2
+    assert list(found.islands) == ["conv"]
+    assert found.islands["conv"].startswith("has a forward() of its own: in fp16 the prediction is off by ")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_network_that_takes_its_type_from_its_weights(inside: bool, tmp_path: Path) -> None:
+    """As diffusers' do, of which the Hugging Face course makes its own."""
+
+    class Typed(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.middle, self.time, self.last = nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.Conv2d(1, 1, 1)
+
+        @property
+        def dtype(self) -> Any:
+            return next(self.parameters()).dtype
+
+        def forward(self, x: Any, t: Any) -> Any:
+            emb = self.time(t[:, None].to(self.dtype) / T)
+            return self.last(self.middle(self.conv(x)) + emb[:, :, None, None])
+
+    class Outer(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Linear(1, 1)
+            self.typed = Typed()
+
+        def forward(self, x: Any, t: Any) -> Any:
+            return self.typed(self.bias(x[..., None])[..., 0], t)
+
+    network = Outer() if inside else Typed()
+    found = export_onnx(network, plain_spec(), tmp_path / "m.onnx", precision="fp16").calibration
+    assert found is not None
+    around = "typed." if inside else ""
+    assert set(found.islands) == {f"{around}conv", f"{around}last"}
+    assert found.islands[f"{around}conv"] == "the network takes the type that it works in from it"
+
+
+def test_a_network_that_uses_a_weight_itself_has_no_half_precision(tmp_path: Path) -> None:
+    class Itself(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again, self.last = nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 1)
+
+        def spoil(self, h: Any) -> Any:
+            return self.last(F.conv2d(h, self.again.weight, padding=1))
+
+    with pytest.raises(
+        ParityError, match="does not run with its convolutions in fp16 .* export it in fp32, or"
+    ):
+        export_onnx(Itself(), plain_spec(), tmp_path / "m.onnx", precision="fp16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_shared_weights_and_none(tmp_path: Path) -> None:
@@ -729,8 +812,94 @@ def test_weights_in_something_larger(prefix: str) -> None:
     state = Plain().state_dict()
     counter = {"n_averaged": torch.tensor(3)} if prefix.endswith("module.") else {}
     torch.save({"state_dict": {**{f"{prefix}{name}": t for name, t in state.items()}, **counter}}, "w.ckpt")
-    network = load_module(f"{HERE}:tiny", Path("w.ckpt"))
+    network, _ = load_module(f"{HERE}:tiny", Path("w.ckpt"))
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def test_weights_beside_others_in_something_larger() -> None:
+    """A diffusion with its buffers, as Lightning saves it, and an average beside what it averages, as ema-pytorch."""
+    state, online = Plain().state_dict(), Plain().state_dict()
+    around = {"betas": torch.zeros(T), "alphas_cumprod": torch.ones(T)}
+    torch.save({"state_dict": under("model.", state) | around, "step": 9}, "w.ckpt")
+    network, weights = load_module(f"{HERE}:tiny", Path("w.ckpt"))
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in state.items())
+    assert weights.step == 9
+    assert weights.described()[-1] == "weights under model.; left aside: betas, alphas_cumprod"
+    averager = {"step": torch.tensor(3)} | under("online_model.", online) | under("ema_model.", state)
+    torch.save({"model": online, "ema": averager}, "w.pt")
+    network, weights = load_module(f"{HERE}:tiny", Path("w.pt"))
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in state.items())
+    assert weights.averaged
+
+
+class Around(nn.Module):  # type: ignore[misc]
+    """The user's own module around their network, which has the names of its weights without "net."."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Plain()
+
+    def forward(self, x: Any, t: Any) -> Any:
+        return self.net(x, t)
+
+
+def test_a_module_around_the_network() -> None:
+    state = Plain().state_dict()
+    torch.save({"ema": under("module.", state), "model": state}, "w.pt")
+    network, _ = load_module(f"{HERE}:Around", Path("w.pt"))
+    assert all(torch.equal(network.net.state_dict()[name], tensor) for name, tensor in state.items())
+    torch.save(under("other.", state), "w.pt")
+    with pytest.raises(ArtefactError, match=r"net.conv.weight is missing \(and 1 more\), other.conv.weight"):
+        load_module(f"{HERE}:Around", Path("w.pt"))
+
+
+def test_which_weights_were_taken_is_said() -> None:
+    torch.manual_seed(0)
+    torch.save({"model": Plain().state_dict(), "ema": Plain().state_dict(), "step": 7}, "w.pt")
+    Path("spec.toml").write_text(spec_text(image_shape="[1, 8, 8]"))
+    said = run("export", f"{HERE}:tiny", "--weights", "w.pt", "--spec", "spec.toml", "-v").output
+    assert "weights of the entry ema, the averaged ones (others, by --key: model)" in said
+    assert "are as spec.toml says: --check-images holds them against images" in said
+    with Sampler.load("w.onnx") as sampler:
+        assert (sampler.spec.provenance.weights, sampler.spec.provenance.step) == ("ema", 7)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("pack/models.py:build", "by its module, not by its file: pack.models:build"),
+        ("./models.py:build", "not by its file: models:build"),
+        ("pack.models.py:build", "not by its file: pack.models:build"),
+        ("../pack/models.py:build", "not by its file: models:build, in the folder ../pack"),
+        ("pack.models.build", "neither a file nor a function: .* as my_package.models:build"),
+        ("my-pack.models:build", "neither a file nor a function"),
+    ],
+)
+def test_a_function_that_is_named_otherwise(typed: str, said: str) -> None:
+    assert re.search(said, refused("export", typed, "--weights", "w.pt", "--spec", "spec.toml", code=2))
+
+
+def test_a_command_line_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that parses its arguments as it is imported has its defaults, and not those of ddpm-export."""
+    monkeypatch.setattr(sys, "argv", ["ddpm-export", "--weights", "w.pt"])
+    Path("parses.py").write_text(
+        "import argparse\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--weights', type=int, default=3)\n"
+        "assert parser.parse_args().weights == 3\n"
+        "from tests.test_own_module import tiny as build\n"
+    )
+    assert isinstance(make_network("parses:build"), Plain)
+    assert sys.argv[1:] == ["--weights", "w.pt"]
+    Path("asks.py").write_text("import argparse\n\nargparse.ArgumentParser().parse_args(['--data'])\n")
+    with pytest.raises(
+        SettingError, match=r"in .*asks.py, line 3: SystemExit: 2; where it reads a command line"
+    ):
+        make_network("asks:build")
 
 
 def test_the_template_is_a_spec() -> None:
@@ -809,3 +978,23 @@ def test_no_spec() -> None:
         read_spec(Path("spec.json"))
     with pytest.raises(SettingError, match="does not exist"):
         read_spec(Path("other.toml"))
+
+
+def test_a_chain_that_amplifies_rounding_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As that of a network with random weights that predicts x0: nothing is wrong with its export."""
+    config = UNetConfig(channels=8, widths=(8, 16), groups=4, blocks=1, time_width=32, attention_levels=(1,))
+    spec = ModelSpec(
+        image_shape=(1, 8, 8),
+        embedding=SinusoidalEmbedding(dim=8),
+        network=config,
+        prediction="x0",
+        clip=False,
+    )
+    network = new_network(spec)
+    randomise(network, 2)
+    for parameter in network.parameters():
+        parameter.data.mul_(1.6)
+    found = export_onnx(network, spec, tmp_path / "x.onnx")
+    assert found.comparison.first_past is None
+    assert found.comparison.psnr.min() < 90
+    assert "a chain of PyTorch's own, off by as little at each step, ends as far away" in caplog.text

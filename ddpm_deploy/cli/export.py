@@ -112,7 +112,7 @@ _OF_IMPORTS = [
     ),
     Option(
         "--check-images",
-        "Images that another's checkpoint was trained on: compares by them what was assumed with what else it may be.",
+        "Images that the network was trained on: compares by them what was read or assumed with what else it may be.",
         FilePath,
     ),
     *(
@@ -129,14 +129,22 @@ _OF_IMPORTS = [
 main = command(
     "export",
     "Export a checkpoint to a checked ONNX file and a TensorRT engine.",
-    """Export MODEL, a checkpoint (.pt), to ONNX, check that against PyTorch, and build its TensorRT engine; or build
-    the engine of MODEL, an .onnx file.
+    """Export MODEL to ONNX, check that against PyTorch, and build its TensorRT engine; or build the engine of MODEL,
+    an .onnx file. MODEL is a checkpoint of ddpm-train (.pt), another's (a folder of diffusers, or a file of OpenAI's,
+    Ho's, lucidrains' or MONAI's code), or a function of your own that makes the network, as package.module:function.
+
+    Another's checkpoint is told what its own code was told by the names there, as --image_size 64 --num_heads 4. What
+    was recognised is printed, and what was assumed with the flag that changes it; docs/importing.md lists them.
 
     In half precision, some layers must stay in float32. They are found by running whole chains with the rounding of
     half-precision hardware; the report names them, and says why. Without a GPU, only an --rtx engine can be built.""",
     examples="""
   ddpm-export model.pt                          model.onnx, with the averaged (EMA) weights
   ddpm-export model.pt --fp16                   model.fp16.onnx; where there is a GPU, model.fp16.plan
+  ddpm-export my-ddpm/                          a folder of diffusers: my-ddpm.onnx
+  ddpm-export ema.pt --image_size 32            another's checkpoint, by the names of its weights
+  ddpm-export ema.pt --flags flags.txt --check-images photos/
+  ddpm-export my.models:build --weights ckpt.pt --spec spec.toml    a network of your own
   ddpm-export model.pt --fp16 -o engine.plan    engine.onnx and engine.plan, or exit 1
   ddpm-export model.fp16.onnx -o engine.plan    the engine alone: PyTorch is not needed
   ddpm-export model.fp16.onnx --batch-buckets 1,8,64

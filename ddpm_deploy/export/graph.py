@@ -36,8 +36,11 @@ from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.words import GraphPrecision
 
+logger = logging.getLogger(__name__)
+
 _TOO_LARGE: Final = "the network is over 2 GiB, more than one ONNX file holds"
 _CHECKED_BATCHES: Final = (1, 3)
+_NEARLY: Final = 20.0  # dB: ten times as far
 _EXPORTERS_LOGS: Final = (
     "torch.onnx",
     "torch.fx.experimental.symbolic_shapes",
@@ -100,11 +103,7 @@ def export_onnx(
     require("onnxscript", "export")
     require_output(path)
     require_output(proof_path(path))
-    if spec.network is None:
-        network = unwrapped(network)
-    _require_one_file(network, precision)
-    if spec.network is None:
-        network, spec = adapt(_copied(network), spec)
+    network, spec = _prepared(network, spec, precision)
     trajectory = _record(network.eval(), spec, precision != "fp32", every, stages)
     calibration, reduced = None, network
     if precision != "fp32":
@@ -127,14 +126,22 @@ def export_onnx(
     return Export(comparison, calibration and _by_own_names(calibration), bits)
 
 
+def _prepared(network: nn.Module, spec: ModelSpec, precision: GraphPrecision) -> tuple[nn.Module, ModelSpec]:
+    """The network as the runtime asks it; one that is not ours is copied, and checked."""
+    if spec.network is None:
+        network = unwrapped(network)
+    _require_one_file(network, precision)
+    return (network, spec) if spec.network else adapt(_copied(network), spec)
+
+
 def _require_valid(model: Any) -> None:
     """Raise ArtefactError where the ONNX checker does not take what torch's exporter made."""
     try:
         require("onnx", "export").checker.check_model(model, full_check=True)
     except Exception as error:
         raise ArtefactError(
-            f"the network exports to no valid ONNX: {first_line(error)}; where its forward() uses torch.autocast, take "
-            "that out, as --precision chooses the precision"
+            f"the network exports to no valid ONNX: {first_line(error)}; where its forward() uses torch.autocast, or "
+            "casts by the type of a weight, take that out, as --precision chooses the precision"
         ) from error
 
 
@@ -308,6 +315,16 @@ def _require_parity(
                 f"{refused} by {check.relative_rms:.1e} of its RMS at t = {check.timestep}, batch {batch}, and "
                 f"{check.limit:.0e} is allowed"
             )
+    if comparison.first_past is None and _amplifies(network, proof, comparison):
+        logger.warning(
+            "the images of this network's chains differ by %.0f dB PSNR (%.0f is asked), though its predictions agree "
+            "to %.0e: a chain of PyTorch's own, off by as little at each step, ends as far away. The network is "
+            "untrained, or what was told of it is not as it was trained",
+            comparison.psnr.min(),
+            comparison.tolerance.psnr,
+            comparison.worst.relative_rms,
+        )
+        return comparison
     if not comparison.within:
         worst = comparison.worst
         hint = (
@@ -321,6 +338,33 @@ def _require_parity(
             f"({comparison.tolerance.psnr:.0f} is asked){hint}"
         )
     return comparison
+
+
+def _amplifies(network: nn.Module, proof: Trajectory, comparison: Comparison) -> bool:
+    """Whether the images differ only as the network's own do where its predictions are off by as little.
+
+    Of a mean they do by nature, and that is refused: it is for the full chain, in float32.
+    """
+    if comparison.within or proof.spec.prediction == "mean":
+        return False
+    shaken = _Shaken(network, proof.spec, comparison.worst.relative_rms, max_batch=proof.count)
+    return bool(judge(proof, shaken).psnr.min() <= comparison.psnr.min() + _NEARLY)
+
+
+class _Shaken(TorchNetwork):
+    """A network whose predictions are off by a share of their RMS, in any direction."""
+
+    def __init__(self, network: nn.Module, spec: ModelSpec, share: float, *, max_batch: int) -> None:
+        super().__init__(network, spec, max_batch=max_batch)
+        self._share, self._generator = share, torch.Generator().manual_seed(0)
+
+    def predict(self, batch: int) -> None:
+        """Predict for the leading rows."""
+        super().predict(batch)
+        there = self._prediction[:batch]
+        there += (
+            self._share * there.square().mean().sqrt() * torch.randn(there.shape, generator=self._generator)
+        )
 
 
 @contextmanager

@@ -8,7 +8,8 @@ float32. A network may say more of itself:
   knows how to go on with that (see `train.unet`). Others get a cast before them and one back to float32 behind.
 
 Then real trajectories decide: `calibrate` runs them on an oracle of half-precision hardware, and what comes too near
-the range of the type, or loses too much by rounding, stays in float32 too.
+the range of the type, or loses too much by rounding, stays in float32 too. So do the convolutions that a network takes
+its own type from, where it does not run otherwise, and those with a forward() of their own, where it is too far off.
 """
 
 import copy
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import ParityError, plural
+from ddpm_deploy.errors import BackendError, ParityError, first_line, plural
 from ddpm_deploy.runtime.network import default_max_batch
 from ddpm_deploy.runtime.parity import StepErrors, Trajectory, teacher_forced, worst
 from ddpm_deploy.spec import ModelSpec
@@ -98,6 +99,27 @@ def convolutions(network: nn.Module) -> list[str]:
     return _inside("", network)
 
 
+def _with_own_forward(network: nn.Module) -> set[str]:
+    """The convolutions that compute something else than PyTorch's do: it may depend on the type of what they get."""
+    usual = {kind.forward for kind in _CONVOLUTIONS}
+    return {
+        name
+        for name in convolutions(network)
+        if type(module := network.get_submodule(name)).forward not in usual
+        and not getattr(module, "takes_any_type", False)
+    }
+
+
+def _of_types(network: nn.Module) -> set[str]:
+    """The convolutions that a network may take its own type from: its first and last, and those of parts with one."""
+    found: set[str] = set()
+    for name, module in network.named_modules():
+        if name == "" or isinstance(getattr(module, "dtype", None), torch.dtype):
+            owners = [own.rpartition(".")[0] for own, _ in module.named_parameters(name)]
+            found |= {owners[0], owners[-1]} if owners else set()
+    return found.intersection(convolutions(network))
+
+
 def reduce(network: nn.Module, precision: GraphPrecision, islands: Iterable[str]) -> nn.Module:
     """A copy of the network whose convolutions, but for `islands`, work in the given precision."""
     reduced = copy.deepcopy(network)
@@ -140,28 +162,19 @@ def calibrate(
     islands, all_of_them = standing_islands(network), convolutions(network)
     largest = max(trajectory.count, default_max_batch(trajectory.spec))
     for _ in range(_ATTEMPTS):
-        if not all_of_them:
-            raise ParityError(
-                f"nothing of this network fits {precision}: it has no convolutions; export it in fp32, or in tf32 for "
-                "an engine (--precision)"
-            )
-        if islands.keys() >= set(all_of_them):
-            raise ParityError(
-                f"nothing of this network fits {precision}: all its convolutions must stay in float32; "
-                f"{_instead(precision)}"
-            )
+        _require_some(all_of_them, islands, precision)
         oracle = Oracle(network, trajectory.spec, precision, islands, max_batch=largest)
-        with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
-            steps = teacher_forced(trajectory, oracle, progress)
+        try:
+            with stages(f"calibrating {precision}", len(trajectory.timesteps)) as progress:
+                steps = teacher_forced(trajectory, oracle, progress)
+        except BackendError as error:
+            islands |= _read_for_their_type(error, network, islands, precision)
+            continue
         ranges = oracle.ranges()
-        found = unsafe(ranges, network, TYPES[precision])
+        found = unsafe(ranges, network, TYPES[precision]) or _too_far(
+            worst(steps), network, islands, precision
+        )
         if not found:
-            most = worst(steps)
-            if not most.within:
-                raise ParityError(
-                    f"hardware that rounds to {precision} would be off by {most.relative_rms:.1e} of the prediction's "
-                    f"RMS at t = {most.timestep}, and {most.limit:.0e} is allowed: {_instead(precision)}"
-                )
             return Calibration(precision, islands, len(all_of_them), ranges, steps)
         if found.keys() <= islands.keys():
             break
@@ -170,6 +183,55 @@ def calibrate(
         f"the network does not fit {precision}: tensors overflow it with "
         f"{plural(len(islands), 'convolution')} in float32 already; {_instead(precision)}"
     )
+
+
+def _require_some(all_of_them: list[str], islands: Mapping[str, str], precision: GraphPrecision) -> None:
+    """Raise ParityError where no convolution is left to work in the precision."""
+    if not all_of_them:
+        raise ParityError(
+            f"nothing of this network fits {precision}: it has no convolutions; export it in fp32, or in tf32 for "
+            "an engine (--precision)"
+        )
+    if islands.keys() >= set(all_of_them):
+        raise ParityError(
+            f"nothing of this network fits {precision}: all its convolutions must stay in float32; "
+            f"{_instead(precision)}"
+        )
+
+
+def _read_for_their_type(
+    error: BackendError, network: nn.Module, islands: Mapping[str, str], precision: GraphPrecision
+) -> dict[str, str]:
+    """The convolutions that a network which does not run in two types takes its own from, each with the reason."""
+    if "type" not in str(error):
+        raise error
+    types = _of_types(network) - islands.keys()
+    if not types:
+        raise ParityError(
+            f"the network does not run with its convolutions in {precision} ({first_line(error)}): its "
+            "forward() casts by the type of a weight, or uses that of a convolution itself; "
+            f"{_instead(precision)}"
+        ) from error
+    return dict.fromkeys(sorted(types), "the network takes the type that it works in from it")
+
+
+def _too_far(
+    most: StepErrors, network: nn.Module, islands: Mapping[str, str], precision: GraphPrecision
+) -> dict[str, str]:
+    """Where the prediction is past tolerance, the convolutions with a forward() of their own, which may be to blame.
+
+    Raises ParityError where there are none.
+    """
+    if most.within:
+        return {}
+    own = _with_own_forward(network) - islands.keys()
+    if not own:
+        raise ParityError(
+            f"hardware that rounds to {precision} would be off by {most.relative_rms:.1e} of the prediction's "
+            f"RMS at t = {most.timestep}, and {most.limit:.0e} is allowed: {_instead(precision)}"
+        )
+    reason = f"has a forward() of its own: in {precision} the prediction is off by {most.relative_rms:.1e}"
+    return dict.fromkeys(sorted(own), reason)
 
 
 def _instead(precision: GraphPrecision) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,6 +32,7 @@ _LEVELS: Final = 16  # of noise
 _WORK: Final = 6e12  # parameters × pixels × images × levels of one reading: some ten seconds on two cores
 _FEWEST, _MOST = 8, 64  # images
 _SIGNIFICANT: Final = 4.0  # standard errors of a mean paired difference
+_POOR: Final = 0.5  # a loss that no network has on images that it was trained on; one that gives 0 has 1
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,28 @@ def compare(
                 fits.append(Fit(flag, value, None, first_line(error)))
                 progress(_LEVELS)
                 continue
-            fits.append(_judged(flag, value, own, _losses(other, spec, images, labels, progress)))
+            if _predict_alike(spec, other.spec):
+                progress(_LEVELS)
+                fits.append(_judged(flag, value, own, own))
+            else:
+                fits.append(_judged(flag, value, own, _losses(other, spec, images, labels, progress)))
+    if own.mean() > _POOR and not any(fit.better for fit in fits):
+        logger.warning(
+            "its loss on %s is %.2f, and a network that has learned nothing of them has 1: they are not what it was "
+            "trained on, or something that was told or assumed of it is wrong",
+            data,
+            own.mean(),
+        )
     return fits
+
+
+def _predict_alike(one: ModelSpec, other: ModelSpec) -> bool:
+    """Whether two readings of the same weights differ in nothing but how they are sampled, which no loss tells.
+
+    Of a network that is not ours the spec does not say everything.
+    """
+    as_one = msgspec.structs.replace(other, clip=one.clip, variance=one.variance, sampling=one.sampling)
+    return one.network is not None and as_one == one
 
 
 def _judged(flag: str, value: Any, own: Floats, losses: Floats) -> Fit:
@@ -117,6 +139,11 @@ def _labelled(data: str, spec: ModelSpec) -> Source:
         try:
             source = find_images(data, labels=True)
             if source.num_classes == spec.num_classes:
+                return source
+            if source.num_classes == spec.num_classes - 1 and not spec.null_class:
+                logger.warning(
+                    "%s has one class less than the model: its last one is taken to mean no class", data
+                )
                 return source
         except DataError:
             pass

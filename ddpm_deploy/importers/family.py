@@ -11,7 +11,7 @@ from ddpm_deploy.errors import ArtefactError
 from ddpm_deploy.files import show
 from ddpm_deploy.importers.weights import Weights
 from ddpm_deploy.spec import ModelSpec, UNetConfig
-from ddpm_deploy.train.checkpoint import StateDict, build_network, new_network
+from ddpm_deploy.train.checkpoint import StateDict, build_network, misfits, new_network
 from ddpm_deploy.train.unet import Attention, Downsample, ResBlock, UNet, Upsample
 
 Part = Literal["down", "halve", "middle", "up", "double"]
@@ -154,7 +154,9 @@ class _Taking:
     ) -> None:
         """One module of ours out of several of theirs."""
         for number, kind in enumerate(("weight", "bias")):
-            self.taken[f"{ours}.{kind}"] = order(torch.cat([part[number] for part in parts])).contiguous()
+            tensors = [part[number] for part in parts]
+            if not any(tensor.is_meta for tensor in tensors):  # one that is missing ends it all in the end
+                self.taken[f"{ours}.{kind}"] = order(torch.cat(tensors)).contiguous()
 
     def _tensor(self, name: str, shape: torch.Size) -> Tensor:
         tensor = self.weights.state.get(name)
@@ -174,12 +176,5 @@ class _Taking:
     def finish(self) -> None:
         """Raise ArtefactError where a tensor is missing or was not used."""
         strays = [name for name in self.weights.state if name not in self.used]
-        said = [
-            f"{show(names[0])} {what}" + (f" (and {len(names) - 1} more)" if names[1:] else "")
-            for names, what in ((self.missing, "is missing"), (strays, "is not of the network"))
-            if names
-        ]
-        if said:
-            raise ArtefactError(
-                f"the weights in {self.weights.name} are of another network: {', '.join(said)}"
-            )
+        if said := misfits(self.missing, strays):
+            raise ArtefactError(f"the weights in {self.weights.name} are of another network: {said}")

@@ -10,14 +10,17 @@ from typing import ClassVar, Final
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What the dialects have in common: height and width of the images, as 32 or 48x64.
+    """What the dialects have in common.
 
+    image_size: height and width, as 32 or 48x64. null_class: whether the last class stands for none, as in training for
+    classifier-free guidance.
     ignored: names that whole command lines of a dialect hold beside these, and that are of no account here.
     """
 
     ignored: ClassVar[frozenset[str]] = frozenset()
 
     image_size: int | str | None = None
+    null_class: bool | None = None
 
 
 # How they train, and a classifier: of no account for the network and its samples.

@@ -8,10 +8,13 @@ import difflib
 import importlib
 import inspect
 import sys
+import sysconfig
 import tomllib
 import traceback
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -26,11 +29,12 @@ from ddpm_deploy.files import require_file, require_suffix, show
 from ddpm_deploy.importers.weights import Weights, read_weights
 from ddpm_deploy.schedule import BetaSchedule
 from ddpm_deploy.spec import ModelSpec, Sampling
-from ddpm_deploy.train.checkpoint import StateDict, require_finite, without_wrapper
+from ddpm_deploy.train.checkpoint import misfits, require_finite
 from ddpm_deploy.words import PREDICTIONS, SCHEDULES, SOLVERS, SPACINGS, VARIANCES
 
 _SUFFIXES: Final = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _MOST_BYTES: Final = 1 << 20  # of a spec file
+_LIBRARIES: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _TEMPLATE: Final = "ddpm-export --spec-template prints one to start from"
 
 # The keys of a spec file that must be told, as nothing in a network tells them, and those that need not be.
@@ -46,16 +50,17 @@ _NEEDED: Final = (
 _FREE: Final = ("num_classes", "class_names", "null_class", "clip", "data_range", "sampling")
 
 
-def load_module(factory: str, weights: Path, key: str | None = None) -> nn.Module:
-    """The network that the function package.module:function makes, with the weights in a file.
+def load_module(factory: str, path: Path, key: str | None = None) -> tuple[nn.Module, Weights]:
+    """The network that the function package.module:function makes, with the weights in a file, and which these are.
 
     Raises SettingError where there is no such function, ArtefactError where it makes no network, or the weights are
     of another.
     """
-    require_suffix(weights, "a file of weights", *_SUFFIXES)
+    require_suffix(path, "a file of weights", *_SUFFIXES)
     network = make_network(factory)
-    _put(read_weights(weights, key), weights, network, factory)
-    return network
+    weights = _find_weights(path, key, network.state_dict())
+    _put(weights, path, network, factory)
+    return network, weights
 
 
 def make_network(factory: str) -> nn.Module:
@@ -71,7 +76,8 @@ def make_network(factory: str) -> nn.Module:
     except ValueError:  # Python does not know what it takes
         pass
     try:
-        network = function()
+        with _own_command_line(factory):
+            network = function()
     except (Exception, SystemExit) as error:
         raise ArtefactError(f"{factory} failed{_where(error)}: {_said(error)}") from error
     if not isinstance(network, nn.Module):
@@ -103,7 +109,8 @@ def _find(factory: str) -> Any:
         sys.path.insert(0, here)
     importlib.invalidate_caches()
     try:
-        module = importlib.import_module(place)
+        with _own_command_line(factory):
+            module = importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise SettingError(f"importing {place} failed{_where(error)}: {_said(error)}") from error
@@ -129,6 +136,17 @@ def _find(factory: str) -> Any:
     return function
 
 
+@contextmanager
+def _own_command_line(factory: str) -> Iterator[None]:
+    """Hide this program's command line from their code, which may parse what it takes for its own."""
+    before = sys.argv
+    sys.argv = [factory]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 def _where(error: BaseException) -> str:
     """The line of the user's own code that an error came out of."""
     frames = [
@@ -136,26 +154,47 @@ def _where(error: BaseException) -> str:
     ]
     if isinstance(error, SyntaxError) and error.filename:
         return f" in {show(error.filename)}, line {error.lineno}"
-    return f" in {show(frames[-1].filename)}, line {frames[-1].lineno}" if frames[1:] else ""
+    frames = [frame for frame in frames[1:] if not frame.filename.startswith(_LIBRARIES)] or frames[1:]
+    return f" in {show(frames[-1].filename)}, line {frames[-1].lineno}" if frames else ""
 
 
 def _said(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return (
+            f"SystemExit: {first_line(error)}; where it reads a command line or trains, put that under "
+            'if __name__ == "__main__"'
+        )
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _find_weights(path: Path, key: str | None, wanted: Collection[str]) -> Weights:
+    """The weights in a file by their names in a network; also where one of the two is a part of something larger.
+
+    So are those of Lightning ("model." and buffers beside it) or of an average with its counter, and a network in a
+    module of the user's own that calls it.
+    """
+    weights = read_weights(path, key)
+    around = _around(wanted)
+    if around and {around + name for name in weights.state} == set(wanted):
+        return replace(weights, state={around + name: tensor for name, tensor in weights.state.items()})
+    if set(weights.state) == set(wanted):
+        return weights
+    # In the same entry, as another may not be averaged.
+    return read_weights(path, weights.key, lambda names: set(names) == set(wanted))
+
+
+def _around(names: Collection[str]) -> str:
+    """What stands before all names of a network, as net. where it is the net of another module; or ""."""
+    first = {name.partition(".")[0] for name in names if "." in name}
+    return f"{first.pop()}." if len(first) == 1 and all("." in name for name in names) else ""
 
 
 def _put(weights: Weights, path: Path, network: nn.Module, factory: str) -> None:
     """Load the weights into the network. Raises ArtefactError unless they are those of it, each and no more."""
-    wanted = network.state_dict()
-    state = _without_prefix(without_wrapper(weights.state), wanted)
-    names = (
-        ("is missing", [name for name in wanted if name not in state]),
-        ("is not of the network", [name for name in state if name not in wanted]),
+    wanted, state = network.state_dict(), weights.state
+    said = misfits(
+        [name for name in wanted if name not in state], [name for name in state if name not in wanted]
     )
-    said = [
-        f"{show(strays[0])} {what}" + (f" (and {len(strays) - 1} more)" if strays[1:] else "")
-        for what, strays in names
-        if strays
-    ]
     others = (
         f"; other entries of the file, for --key: {', '.join(map(show, weights.others))}"
         if weights.others
@@ -164,7 +203,7 @@ def _put(weights: Weights, path: Path, network: nn.Module, factory: str) -> None
     if said:
         raise ArtefactError(
             f"the weights in {weights.name}{f' ({show(weights.key)})' if weights.key else ''} are not of the network "
-            f"that {factory} makes: {', '.join(said)}{others}"
+            f"that {factory} makes: {said}{others}"
         )
     for name, tensor in wanted.items():
         if not is_lazy(tensor) and state[name].shape != tensor.shape:
@@ -179,20 +218,6 @@ def _put(weights: Weights, path: Path, network: nn.Module, factory: str) -> None
         raise ArtefactError(
             f"{factory}'s network does not load {weights.name}: {first_line(error)}"
         ) from error
-
-
-def _without_prefix(state: StateDict, wanted: Mapping[str, Any]) -> StateDict:
-    """The weights by their names in the network, also where all of it was a part of something larger.
-
-    So are those of Lightning ("model."), and of an average with its counter beside it.
-    """
-    first = next(iter(wanted), "")
-    for prefix in [name.removesuffix(first) for name in state if name.endswith(f".{first}")]:
-        beside = [tensor for name, tensor in state.items() if not name.startswith(prefix)]
-        inside = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-        if inside.keys() == wanted.keys() and all(tensor.numel() <= 1 for tensor in beside):
-            return inside
-    return state
 
 
 def read_spec(path: Path) -> ModelSpec:

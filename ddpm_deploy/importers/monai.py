@@ -238,6 +238,25 @@ def _with_projections(weights: Weights, told: Told[MonaiFlags]) -> Weights:
     return replace(weights, state={**weights.state, **added})
 
 
+# Our names → theirs.
+_OUTSIDE: Final = {
+    "temb1": "time_embed.0",
+    "temb2": "time_embed.2",
+    "label_embedding": "class_embedding",
+    "conv_in": "conv_in.conv",
+    "norm_out": "out.0",
+    "conv_out": "out.2.conv",
+}
+_BLOCK: Final = {
+    "norm1": "norm1",
+    "conv1": "conv1.conv",
+    "temb": "time_emb_proj",
+    "norm2": "norm2",
+    "conv2": "conv2.conv",
+    "shortcut": "skip_connection.conv",
+}
+
+
 def _names(weights: Weights, config: UNetConfig) -> Names:
     last = len(config.widths) - 1
     generative = "middle_block.attention.to_q.weight" in weights
@@ -269,22 +288,8 @@ def _names(weights: Weights, config: UNetConfig) -> Names:
         )
 
     return Names(
-        outside={
-            "temb1": "time_embed.0",
-            "temb2": "time_embed.2",
-            "label_embedding": "class_embedding",
-            "conv_in": "conv_in.conv",
-            "norm_out": "out.0",
-            "conv_out": "out.2.conv",
-        },
-        block={
-            "norm1": "norm1",
-            "conv1": "conv1.conv",
-            "temb": "time_emb_proj",
-            "norm2": "norm2",
-            "conv2": "conv2.conv",
-            "shortcut": "skip_connection.conv",
-        },
+        outside=_OUTSIDE,
+        block=_BLOCK,
         attention=_attention_names(weights, generative),
         block_at=block_at,
         attention_at=attention_at,

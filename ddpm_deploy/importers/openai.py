@@ -338,6 +338,25 @@ def _schedule(name: str, timesteps: int) -> BetaSchedule:
     raise SettingError(f"--noise_schedule {name} is not known: choose from linear, cosine")
 
 
+# Our names → theirs.
+_OUTSIDE: Final = {
+    "temb1": "time_embed.0",
+    "temb2": "time_embed.2",
+    "label_embedding": "label_emb",
+    "conv_in": "input_blocks.0.0",
+    "norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_BLOCK: Final = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "temb": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "shortcut": "skip_connection",
+}
+
+
 def _names(config: UNetConfig, legacy: bool) -> Names:
     def block_at(place: Place) -> str:
         match place.part:
@@ -362,22 +381,8 @@ def _names(config: UNetConfig, legacy: bool) -> Names:
         return "middle_block.1" if place.part == "middle" else f"{block_at(place)[:-1]}1"
 
     return Names(
-        outside={
-            "temb1": "time_embed.0",
-            "temb2": "time_embed.2",
-            "label_embedding": "label_emb",
-            "conv_in": "input_blocks.0.0",
-            "norm_out": "out.0",
-            "conv_out": "out.2",
-        },
-        block={
-            "norm1": "in_layers.0",
-            "conv1": "in_layers.2",
-            "temb": "emb_layers.1",
-            "norm2": "out_layers.0",
-            "conv2": "out_layers.3",
-            "shortcut": "skip_connection",
-        },
+        outside=_OUTSIDE,
+        block=_BLOCK,
         attention={"norm": "norm", "qkv": "qkv", "out": "proj_out"},
         block_at=block_at,
         attention_at=attention_at,

@@ -161,6 +161,11 @@ def _require_shape(prediction: Tensor, spec: ModelSpec) -> None:
                 f'the spec says variance = "learned_range", for which the network must give {2 * channels} channels, '
                 f'and it gives {channels}: set "fixed_large" or "fixed_small"'
             )
+    if len(got) < 2:
+        raise ArtefactError(
+            f"the network gives one number{' an image' * len(got)}, as a loss, and a prediction of {wanted} is needed: "
+            "name a function that makes the network itself, not what trains or samples it"
+        )
     raise ArtefactError(
         f"the network gives {got} for 2 images, and {wanted} is needed: image_shape in the spec is (C, H, W), here "
         f"{spec.image_shape}"
@@ -190,10 +195,12 @@ def _ask(
         raise
     except Exception as error:  # it is their own code
         label = f" and the labels {tuple(inputs[2].tolist())}" if spec.num_classes else ""
-        told = f", {tuple(temb[:, 0].tolist())}" if own.form != "temb" else ""
+        numbers = temb[:, 0].to(torch.int64) if own.form == "int64" else temb[:, 0]
+        half = "; make it in float32, as by use_fp16=False" if "Half" in str(error) else ""
+        told = f", {tuple(numbers.tolist())}" if own.form != "temb" else ""
         raise ArtefactError(
-            f"the network fails on x {tuple(x.shape)} and {FORMS[own.form]}{told}{label}: {_said(error)}; it must be "
-            "forward(x, t), with y where num_classes in the spec is not 0"
+            f"the network fails on x {tuple(x.shape)} and {FORMS[own.form]}{told}{label}: {_said(error)}{half}; it "
+            "must be forward(x, t), with y where num_classes in the spec is not 0, for images of its image_shape"
         ) from error
 
 

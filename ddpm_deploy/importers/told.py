@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import tomllib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import msgspec
 
 from ddpm_deploy.errors import SettingError, first_line
 from ddpm_deploy.files import require_file, show
-from ddpm_deploy.importers.flags import FLAGS, Flags, names_of
+from ddpm_deploy.importers.flags import FLAGS, Flags, all_names, names_of
 
 F = TypeVar("F", bound=Flags)
 _MOST_BYTES: Final = 1 << 20  # of a file of flags
@@ -109,6 +110,10 @@ def _from_command_line(text: str) -> dict[str, str]:
     for name, value in _pairs(text):
         if found.setdefault(name, value) != value and name not in free:
             raise ValueError(f"--{name} is {found[name]} in one place and {value} in another")
+    if not found:
+        raise ValueError(
+            "no flag stands in it, as --image_size 64; names and values without -- go into a .json or a .toml"
+        )
     return found
 
 
@@ -117,12 +122,14 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
     known: set[str] = set()  # variables
     for command in _commands(text):
         words: list[str] = []
-        for word in _behind_program(command):
+        rest = deque(_behind_program(command))
+        while rest:
+            word = rest.popleft()
             if words and words[-1].startswith("--") and "=" not in words[-1]:
                 words.append(word)  # a value, whatever it looks like
-            elif match := re.fullmatch(r"(\w+)=(.*)", word, re.DOTALL):  # NAME="--flags"
+            elif match := re.fullmatch(r"(\w+)\+?=(.*)", word, re.DOTALL):  # NAME="--flags"
                 known.add(match[1])
-                words += match[2].split() if "--" in match[2] else []
+                rest.extendleft(reversed(match[2].split() if re.search(r"--|\$", match[2]) else []))
             elif match := re.fullmatch(r"\$(?:(\w+)|\{(\w+)\})", word):
                 if (name := match[1] or match[2]) not in known:
                     raise ValueError(f'{word} stands in it, and no {name}="--flags …" that says what that is')
@@ -133,8 +140,12 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
 
 def _commands(text: str) -> Iterator[list[str]]:
     """The words of each command: a line, or what stands between && and the like; a quoted word may be of many lines."""
-    text = re.sub(r"\\[ \t]*\r?\n", " ", text)
+    text = re.sub(r"[\\^][ \t]*\r?\n", " ", text)
     text = re.sub(r"(?m)(^|\s)#.*", r"\1", text)
+    text = re.sub(
+        r"(?<!\S)-?[–—]-?(?=\w)", "--", text
+    )  # as word processors and web pages make of two hyphens
+    text = re.sub(r"(?<!\S)(\d|&)?>>?(&\d|[ \t]*[^\s;&|]+)", "", text)  # > log.txt 2>&1
     lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|\n")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
     words: list[str] = []
@@ -148,9 +159,13 @@ def _commands(text: str) -> Iterator[list[str]]:
 
 def _behind_program(words: list[str]) -> list[str]:
     """A command without `mpiexec -n 8 python scripts/image_train.py` in front, of what runs it."""
-    program = next((n for n, word in enumerate(words) if word.endswith(".py") and "=" not in word), -1)
+    script = (n for n, word in enumerate(words) if word.endswith(".py") and "=" not in word)
+    module = (n for n in range(len(words) - 1, 0, -1) if words[n - 1] == "-m")
+    program = next(script, next(module, -1))
+    if early := [word for word in words[: program + 1] if word.removeprefix("--") in all_names()]:
+        raise ValueError(f"{early[0]} stands before {words[program]}: put it on a line of its own")
     words = words[program + 1 :]
-    flags = (n for n, word in enumerate(words) if word.startswith(("--", "$")) or re.match(r"\w+=", word))
+    flags = (n for n, word in enumerate(words) if word.startswith(("--", "$")) or re.match(r"\w+\+?=", word))
     return words[next(flags, len(words)) :]
 
 
@@ -178,11 +193,28 @@ def parse(kind: type[F], told: Mapping[str, Any], dialect: str) -> F:
             f"{_typed(strays)} cannot be told of {dialect}: choose from {_typed(names_of(kind))}"
         )
     types = get_type_hints(kind)
-    values = {name: _as_told(value, types[name]) for name, value in told.items()}
+    return kind(**{name: _converted(name, value, types[name]) for name, value in told.items()})
+
+
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    """A flag's value, as its type is. Raises SettingError where it is none."""
     try:
-        return msgspec.convert(values, kind, strict=False)
+        return msgspec.convert(_as_told(value, kind), kind, strict=False)
     except msgspec.ValidationError as error:
-        raise SettingError(f"the flags of {dialect}: {first_line(error)}") from error
+        of = get_args(kind)
+        what = next(
+            said
+            for said, is_it in (
+                ("a list, as 1,2", _is_list(kind)),
+                ("True or False", bool in of),
+                ("a whole number", int in of and str not in of),
+                ("a number", float in of),
+                ("a text", True),
+            )
+            if is_it
+        )
+        shown = show(str(value)[:100]) or "''"
+        raise SettingError(f"--{name} {shown} is not {what}") from error
 
 
 def _as_told(value: Any, kind: Any) -> Any:

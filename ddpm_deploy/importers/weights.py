@@ -4,7 +4,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ _MOST_AROUND: Final = 3  # names before the network's own, as in model.denoise_f
 _OPTIMIZERS: Final = ("opt", "optim", "optimizer", "optimizer_states", "scaler", "sched", "scheduler")
 _AVERAGES: Final = {"ema", "average", "averaged", "avg", "shadow", "swa"}
 _STEPS: Final = ("step", "global_step", "iteration", "iter", "steps")
+_MAGIC: Final = b"\x8a\nl\xfc\x9c"  # that PyTorch's files began with before 1.6
 _INTEGERS: Final = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -34,9 +35,9 @@ class Weights:
 
     name: the file's, for messages. key: which of its entries they are; "": the file itself. state: by name, without
     what stands before all names. others: the other entries that hold weights. content: all that the file holds.
-    averaged: whether they are an average by the name of their entry. step: of the training, 0 where the file has none.
-    around: what stood before the names of the network, in a file that holds more. aside: the names of what else it
-    holds.
+    averaged: whether they are an average by the name of their entry, or of the file where that is none. step: of the
+    training, 0 where the file has none. around: what stood before the names of the network, in a file that holds more.
+    aside: what else its entry holds, by name. unnamed: what seems to hold an average that was not taken.
     """
 
     name: str
@@ -47,7 +48,8 @@ class Weights:
     averaged: bool = False
     step: int = 0
     around: str = ""
-    aside: tuple[str, ...] = ()
+    aside: StateDict = field(default_factory=dict)
+    unnamed: str = ""
 
     def __contains__(self, name: str) -> bool:
         return name in self.state
@@ -69,9 +71,14 @@ class Weights:
             averaged = ", the averaged ones" if self.averaged else ""
             said.append(f"weights of the entry {show(self.key)}{averaged}{others}")
         if self.aside:
-            more = f" and {len(self.aside) - 3} more" if self.aside[3:] else ""
+            more = f" and {len(self.aside) - 3} more" if len(self.aside) > 3 else ""
             said.append(
-                f"weights under {show(self.around)}; left aside: {', '.join(map(show, self.aside[:3]))}{more}"
+                f"weights under {show(self.around)}; left aside: {', '.join(map(show, list(self.aside)[:3]))}{more}"
+            )
+        if self.unnamed:
+            said.append(
+                f"not averaged: {show(self.unnamed)} seems to hold an average, by no names of a network; where it was "
+                "trained, save that as a state_dict"
             )
         return tuple(said)
 
@@ -97,16 +104,21 @@ def read_weights(path: Path, key: str | None = None, knows: Knows | None = None)
     order = [key] if key is not None else list(dict.fromkeys([*averages, *found]))
     chosen, around, state = _first_known(found, order, knows)
     _require_dense(state, path)
+    averaged = chosen in averages or _is_average(
+        around if around or chosen else path.stem
+    )  # ema_0.9999_500000.pt
+    aside = {n: t for n, t in found[chosen].items() if around and not n.startswith(around)}
     return Weights(
         name=name,
         key=chosen,
         state={n: _own(t) for n, t in state.items()},
         others=tuple(other for other in found if other != chosen),
         content=content,
-        averaged=chosen in averages,
+        averaged=averaged,
         step=_step(content),
         around=around,
-        aside=tuple(n for n in found[chosen] if not n.startswith(around)) if around else (),
+        aside=aside,
+        unnamed="" if averaged or averages or key is not None else _unnamed_average(content, aside),
     )
 
 
@@ -116,27 +128,94 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def load_tensors(path: Path) -> Any:
-    """All that a file holds. Raises ArtefactError where it is broken, or holds anything but data."""
+    """All that a file holds, by what it begins with and not by its name.
+
+    Raises ArtefactError where it is broken, or holds anything but data.
+    """
     name = show(path)
     try:
-        if path.suffix.lower() == SAFETENSORS:
+        if _is_safetensors(path):
             return require("safetensors.torch", "export").load_file(path)
+        _refuse_others(path)
+        if path.suffix.lower() == SAFETENSORS:
+            raise ArtefactError(
+                f"{name} is not a whole, safe file of weights of its kind: where torch.save wrote it, name it .pt"
+            )
         with warnings.catch_warnings():  # of layouts that are refused below
             warnings.simplefilter("ignore")
             if zipfile.is_zipfile(path):
                 require_intact(path)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return torch.load(path, map_location="cpu", weights_only=True)  # of PyTorch before 1.6
+    except ArtefactError:
+        raise
     except Exception as error:  # torch's reader of a hostile file raises nearly anything
         if held := re.search(r"GLOBAL ([^\s]{1,100}) was not an allowed global", str(error)):
             raise ArtefactError(
                 f"{name} holds an object of {show(held[1])}, and code would run to read it, so it was not read: where "
                 "it was trained, save the weights alone, as torch.save(model.state_dict(), FILE)"
             ) from error
+        of_torch = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        reason = show((of_torch[1] if of_torch else first_line(error))[:200]).rstrip(". ")
         raise ArtefactError(
-            f"{name} is not a whole, safe file of weights: {first_line(error)}. Nothing in it was executed; save its "
-            "state_dict alone, or copy it again"
+            f"{name} is not a whole, safe file of weights: {reason}. Nothing in it was executed; save its state_dict "
+            "alone, or copy it again"
         ) from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Eight bytes with the length of a header, and the header; by its name too, where that length is wrong."""
+    with path.open("rb") as file:
+        begins = file.read(9)
+    whole = int.from_bytes(begins[:8], "little") <= path.stat().st_size - 8
+    return begins[8:] == b"{" and (whole or path.suffix.lower() == SAFETENSORS)
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise ArtefactError where a file is of another kind by what it begins with, or holds."""
+    with path.open("rb") as file:
+        begins = file.read(512)
+    name, text = show(path), begins.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        raise ArtefactError(f"{name} is a pointer of git-lfs, in place of the file: run git lfs pull there")
+    if text.startswith((b"<", b"{")):
+        raise ArtefactError(
+            f"{name} is a page of text ({show(begins[:60].decode(errors='replace'))}…), as a server sends in place of "
+            "a file: download it again, and look at the page where that fails"
+        )
+    if begins[257:262] == b"ustar" or begins.startswith(
+        (b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")
+    ):
+        raise ArtefactError(
+            f"{name} is an archive of files: unpack it, and name the file with the weights in it"
+        )
+    if re.match(rb"\x80[\x02-\x05]", begins) and _MAGIC not in begins[:32]:
+        raise ArtefactError(
+            f"{name} is a pickle of Python objects, as EDM's and StyleGAN's are, and code would run to read it, so it "
+            "was not read: where it was trained, save the weights alone, as torch.save(model.state_dict(), FILE)"
+        )
+    if begins.startswith(b"PK"):
+        _refuse_archives(path)
+
+
+def _refuse_archives(path: Path) -> None:
+    """Raise ArtefactError where a zip archive is cut short, or is none of weights."""
+    name = show(path)
+    if not zipfile.is_zipfile(path):
+        raise ArtefactError(f"{name} is cut short, as by a download that broke off: copy it again")
+    with zipfile.ZipFile(path) as archive:
+        inside = archive.namelist()
+    parts = {one.partition("/")[2] for one in inside}
+    if "constants.pkl" in parts:
+        raise ArtefactError(
+            f"{name} is a program of TorchScript, and not weights: save them alone, as "
+            "torch.save(torch.jit.load(FILE).state_dict(), OTHER)"
+        )
+    if "data.pkl" not in parts:
+        raise ArtefactError(
+            f"{name} is an archive of files ({show(', '.join(inside[:3])[:100])}) and none of PyTorch's: unpack it, "
+            "and name the file with the weights in it"
+        )
 
 
 def _candidates(content: Any, key: str, depth: int, seen: set[int]) -> Iterator[tuple[str, StateDict]]:
@@ -167,6 +246,13 @@ def _averages(content: Any, keys: list[str]) -> list[str]:
         return ["4"]  # ermongroup's [network, optimiser, epoch, step, average]
     last = [key for key in keys if _is_average(key.rpartition(".")[2])]
     return [*last, *(key for key in keys if _is_average(key) and key not in last)]
+
+
+def _unnamed_average(content: Any, aside: StateDict) -> str:
+    """What holds tensors and is an average by its name, as torch_ema's list of them; "": there is none."""
+    entries = content.items() if isinstance(content, dict) else ()
+    held = [str(name) for name, value in entries if isinstance(value, dict | list)]
+    return next((name for name in (*held, *aside) if _is_average(name)), "")
 
 
 def _is_average(key: str) -> bool:

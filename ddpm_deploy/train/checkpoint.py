@@ -124,19 +124,22 @@ def without_wrapper(state: StateDict) -> StateDict:
     return state
 
 
+def misfits(missing: list[str], strays: list[str]) -> str:
+    """The first tensor that is missing and the first that is left over, for a message; nothing where there is none."""
+    return ", ".join(
+        f"{show(names[0])} is {what}" + (f" (and {len(names) - 1} more)" if names[1:] else "")
+        for what, names in (("missing", missing), ("not of the network", strays))
+        if names
+    )
+
+
 def require_fit(state: StateDict, network: nn.Module) -> None:
     """Raise ValueError unless the weights are those of the network, by name and shape."""
     wanted = network.state_dict()
-    strays = [
-        f"{show(names[0])} is {what}" + (f" (and {len(names) - 1} more)" if names[1:] else "")
-        for what, names in (
-            ("missing", [name for name in wanted if name not in state]),
-            ("not of the network", [name for name in state if name not in wanted]),
-        )
-        if names
-    ]
-    if strays:
-        raise ValueError(", ".join(strays))
+    if said := misfits(
+        [name for name in wanted if name not in state], [name for name in state if name not in wanted]
+    ):
+        raise ValueError(said)
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
             raise ValueError(f"{name} is {tuple(state[name].shape)}, and {tuple(tensor.shape)} is needed")

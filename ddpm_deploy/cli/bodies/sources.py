@@ -134,6 +134,7 @@ class OwnModule(_Imported):
 
     weights: Path
     spec_file: Path
+    check_images: Path | None
 
     @property
     def stem(self) -> Path:
@@ -147,7 +148,7 @@ class OwnModule(_Imported):
     def imported(self) -> Any:
         from ddpm_deploy.cli.bodies.importing import build_and_tell
 
-        return build_and_tell(str(self.path), self.weights, self.spec_file, self.key)
+        return build_and_tell(str(self.path), self.weights, self.spec_file, self.key, self.check_images)
 
 
 @dataclass(frozen=True)
@@ -179,17 +180,38 @@ def is_factory(model: Path) -> bool:
     return bool(_FACTORY.fullmatch(str(model))) and not model.exists()
 
 
+def _require_spelling(model: Path, options: ImportOptions) -> None:
+    """Raise UsageError where MODEL is meant to name a function, and names it otherwise."""
+    path, colon, name = str(model).rpartition(":")
+    if model.exists() or (is_factory(model) and not path.endswith(".py")):
+        return
+    place = Path(path.removesuffix(".py"))
+    if colon and name.isidentifier() and place.name.replace(".", "_").isidentifier():
+        outside = place.is_absolute() or ".." in place.parts
+        named = f"{place.name if outside else '.'.join(place.parts)}:{name}"
+        where = f", in the folder {show(place.parent)}" if outside else ""
+        raise click.UsageError(f"a function is named by its module, not by its file: {named}{where}")
+    if options.spec:
+        raise click.UsageError(
+            f"{show(model)} is neither a file nor a function: with --spec, name the function that makes the network, "
+            "as my_package.models:build"
+        )
+
+
 def source_of(model: Path, options: ImportOptions) -> Source | ModelFile:
     """What MODEL is; a ModelFile where it is an .onnx, of which an engine alone can be built."""
+    _require_spelling(model, options)
     if is_factory(model):
-        options.refuse_but("a function of your own: it knows its network", "weights", "key", "spec")
+        options.refuse_but(
+            "a function of your own: it knows its network", "weights", "key", "spec", "check_images"
+        )
         if not isinstance(options.weights, Path) or options.spec is None:
             raise click.UsageError(
                 f"{model} names a function: --weights FILE and --spec FILE are needed with it (ddpm-export "
                 "--spec-template prints a spec to start from)"
             )
         require("torch", "export")
-        return OwnModule(model, options.key, options.weights, options.spec)
+        return OwnModule(model, options.key, options.weights, options.spec, options.check_images)
     opened = open_model(model)
     opened.require_kind("checkpoint", "onnx", "foreign")
     if opened.kind == "onnx":

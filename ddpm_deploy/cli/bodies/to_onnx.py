@@ -79,7 +79,7 @@ def _tell_calibration(found: Calibration) -> None:
     )
     click.echo(
         f"{found.convolutions - len(found.islands)} of {plural(found.convolutions, 'convolution')} work in "
-        f"{found.precision}; in float32 stay"
+        f"{found.precision}" + ("; in float32 stay" if found.islands else "")
     )
     for name, reason in found.islands.items():
         click.echo(f"  {name}: {reason}")

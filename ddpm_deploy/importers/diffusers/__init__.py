@@ -38,11 +38,12 @@ def read(weights: Weights, told: Told[DiffusersFlags]) -> Imported:
     configs = weights.content
     if not isinstance(configs, Configs):
         raise ArtefactError(
-            f"{weights.name} is of diffusers, and says nothing of itself: its {CONFIG} is needed beside it"
+            f"{weights.name} is of diffusers, and says nothing of itself: its {CONFIG} is needed beside it, "
+            "and the weights must be called diffusion_pytorch_model.safetensors or .bin"
         )
     fields = convert(configs.network, NetworkFields, configs.name)
     if reason := fields.refusal():
-        raise ArtefactError(f"{configs.name} has {reason}, which is not supported")
+        raise ArtefactError(f"{configs.name} cannot be taken: {reason}")
     scheduler = read_scheduler(configs, told)
     network, sampling = unet_config(fields, configs.name), scheduler.sampling()
     spec = _spec(
@@ -112,6 +113,10 @@ def _said(weights: Weights, configs: Configs) -> list[str]:
     if ignored:
         more = f" and {len(ignored) - 10} more" if len(ignored) > 10 else ""
         lines.append(f"not known, and ignored: {', '.join(ignored[:10])}{more}")
+    if configs.averaged:
+        lines.append(
+            f"these weights are as trained; averaged ones are in {configs.averaged}: name it to take them"
+        )
     if configs.others:
         lines.append(f"other weights there: {', '.join(configs.others)} (--key takes one)")
     return lines

@@ -22,6 +22,8 @@ _SHARDS: Final = re.compile(r"diffusion_pytorch_model.*(-\d+-of-\d+\.\w+|\.index
 _MOST_BYTES: Final = 1 << 20  # of a JSON file
 _MOST_FILES: Final = 10_000  # looked at in a folder
 _MOST_TEXT: Final = 60  # characters of a text out of a configuration
+_POINTER: Final = b"version https://git-lfs."  # what git leaves in place of a large file that was not fetched
+_AVERAGED: Final = "unet_ema"  # what train_unconditional.py keeps beside unet/ in its checkpoints
 # Parts of a pipeline that works on latents, and of one that needs more than noise.
 _LATENT: Final = ("vae", "vqvae", "movq", "vqgan", "first_stage_model")
 _CONDITION: Final = ("text_encoder", "image_encoder", "prior", "transformer", "mel")
@@ -32,7 +34,8 @@ class Configs:
     """What a folder holds beside the weights.
 
     network: its config.json. scheduler: its configuration, if there is one. pipeline: the class of the pipeline, or "".
-    others: the variants of the weights that were not chosen.
+    others: the variants of the weights that were not chosen. averaged: the folder beside it with averaged weights,
+    or "".
     """
 
     name: str
@@ -40,6 +43,7 @@ class Configs:
     scheduler: dict[str, Any] | None
     pipeline: str
     others: tuple[str, ...] = ()
+    averaged: str = ""
 
 
 def folder_of(path: Path) -> Path | None:
@@ -73,12 +77,16 @@ def read_folder(path: Path, variant: str | None = None) -> Weights:
         )
     scheduler = _scheduler_file(whole) or _scheduler_file(folder)
     file, others = _weights_file(network, named, variant)
+    _require_fetched(file)
+    average = network.resolve().parent / _AVERAGED
+    beside = network.resolve().name == "unet" and (average / CONFIG).is_file()
     configs = Configs(
         name=show(network / CONFIG),
         network=_read_json(network / CONFIG),
         scheduler=None if scheduler is None else _read_json(scheduler),
         pipeline=str(index.get("_class_name", "")),
         others=others,
+        averaged=show(average) if beside else "",
     )
     _require_family(configs)
     return dataclasses.replace(read_weights(file), content=configs)
@@ -100,10 +108,21 @@ def _snapshot(folder: Path) -> Path:
 
 
 def _pipeline_of(folder: Path) -> Path:
-    """The folder of the pipeline that a folder of a network is a part of; else the folder itself."""
-    alone = not (folder / _INDEX).is_file() and _scheduler_file(folder) is None
-    above = folder.resolve().parent
-    return above if alone and folder.resolve().name == "unet" and (above / _INDEX).is_file() else folder
+    """The folder with the pipeline or the scheduler that a folder of a network belongs to; else the folder itself.
+
+    A checkpoint of train_unconditional.py has its networks in PIPELINE/checkpoint-500/unet and …/unet_ema.
+    """
+    if _has_schedule(folder):
+        return folder
+    here = folder.resolve()
+    above = [here.parent] if here.name == "unet" else []
+    if here.name in ("unet", _AVERAGED) and re.fullmatch(r"checkpoint-\d+", here.parent.name):
+        above.append(here.parent.parent)
+    return next((one for one in above if _has_schedule(one)), folder)
+
+
+def _has_schedule(folder: Path) -> bool:
+    return (folder / _INDEX).is_file() or _scheduler_file(folder) is not None
 
 
 def _scheduler_file(folder: Path) -> Path | None:
@@ -148,6 +167,16 @@ def _weights_file(folder: Path, named: str | None, variant: str | None) -> tuple
     key = variant if variant is not None else min(found, key=lambda key: (key != "", "16" in key, key))
     chosen = named if named is not None and variant is None else found[key]
     return folder / chosen, tuple(other for other, name in found.items() if other and name != chosen)
+
+
+def _require_fetched(file: Path) -> None:
+    """Refuse what git leaves in place of weights. Raises ArtefactError."""
+    require_file(file)
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise ArtefactError(
+                f"{show(file)} is only a pointer of git-lfs to the weights: fetch them with git lfs pull"
+            )
 
 
 def word(text: object) -> str:

@@ -66,6 +66,7 @@ class SchedulerFields(msgspec.Struct, frozen=True, kw_only=True):
                 self.rescale_betas_zero_snr
             ),
             "use_dynamic_shifting: its timesteps depend on the image's size": self.use_dynamic_shifting,
+            "use_flow_sigmas: it was trained on another schedule than its betas": self.use_flow_sigmas,
         }
         if multistep:
             reasons |= {
@@ -84,7 +85,7 @@ class SchedulerFields(msgspec.Struct, frozen=True, kw_only=True):
             } | {
                 f"{name}: its timesteps are not whole ones of the training": bool(getattr(self, name))
                 for name in self.__struct_fields__
-                if name.startswith("use_") and name != "use_dynamic_shifting"
+                if name.startswith("use_") and name not in ("use_dynamic_shifting", "use_flow_sigmas")
             }
         return next((reason for reason, found in reasons.items() if found), None)
 
@@ -112,7 +113,9 @@ _DPM_SPACINGS: Final[dict[str, Spacing]] = {
 Kind = Literal["DDPM", "DDIM", "DPM-Solver++"]
 _KINDS: Final[dict[str, Kind]] = {
     "DDPMScheduler": "DDPM",
+    "DDPMParallelScheduler": "DDPM",
     "DDIMScheduler": "DDIM",
+    "DDIMParallelScheduler": "DDIM",
     "DPMSolverMultistepScheduler": "DPM-Solver++",
 }
 # Solvers that are not here, for the same networks on the same schedules.
@@ -232,6 +235,8 @@ def read_scheduler(configs: Configs, told: Told[DiffusersFlags]) -> Scheduler:
             f"{where} is a {word(name)}, which is not supported: save the pipeline with the DDPMScheduler that it was "
             "trained with, or name the folder of its network outside the pipeline, and its schedule by flags"
         )
+    if found.get("clip_sample", True) is None:  # null is false there, and a field that is not there is true
+        found = found | {"clip_sample": False}
     fields = convert(found | given, SchedulerFields, where)
     kind = _KINDS.get(name, "DDPM")
     if name in _OTHER_SOLVERS:
@@ -240,7 +245,7 @@ def read_scheduler(configs: Configs, told: Told[DiffusersFlags]) -> Scheduler:
         if fields.clip_sample is None:
             fields = msgspec.structs.replace(fields, clip_sample=told.get("clip_sample", True, False))
     if reason := fields.refusal(multistep=kind == "DPM-Solver++"):
-        raise ArtefactError(f"{where} has {reason}, which is not supported")
+        raise ArtefactError(f"{where} cannot be taken: {reason}")
     return Scheduler(fields, kind, where, tuple(words))
 
 
