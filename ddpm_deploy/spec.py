@@ -369,7 +369,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
                     eta=settings.eta or 0.0,
                     clip=clip,
                     use_clipped_model_output=not own.raw_epsilon,
-                    stride=self.timesteps // len(timesteps) if own.fixed_stride else None,
+                    stride=self.timesteps // (settings.steps or 1) if own.fixed_stride else None,
                     to_first=own.to_first,
                 )
             case "dpmpp-2m":

@@ -460,6 +460,19 @@ def test_dpm_solver(diffusers: Any, folders: dict[int, Path], spacing: str, orde
         assert got <= TOLERANCES["imported_dpm"].limit, (steps, offset)
 
 
+@pytest.mark.filterwarnings("ignore:__array__")  # of diffusers about itself
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_dpm_solver_with_noise(diffusers: Any, folders: dict[int, Path], spacing: str) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        timestep_spacing=spacing, algorithm_type="sde-dpmsolver++"
+    )
+    imported = scheduled(folders[1], scheduler)
+    assert imported.spec.completed(ChainSettings()).solver == "sde-dpmpp-2m"
+    for steps in (None, 50, 7):
+        got = chains_differ(imported, scheduler, ChainSettings(steps=steps))
+        assert got <= TOLERANCES["imported_dpm"].limit, steps
+
+
 def test_cosine_by_name_and_by_its_betas(diffusers: Any, folders: dict[int, Path]) -> None:
     by_name = scheduled(folders[1], diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
     betas = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").betas.tolist()
@@ -626,7 +639,7 @@ UNLIKE = ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D"]
         (SCHEDULER, SOLVER | {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         (SCHEDULER, SOLVER | {"solver_order": 3}, "solver_order 3"),
         (SCHEDULER, SOLVER | {"solver_type": "heun"}, "solver_type heun"),
-        (SCHEDULER, SOLVER | {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type sde-dpmsolver++"),
+        (SCHEDULER, SOLVER | {"algorithm_type": "sde-dpmsolver"}, "algorithm_type sde-dpmsolver"),
         (SCHEDULER, SOLVER | {"final_sigmas_type": "sigma_min"}, "final_sigmas_type sigma_min"),
         (SCHEDULER, SOLVER | {"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
     ],

@@ -58,6 +58,11 @@ class SchedulerFields(msgspec.Struct, frozen=True, kw_only=True):
     final_sigmas_type: str | None = "zero"
     lambda_min_clipped: float = -np.inf
 
+    @property
+    def is_sde(self) -> bool:
+        """Whether its solver adds noise."""
+        return self.algorithm_type == "sde-dpmsolver++" and self.solver_order == 2
+
     def refusal(self, multistep: bool) -> str | None:
         """What of it cannot be carried; None: nothing. multistep: whether it is a DPM-Solver++."""
         reasons = {
@@ -70,8 +75,8 @@ class SchedulerFields(msgspec.Struct, frozen=True, kw_only=True):
         }
         if multistep:
             reasons |= {
-                f"algorithm_type {word(self.algorithm_type)}: only dpmsolver++ is here": (
-                    self.algorithm_type not in ("dpmsolver++", "deis")
+                f"algorithm_type {word(self.algorithm_type)}: only dpmsolver++, and sde-dpmsolver++ of order 2": (
+                    self.algorithm_type not in ("dpmsolver++", "deis") and not self.is_sde
                 ),
                 f"solver_order {word(self.solver_order)}: only 1 and 2 are here": self.solver_order
                 not in (1, 2),
@@ -191,9 +196,13 @@ class Scheduler:
         known = _DPM_SPACINGS if ours else _SPACINGS
         solvers: dict[Kind, Solver] = {"DDPM": "ddpm", "DDIM": "ddim", "DPM-Solver++": "dpmpp-2m"}
         steps = _STEPS[self.kind][0]
-        first_order = ours and fields.solver_order == 1  # which is DDIM
+        solver = solvers[self.kind]
+        if ours and fields.solver_order == 1:
+            solver = "ddim"  # which that is
+        elif ours and fields.is_sde:
+            solver = "sde-dpmpp-2m"
         return Sampling(
-            solver="ddim" if first_order else solvers[self.kind],
+            solver=solver,
             steps=steps if steps < fields.num_train_timesteps else None,
             spacing=_known(known, spacing, "timestep_spacing", self.where),
             offset=fields.steps_offset if spacing == "leading" else 0,
