@@ -16,6 +16,7 @@ from ddpm_deploy.errors import ArtefactError, SettingError
 from ddpm_deploy.importers.dialects import import_checkpoint
 from ddpm_deploy.importers.imported import Imported
 from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.schedule import LinearBetas, Schedule
 from ddpm_deploy.spacings import openai_ddim
 from ddpm_deploy.train.network import TorchNetwork
 from tests.golden.openai_networks import CASES, FILE, LABELS, SEED, Case, asked
@@ -218,7 +219,10 @@ def test_its_chain(
 @pytest.mark.parametrize(("total", "steps"), [(1000, 25), (1000, 30), (4000, 50), (300, 100), (7, 4)])
 def test_the_stride_is_the_least_that_makes_as_many_steps(total: int, steps: int) -> None:
     stride = next(i for i in range(1, total) if len(range(0, total, i)) == steps)
-    assert openai_ddim(total, steps).tolist() == list(range(0, total, stride))[::-1]
+    assert (
+        openai_ddim(Schedule(LinearBetas().betas(total)), steps).tolist()
+        == list(range(0, total, stride))[::-1]
+    )
 
 
 def without(state: State, *parts: str) -> State:
