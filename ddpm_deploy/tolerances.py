@@ -56,6 +56,10 @@ PARITY: Final[dict[str, Parity]] = {
     ),
 }
 
+# Of float32 predictions of networks that are not ours, in place of PARITY's: their operators round as they do, and
+# random weights pass it on. 2026-11-26: trained ones 2e-7 to 2e-6, random weights of lucidrains' Unet 6.0e-6.
+FOREIGN_PREDICTION: Final = ((0.0, 2e-5),)
+
 # Of final images of float32 models that predict the mean, in place of PARITY's: there x' is the prediction itself, and
 # each step passes its rounding on whole, where of ε some hundredth of it enters (β/√(1 - ᾱ)): 40 dB.
 MEAN_PSNR: Final = 70.0  # 2026-11-25, digits trained for 1000 steps, 4 images: 83 dB

@@ -22,7 +22,7 @@ from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.schedule import Floats
 from ddpm_deploy.spec import ChainSettings, ModelSpec
 from ddpm_deploy.stages import Progress, no_progress
-from ddpm_deploy.tolerances import MEAN_PSNR, PARITY, Parity
+from ddpm_deploy.tolerances import FOREIGN_PREDICTION, MEAN_PSNR, PARITY, Parity
 
 # Any model's, whatever its own code runs: it visits every timestep where it has as many steps.
 PROOF_CHAIN: Final = ChainSettings(solver="ddpm", spacing="leading")
@@ -298,9 +298,12 @@ def require_comparable(reference: ModelSpec, candidate: ModelSpec) -> None:
 def tolerance(reference: ModelSpec, candidate: ModelSpec) -> Parity:
     """What the coarser of the two precisions is allowed."""
     precision = max(reference.precision, candidate.precision, key=list(PARITY).index)
+    allowed = PARITY[precision]
+    if precision == "fp32" and reference.network is None:
+        allowed = replace(allowed, prediction=FOREIGN_PREDICTION)
     if precision == "fp32" and reference.prediction == "mean":
-        return replace(PARITY[precision], psnr=MEAN_PSNR)
-    return PARITY[precision]
+        allowed = replace(allowed, psnr=MEAN_PSNR)
+    return allowed
 
 
 def psnr(images: Array, wanted: Array, peak: float) -> Floats:
