@@ -41,6 +41,8 @@ def require_file(path: Path, error: type[DdpmDeployError] = ArtefactError) -> No
             raise error(f"{show(path)} is empty: it was probably cut short; make it again")
         with path.open("rb"):
             pass
+    except error:
+        raise
     except (OSError, ValueError) as problem:
         raise error(f"{show(path)} cannot be read: {_reason(problem)}") from problem
 

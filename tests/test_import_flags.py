@@ -168,3 +168,11 @@ def test_what_is_ignored_is_no_flag_and_may_be_typed() -> None:
         assert not kind.ignored & set(names_of(kind))
         assert parse(kind, dict.fromkeys(kind.ignored, "x"), "") == kind()
     assert OpenAIFlags.ignored < set(all_names())
+
+
+def test_an_empty_file_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "flags.txt"
+    path.touch()
+    with pytest.raises(SettingError) as refused:
+        read_flags(path)
+    assert str(refused.value) == f"{path} is empty: it was probably cut short; make it again"

@@ -598,6 +598,20 @@ def test_ddim_is_that_of_diffusers(
         assert np.abs(mine - theirs).max() <= TOLERANCES["diffusers_ddim"].limit
 
 
+def multistep(
+    diffusers: Any, kind: str, prediction: Prediction, spacing: str, steps: int, **options: str
+) -> Any:
+    """Its DPMSolverMultistepScheduler, ready for so many steps."""
+    peer = diffusers.DPMSolverMultistepScheduler(
+        trained_betas=SCHEDULES[kind].betas,
+        prediction_type=PEER_PREDICTIONS[prediction],
+        timestep_spacing=spacing,
+        **options,
+    )
+    peer.set_timesteps(steps)
+    return peer
+
+
 @pytest.mark.filterwarnings("ignore:__array__")  # of diffusers about itself
 @pytest.mark.parametrize("steps", [50, 20, 7])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
@@ -609,13 +623,7 @@ def test_sde_dpmpp_2m_is_that_of_diffusers(
     """On its own timesteps, and with the same noise at each."""
     import torch
 
-    peer = diffusers.DPMSolverMultistepScheduler(
-        trained_betas=SCHEDULES[kind].betas,
-        prediction_type=PEER_PREDICTIONS[prediction],
-        timestep_spacing=spacing,
-        algorithm_type="sde-dpmsolver++",
-    )
-    peer.set_timesteps(steps)
+    peer = multistep(diffusers, kind, prediction, spacing, steps, algorithm_type="sde-dpmsolver++")
     timesteps, schedule = peer.timesteps.numpy(), SCHEDULES[kind]
     rng = np.random.default_rng(0)
     start = theirs = rng.standard_normal((2, 1, 4, 4))
@@ -647,12 +655,7 @@ def test_dpmpp_2m_is_that_of_diffusers(
     """On its own timesteps: its linspace is one of N + 1 without the last."""
     import torch
 
-    peer = diffusers.DPMSolverMultistepScheduler(
-        trained_betas=SCHEDULES[kind].betas,
-        prediction_type=PEER_PREDICTIONS[prediction],
-        timestep_spacing=spacing,
-    )
-    peer.set_timesteps(steps)
+    peer = multistep(diffusers, kind, prediction, spacing, steps)
     timesteps, schedule = peer.timesteps.numpy(), SCHEDULES[kind]
     start = theirs = np.random.default_rng(0).standard_normal((2, 1, 4, 4))
     for t in timesteps.tolist():

@@ -51,7 +51,8 @@ def places(config: UNetConfig) -> dict[str, Place]:
     }
 
 
-def _in_order(qkv: Tensor, heads: int) -> Tensor:
+def in_order(qkv: Tensor, heads: int) -> Tensor:
+    """Rows that are in our order already."""
     return qkv
 
 
@@ -74,7 +75,7 @@ class Names:
     attention: Mapping[str, str]
     block_at: Callable[[Place], str]
     attention_at: Callable[[Place], str]
-    order: Callable[[Tensor, int], Tensor] = _in_order
+    order: Callable[[Tensor, int], Tensor] = in_order
 
 
 def build_family(weights: Weights, spec: ModelSpec, names: Names) -> UNet:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import ArtefactError, SettingError, plural
 from ddpm_deploy.files import show
-from ddpm_deploy.importers.family import Names, Place, build_family
+from ddpm_deploy.importers.family import Names, Place, build_family, in_order
 from ddpm_deploy.importers.flags import OpenAIFlags
 from ddpm_deploy.importers.imported import Imported, new_spec
 from ddpm_deploy.importers.told import Told
@@ -386,7 +386,7 @@ def _names(config: UNetConfig, legacy: bool) -> Names:
         attention={"norm": "norm", "qkv": "qkv", "out": "proj_out"},
         block_at=block_at,
         attention_at=attention_at,
-        order=_by_head if legacy else _as_it_is,
+        order=_by_head if legacy else in_order,
     )
 
 
@@ -394,7 +394,3 @@ def _by_head(qkv: Tensor, heads: int) -> Tensor:
     """Rows that go head by head, each with its q, k and v → all of q, of k, of v."""
     rows = qkv.reshape(heads, 3, -1, *qkv.shape[1:])
     return torch.movedim(rows, 1, 0).reshape(qkv.shape)
-
-
-def _as_it_is(qkv: Tensor, heads: int) -> Tensor:
-    return qkv

@@ -98,8 +98,13 @@ def read_weights(path: Path, key: str | None = None, knows: Knows | None = None)
     if not found:
         raise ArtefactError(f"{name} holds no weights by name: the state_dict of a network is needed")
     if key is not None and key not in found:
-        known = ", ".join(show(one) for one in found if one) or "it is one set of weights, without entries"
-        raise SettingError(f"{name} has no weights under --key {show(key)}: choose from {known}")
+        known = ", ".join(show(one) for one in found if one)
+        choose = (
+            f"choose from {known}"
+            if known
+            else "it is one set of weights without entries, so leave --key out"
+        )
+        raise SettingError(f"{name} has no weights under --key {show(key)}: {choose}")
     averages = _averages(content, list(found))
     order = [key] if key is not None else list(dict.fromkeys([*averages, *found]))
     chosen, around, state = _first_known(found, order, knows)

@@ -100,8 +100,4 @@ def _tell(imported: Imported) -> None:
         logger.info("assumed, as nothing in it tells (each flag changes it):")
     for assumption in imported.assumed:
         others = f"; others: {', '.join(map(str, assumption.others))}" if assumption.others else ""
-        logger.info("  %s %s%s", _flag(assumption), assumption.value, others)
-
-
-def _flag(assumption: Assumption) -> str:
-    return f"--{assumption.flag}"
+        logger.info("  --%s %s%s", assumption.flag, assumption.value, others)

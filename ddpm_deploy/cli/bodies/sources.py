@@ -4,6 +4,7 @@ PyTorch is imported where a network is loaded, as building the engine of an .onn
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,7 +78,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class _Imported:
+class _Imported(ABC):
     """What the two kinds of foreign networks share: each is read once, and its .onnx judged by the proof beside it."""
 
     path: Path
@@ -89,7 +90,12 @@ class _Imported:
 
     @cached_property
     def imported(self) -> Any:
-        raise NotImplementedError
+        """What an importer made of it."""
+        return self._read()
+
+    @abstractmethod
+    def _read(self) -> Any:
+        """Read it, and tell what was found."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -117,12 +123,9 @@ class Foreign(_Imported):
 
     @property
     def files(self) -> list[Path]:
-        return (
-            [self.path] if self.path.is_file() else [path for path in self.path.rglob("*") if path.is_file()]
-        )
+        return [self.path] if self.path.is_file() else []  # no file of diffusers has a name that is written
 
-    @cached_property
-    def imported(self) -> Any:
+    def _read(self) -> Any:
         from ddpm_deploy.cli.bodies.importing import read_and_tell
 
         return read_and_tell(self.path, self.flags, self.key, self.check_images)
@@ -144,8 +147,7 @@ class OwnModule(_Imported):
     def files(self) -> list[Path]:
         return [self.weights, self.spec_file]
 
-    @cached_property
-    def imported(self) -> Any:
+    def _read(self) -> Any:
         from ddpm_deploy.cli.bodies.importing import build_and_tell
 
         return build_and_tell(str(self.path), self.weights, self.spec_file, self.key, self.check_images)
