@@ -14,7 +14,7 @@ help:
 	@echo "make demo   train on real digits, export, verify, run the full chain: pictures in $(DEMO)/"
 	@echo "make test   the test suite, with lint and types"
 	@echo "make bench  the benchmarks: writes docs/benchmarks.md"
-	@echo "make mnist  a model of MNIST for the benchmark of quality: hours"
+	@echo "make mnist  a model of MNIST for the benchmark of quality: an hour"
 	@echo "make clean  remove the environments and everything that was made"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -62,7 +62,7 @@ $(DEMO)/mnist.npz: | .venv/installed
 	$(BIN)/python -m benches.quality data
 
 $(DEMO)/mnist.pt: $(DEMO)/mnist.npz
-	$(BIN)/ddpm-train $< --preset small --labels --no-flip --steps 15000 --batch-size 32 -o $@
+	$(BIN)/ddpm-train $< --preset mnist --labels -o $@
 
 $(DEMO)/mnist.onnx: $(DEMO)/mnist.pt
 	$(BIN)/ddpm-export $< -o $@ --force

@@ -21,8 +21,9 @@ from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
 from ddpm_deploy.solvers import StepTable, ddim, ddpm, dpmpp_2m, sde_dpmpp_2m
 from ddpm_deploy.spacings import spaced
 from ddpm_deploy.words import (
+    ASKED_SOLVERS,
     MAX_BATCH,
-    SOLVERS,
+    AskedSolver,
     Flavour,
     Precision,
     Prediction,
@@ -56,18 +57,20 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ChainSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Which reverse chain to run; None is as the model's own `Sampling` says.
 
-    steps: 1 .. T. solver, spacing: by name. eta: of ddim, 0 to 1. timesteps: that are visited, falling, in place of
-    steps and spacing.
+    steps: 1 .. T. solver, spacing: by name; the solver "fast" is `FAST`. eta: of ddim, 0 to 1. timesteps: that are
+    visited, falling, in place of steps and spacing.
     """
 
     steps: int | None = None
-    solver: Solver | None = None
+    solver: AskedSolver | None = None
     eta: float | None = None
     spacing: Spacing | None = None
     timesteps: tuple[int, ...] | None = None
 
 
 DEFAULT_CHAIN: Final = ChainSettings()
+# The best chain of 20 steps by docs/quality.md.
+FAST: Final = ChainSettings(solver="sde-dpmpp-2m", steps=20, spacing="linspace")
 
 
 class UNetConfig(_Strict, frozen=True, kw_only=True, tag_field="kind", tag="unet"):
@@ -324,6 +327,8 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
         Raises SettingError where timesteps are given, and a number of steps or a spacing that is not theirs.
         """
         own = self.sampling
+        if settings.solver == "fast":
+            settings = self._fast(settings)
         solver = settings.solver or own.solver
         same = solver == own.solver
         eta = own.eta if settings.eta is None and same else settings.eta
@@ -340,6 +345,14 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
             eta=eta,
             spacing=settings.spacing or own.spacing,
         )
+
+    def _fast(self, settings: ChainSettings) -> ChainSettings:
+        """The settings with what FAST stands for, and its steps and spacing where no others are given."""
+        settings = msgspec.structs.replace(settings, solver=FAST.solver)
+        if settings.timesteps is not None:
+            return settings
+        steps = min(FAST.steps or 1, self.timesteps) if settings.steps is None else settings.steps
+        return msgspec.structs.replace(settings, steps=steps, spacing=settings.spacing or FAST.spacing)
 
     def step_table(self, settings: ChainSettings = DEFAULT_CHAIN) -> StepTable:
         """The rows of this model's reverse chain.
@@ -376,7 +389,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
                 return dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
             case "sde-dpmpp-2m":
                 return sde_dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
-        raise SettingError(f"solver {settings.solver!r} is not known: choose from {', '.join(SOLVERS)}")
+        raise SettingError(f"solver {settings.solver!r} is not known: choose from {', '.join(ASKED_SOLVERS)}")
 
     def _timesteps(self, schedule: Schedule, settings: ChainSettings) -> NDArray[np.int64]:
         """That a chain of completed settings visits."""

@@ -3,6 +3,8 @@
 from typing import Final, Literal, get_args
 
 Solver = Literal["ddpm", "ddim", "dpmpp-2m", "sde-dpmpp-2m"]
+# What may be asked for: "fast" stands for the solver, spacing and steps of `spec.FAST`.
+AskedSolver = Literal[Solver, "fast"]
 Spacing = Literal[
     "leading",
     "trailing",
@@ -19,7 +21,7 @@ Prediction = Literal["epsilon", "v", "x0", "mean"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Schedule = Literal["linear", "cosine", "sigmoid", "scaled_linear", "sigmoid_alpha"]
 Loss = Literal["simple", "vlb", "hybrid"]
-Preset = Literal["digits", "small", "cifar10", "256"]
+Preset = Literal["digits", "mnist", "small", "cifar10", "256"]
 Weights = Literal["ema", "raw"]  # of a checkpoint: averaged, or as trained
 GraphPrecision = Literal["fp32", "bf16", "fp16"]  # of an ONNX graph, in its types
 # tf32: a float32 graph, whose engine may round what it multiplies.
@@ -28,6 +30,7 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Backend = Literal["onnxruntime", "tensorrt", "torch"]
 
 SOLVERS: Final = get_args(Solver)
+ASKED_SOLVERS: Final = get_args(AskedSolver)
 SPACINGS: Final = get_args(Spacing)
 PREDICTIONS: Final = get_args(Prediction)
 VARIANCES: Final = get_args(Variance)

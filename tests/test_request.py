@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ddpm_deploy.errors import DataError, SettingError
 from ddpm_deploy.runtime.request import Request, make_request
-from ddpm_deploy.spec import ChainSettings
+from ddpm_deploy.spec import FAST, ChainSettings
 from tests.models import tiny_spec
 
 PLAIN = tiny_spec(network=None)
@@ -26,6 +26,21 @@ def test_a_checked_request_is_complete() -> None:
     assert Request().checked(SPEC).seed != Request().checked(SPEC).seed
     assert request.table_for(SPEC) is Request(seed=1).checked(SPEC).table_for(SPEC)
     np.testing.assert_array_equal(request.table_for(SPEC).rows, SPEC.step_table(ChainSettings()).rows)
+
+
+def test_fast_is_a_chain_with_a_name() -> None:
+    fast = Request(solver="fast", seed=0).checked(SPEC)
+    assert (fast.solver, fast.steps, fast.spacing) == (FAST.solver, FAST.steps, FAST.spacing)
+    assert fast == Request(seed=0, solver=FAST.solver, steps=FAST.steps, spacing=FAST.spacing).checked(SPEC)
+    other = Request(solver="fast", steps=7, spacing="log-snr", seed=0).checked(SPEC)
+    assert (other.solver, other.steps, other.spacing) == (FAST.solver, 7, "log-snr")
+    told = Request(solver="fast", timesteps=(900, 400, 0), seed=0).checked(SPEC)
+    assert (told.solver, told.steps, told.timesteps) == (FAST.solver, 3, (900, 400, 0))
+    assert Request(solver="fast", seed=0).checked(tiny_spec(timesteps=7)).steps == 7
+    with pytest.raises(SettingError, match="eta is of the solver ddim"):
+        Request(solver="fast", eta=0.5).checked(SPEC)
+    with pytest.raises(SettingError, match="choose from 1 to"):
+        Request(solver="fast", steps=0).checked(SPEC)
 
 
 @given(

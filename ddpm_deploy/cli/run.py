@@ -5,7 +5,7 @@ import click
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
 from ddpm_deploy.cli.options import FilePath, Option, timesteps
-from ddpm_deploy.words import SOLVERS, SPACINGS
+from ddpm_deploy.words import ASKED_SOLVERS, SPACINGS
 
 main = command(
     "run",
@@ -14,7 +14,7 @@ main = command(
     examples="""
   ddpm-run model.onnx                          16 images, the full chain, in samples.png
   ddpm-run model.onnx --steps 50 --seed 7      a chain of 50 steps, and a seed to repeat it
-  ddpm-run model.onnx --solver dpmpp-2m --steps 20 --spacing linspace
+  ddpm-run model.onnx --solver fast            20 steps, of the best solver that is known for so few
   ddpm-run model.onnx --count 5000 -o s.npz    uint8 (5000, H, W, C), as evaluators read it
   ddpm-run model.onnx --count 100 -o images/   a folder, one PNG for each image
   ddpm-run model.onnx --float --in-data-range -o s.npz
@@ -47,8 +47,8 @@ main = command(
         ),
         Option(
             "--solver",
-            "Method of sampling: ddpm for the full chain, ddim for some 50 steps, dpmpp-2m or sde-dpmpp-2m for 20.",
-            click.Choice(SOLVERS),
+            "Method of sampling: ddpm for the full chain, fast for the best that is known of 20 steps; or one by name.",
+            click.Choice(ASKED_SOLVERS),
             show_default="the model's own: ddpm, unless it was imported",
         ),
         Option(

@@ -135,6 +135,7 @@ main = command(
     \b
     Presets:
       digits   8×8 grey, 0.7 M parameters: minutes on a CPU
+      mnist    32×32 grey, 1.1 M parameters: an hour on a CPU
       small    32×32, 1.5 M parameters: an hour on a CPU
       cifar10  32×32 RGB, the paper's 35.7 M parameters: for a GPU
       256      256×256 RGB, the paper's 114 M parameters: for large GPUs

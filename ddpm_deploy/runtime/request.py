@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ddpm_deploy.errors import DataError, SettingError, first_line, plural
 from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings, ModelSpec
-from ddpm_deploy.words import Solver, Spacing
+from ddpm_deploy.words import AskedSolver, Spacing
 
 Label = int | str
 Labels = NDArray[np.int64]
@@ -27,7 +27,7 @@ class Keywords(TypedDict, total=False):
     """The keyword arguments of `Sampler.sample` that make a Request; `make_request` says what each is."""
 
     steps: int | None
-    solver: Solver | None
+    solver: AskedSolver | None
     eta: float | None
     spacing: Spacing | None
     timesteps: Sequence[int] | None
@@ -178,7 +178,7 @@ def make_request(
     count: int,
     *,
     steps: int | None = None,
-    solver: Solver | None = None,
+    solver: AskedSolver | None = None,
     eta: float | None = None,
     spacing: Spacing | None = None,
     timesteps: Sequence[int] | None = None,

@@ -118,7 +118,8 @@ class Sampler:
     ) -> Array:
         """Draw `count` images: float32 (count, C, H, W) in the model's value range.
 
-        steps: of the chain, 1 .. T. solver: "ddpm", "ddim", "dpmpp-2m" or "sde-dpmpp-2m". eta: of ddim, 0 to 1.
+        steps: of the chain, 1 .. T. solver: "ddpm", "ddim", "dpmpp-2m" or "sde-dpmpp-2m"; or "fast", which is
+            the best known of 20 steps (`spec.FAST`). eta: of ddim, 0 to 1.
             spacing: of the timesteps, one of `words.SPACINGS`. timesteps: the very ones, falling, in place of steps
             and spacing. Those not given are as `spec.sampling` has them: all T, "ddpm", 0 and
             "leading", unless the model was imported.

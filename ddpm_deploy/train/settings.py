@@ -143,6 +143,17 @@ PRESETS: Final = {
         ema_decay=0.995,
         flip=False,
     ),
+    "mnist": Preset(
+        channels=1,
+        network=msgspec.structs.replace(_SMALL, channels=16, widths=(16, 32, 64, 64)),
+        steps=20_000,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup_steps=200,
+        decay="cosine",
+        ema_decay=0.999,
+        flip=False,
+    ),
     "small": Preset(
         channels=None,
         network=_SMALL,

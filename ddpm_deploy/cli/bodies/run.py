@@ -8,7 +8,7 @@ from ddpm_deploy.cli.bodies.models import open_sampler
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.request import Request
-from ddpm_deploy.words import Solver, Spacing
+from ddpm_deploy.words import AskedSolver, Spacing
 
 
 def run(
@@ -20,7 +20,7 @@ def run(
     first_index: int,
     batch: int | None,
     labels: tuple[str, ...],
-    solver: Solver | None,
+    solver: AskedSolver | None,
     eta: float | None,
     spacing: Spacing | None,
     timesteps: tuple[int, ...] | None,
