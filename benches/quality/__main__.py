@@ -24,6 +24,7 @@ _DOCS: Final = Path(__file__).parent.parent.parent / "docs"
 _MARK: Final = "<!-- made by python -m benches.quality -->"
 _STUDENT: Final = 2.776  # of 95 %, two-sided, for the mean of five
 _PICTURED: Final = 20
+_SMOOTHED: Final = 20  # entries of the training's metrics
 _SHOWN: Final = [
     PAPER,
     *(way for way in WAYS if way.steps == 20 and way.spacing != "log-snr"),
@@ -142,11 +143,16 @@ def _answer(reports: Sequence[Report]) -> str:
     if not both:
         return f"**How many steps do I need? All {PAPER.steps}: nothing shorter is as good on {names}.**"
     best = both[0]
+    alone = "; ".join(
+        f"{found.real.name} alone: {one.way.steps}, {one.way.solver}"
+        for found in reports
+        for one in found.equal()[:1]
+    )
     faster = min(found.paper.seconds / ones[best].seconds for found, ones in zip(reports, good, strict=True))
     return (
         f"**How many steps do I need? {best.steps}: {best.solver} with the spacing {best.spacing} is then not behind "
         f"the paper's {PAPER.steps} on {names} (the 95 % interval of the paired difference does not lie above zero), "
-        f"at {faster:.0f} times its images/s or more.**"
+        f"at {faster:.0f} times its images/s or more.** ({alone}.)"
     )
 
 
@@ -192,6 +198,25 @@ def _rows(found: Report) -> list[tuple[str, Pixels]]:
     return [("real", found.real.rest.images[:_PICTURED]), *zip(labels, drawn, strict=True)]
 
 
+def _training(path: Path) -> None:
+    """How MNIST's model was trained: the loss by step, and the last picture of samples."""
+    import matplotlib.pyplot as plt
+
+    folder = DEMO / "mnist.train"
+    steps, losses = np.loadtxt(folder / "metrics.csv", delimiter=",", skiprows=1, usecols=(0, 1)).T
+    smooth = np.convolve(losses, np.ones(_SMOOTHED) / _SMOOTHED, "valid")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    left.plot(steps, losses, color="lightgrey")
+    left.plot(steps[_SMOOTHED - 1 :], smooth)
+    left.set(
+        yscale="log", xlabel="training step", ylabel="loss", title=f"mean of {_SMOOTHED} entries in blue"
+    )
+    right.imshow(plt.imread(max(folder.glob("samples-*.png"))), cmap="gray")
+    right.set(title="samples at the last step (EMA weights)")
+    right.axis("off")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Judge the data sets that were named, all where none was, and write the page behind the mark."""
     parser = argparse.ArgumentParser(
@@ -203,6 +228,8 @@ def main() -> None:
         write_mnist(DEMO / "mnist.npz")
         return
     reports = [report(_REAL[name]()) for name in names]
+    if "mnist" in names:
+        _training(_DOCS / "quality-training.png")
     _picture(reports, _DOCS / "quality.png")
     page = _DOCS / "quality.md"
     measured = f"Measured {datetime.date.today().isoformat()}."
