@@ -13,6 +13,7 @@ MOST_THREADS: Final = 1024  # that anybody may ask for
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _MEMBERSHIP: Final = Path("/proc/self/cgroup")
 _MEMORY: Final = Path("/proc/meminfo")
+_OWN_MEMORY: Final = Path("/proc/self/statm")
 _CPUS: Final = Path("/sys/devices/system/cpu")
 
 
@@ -30,6 +31,18 @@ def memory_limit() -> int:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     return min([physical, *_memory_limits(), *([own] if own != resource.RLIM_INFINITY else [])])
+
+
+def memory_used() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(_OWN_MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def memory_left() -> int:
+    """Bytes of memory that this process may still take: what is free, within `memory_limit`."""
+    return min(memory_available(), memory_limit() - memory_used())
 
 
 def trim_memory() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ddpm_deploy.errors import BackendError
+from ddpm_deploy.machine import memory_left, memory_limit, memory_used
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.backends import onnxruntime as backend
 from ddpm_deploy.runtime.backends import split
@@ -102,9 +103,9 @@ def test_the_faster_way_wins(
 
     parts = Split([lambda first, end: way("parts", in_parts)])
     monkeypatch.setattr(split.time, "perf_counter", lambda: now[0])
-    race = Race(4, lambda batch: way("whole", whole), parts)
+    race = Race(4, parts, lambda batch: way("whole", whole))
     answers = [race.run() for _ in range(8)]
-    assert calls == ["whole", "parts"] * 4
+    assert calls == ["parts", "whole"] * 4
     assert answers == [None] * 7 + [in_parts < whole]
     (line,) = caplog.messages
     assert line.endswith("they run in parts" if in_parts < whole else "they run together")
@@ -135,6 +136,7 @@ def test_a_split_network_gives_the_same_bits(
         x, temb = questions(model, batch)
         np.testing.assert_array_equal(ask(network, x, temb), ask(plain, x, temb))
     assert (network._split is not None) == faster
+    assert network._whole is not None  # opened again for one image, where it was not kept
     assert bool(parts_running()) == faster
     assert plain._split is None
     network.close()
@@ -170,6 +172,35 @@ def test_another_file_in_its_place_is_not_opened(tmp_path: Path, onnx_path: Path
     (tmp_path / "other.onnx").replace(path)
     wanted = ask(OrtNetwork(open_model(onnx_path), max_batch=8), *question)
     np.testing.assert_array_equal(ask(network, *question), wanted)
+    assert network._split is None
+
+
+def test_another_file_in_its_place_after_the_split_has_won(
+    tmp_path: Path, onnx_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session with all threads is freed by then, and what is left of the model runs a single image too."""
+    decide(monkeypatch, True)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(onnx_path.read_bytes())
+    spec = msgspec.structs.replace(open_model(path).spec, same_bits=True)
+    network = OrtNetwork(open_model(path, spec), threads=2, max_batch=8)
+    for _ in range(9):
+        ask(network, *questions(network._model, 8))
+    assert network._whole is None
+    path.write_bytes(b"of another model")
+    question = questions(network._model, 1)
+    wanted = ask(OrtNetwork(open_model(onnx_path), max_batch=8), *question)
+    np.testing.assert_array_equal(ask(network, *question), wanted)
+    assert network._whole is None
+
+
+def test_memory_that_is_short_is_left_alone(model: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 10 << 20 < memory_used() < memory_limit()
+    assert 0 < memory_left() < memory_limit()
+    monkeypatch.setattr(backend, "memory_left", lambda: memory_used() // 2)
+    network = OrtNetwork(model, threads=2, max_batch=8)
+    for _ in range(3):
+        ask(network, *questions(model, 8))
     assert network._split is None
 
 

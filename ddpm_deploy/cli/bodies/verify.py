@@ -20,6 +20,7 @@ from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.parity import Trajectory, judge, record, require_comparable
 from ddpm_deploy.runtime.proof import load_proof, proof_path
 from ddpm_deploy.runtime.protocols import Network
+from ddpm_deploy.words import Backend
 
 _COUNT: Final = 4  # images, where nothing else is said
 _KEPT: Final = 50  # timesteps at which predictions are compared, where nothing else is said
@@ -45,7 +46,7 @@ def verify(
         require_suffix(report, "a report", ".json")
     if plot:
         reporting.require_plotting(plot)
-    opened = [_opened(path) for path in models]
+    opened = [_opened(path, place["backend"]) for path in models]
     if len(opened) == 1:
         if every or (count, steps, seed) != (None, None, None):
             raise click.UsageError(
@@ -74,13 +75,13 @@ def verify(
         raise click.exceptions.Exit(1)
 
 
-def _opened(path: Path) -> ModelFile:
+def _opened(path: Path, backend: Backend | None) -> ModelFile:
     """Open a model. Refuses one that cannot be compared, before minutes of work, and warns of one that was edited."""
     model = open_model(path)
-    if model.spec.precision == "bf16" and model.kind == "onnx":
+    if model.spec.precision == "bf16" and model.kind == "onnx" and backend != "openvino":
         raise SettingError(
             f"{model.name} is in bfloat16, which ONNX Runtime cannot run on a CPU: ddpm-export has checked it in "
-            "another way"
+            "another way, and --backend openvino runs it"
         )
     model.require_finite()
     if not model.intact:

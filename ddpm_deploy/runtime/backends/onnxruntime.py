@@ -10,7 +10,7 @@ from ddpm_deploy.dependencies import onnxruntime_has_cuda, require_onnxruntime
 from ddpm_deploy.engine.bindings import require_gpu
 from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, first_line
 from ddpm_deploy.files import show
-from ddpm_deploy.machine import cpu_threads, trim_memory
+from ddpm_deploy.machine import cpu_threads, memory_left, memory_used, trim_memory
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
 from ddpm_deploy.runtime.backends.split import Race, Split, worth_splitting
@@ -102,7 +102,7 @@ class OrtNetwork:
 
     def enqueue(self, bucket: int) -> None:
         """Start to predict for the leading rows."""
-        require_open(self._whole is not None)
+        require_open(bool(self.memory))
         self.device.start(lambda: self._run(bucket))
 
     def _run(self, batch: int) -> None:
@@ -117,48 +117,55 @@ class OrtNetwork:
             ) from error
 
     def _run_whole(self, batch: int) -> None:
-        assert self._whole is not None
-        self._whole.run(0, batch)
+        """With all threads; where another file is in the model's place by now, with the one thread that there is."""
+        if self._whole is None and _state(self._model) == self._loaded:
+            self._whole = _Bound(_open(self._model, _CPU, self._threads), self)
+        if self._whole is not None:
+            self._whole.run(0, batch)
+        elif self._split is not None:
+            self._split.run_alone(batch)
 
     def _run_split(self, batch: int) -> None:
         """In parts; or whole where that is faster, as the first calls of a batch tell."""
         if self._split is None:
-            self._open_split(batch)
-        if self._split is None or (self._race and self._race.batch != batch):
             self._run_whole(batch)
-        elif self._race:
-            faster = self._race.run()
-            if faster is not None:
-                self._race = None
-            if faster is False:
-                self._give_up_splitting()
-        else:
+            self._open_split(batch)
+        elif self._race is None:
             self._split.run(batch)
+        elif self._race.batch != batch:
+            self._run_whole(batch)
+        elif (faster := self._race.run()) is not None:
+            self._keep(split=faster)
 
     def _open_split(self, batch: int) -> None:
-        """Open a session with one thread, and let it and the other take turns; unless another file is in its place."""
-        if _state(self._model) != self._loaded:
-            self._may_split = False
-            return
-        session = _open(self._model, _CPU, 1)
-        self._split = Split([_Bound(session, self).run for _ in range(self._threads)])
-        self._race = Race(batch, self._run_whole, self._split)
+        """Open a session with one thread, and let it and the other take turns.
 
-    def _give_up_splitting(self) -> None:
-        self._may_split = False
-        if self._split is not None:
+        Not where another file is in the model's place by now, nor where memory is short: it takes no more than what
+        this process has so far.
+        """
+        self._may_split = _state(self._model) == self._loaded and memory_left() > memory_used()
+        if self._may_split:
+            session = _open(self._model, _CPU, 1)
+            self._split = Split([_Bound(session, self).run for _ in range(self._threads)])
+            self._race = Race(batch, self._split, self._run_whole)
+
+    def _keep(self, *, split: bool) -> None:
+        """Free the session that is the slower, once a race has told."""
+        self._race, self._may_split = None, split
+        if split:
+            self._whole = None  # opened again for a batch that is not split
+        elif self._split is not None:
             self._split.close()
-        self._split = self._race = None
+            self._split = None
         trim_memory()
 
     def close(self) -> None:
         """Free the sessions and the memory, once what is under way has ended."""
-        if self._whole is not None:
+        if self.memory:
             with suppress(BackendError):
                 self.device.synchronize()
-        self._whole = None
-        self._give_up_splitting()
-        self.memory = {}
+        self._keep(split=False)
+        self._whole, self.memory = None, {}
         self.device.release()
 
 

@@ -41,6 +41,10 @@ class Split:
         for future in started:
             future.result()
 
+    def run_alone(self, batch: int) -> None:
+        """Run the leading rows on the caller's thread alone."""
+        self._own(0, batch)
+
     def close(self) -> None:
         """End its threads, once what is under way has ended."""
         self._pool.shutdown()
@@ -53,11 +57,13 @@ def worth_splitting(batch: int, threads: int) -> bool:
 
 
 class Race:
-    """Two ways to run a batch that give the same bits, which take turns at a caller's first calls; then the faster."""
+    """Two ways to run a batch that give the same bits, which take turns at a caller's first calls: the faster.
 
-    def __init__(self, batch: int, whole: Callable[[int], None], split: Split) -> None:
+    whole: has run the batch before."""
+
+    def __init__(self, batch: int, split: Split, whole: Callable[[int], None]) -> None:
         self.batch = batch
-        self._ways = whole, split.run
+        self._ways = split.run, whole
         self._seconds: list[float] = []
 
     def run(self) -> bool | None:
@@ -68,7 +74,7 @@ class Race:
         self._seconds.append(time.perf_counter() - start)
         if turn + 1 < 2 * _TURNS:
             return None
-        whole, split = (min(self._seconds[way + 2 :: 2]) for way in range(2))
+        split, whole = (min(self._seconds[way + 2 :: 2]) for way in range(2))
         logger.info(
             "%d images take %.1f ms a step together, %.1f ms in parts with a thread each: they run %s",
             self.batch,
