@@ -207,7 +207,7 @@ def _on_onnxruntime(model: ModelFile, packages: Installed, driver: Driver) -> Fi
 
 
 def _on_openvino(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
-    name = "OpenVINO, CPU"
+    name = "OpenVINO"
     if "openvino" not in packages:
         return Finding(name, "absent", "is not installed", pip_install("openvino", "openvino"))
     mend = "pip install --force-reinstall openvino"

@@ -60,7 +60,7 @@ class OpenvinoNetwork(HostNetwork):
             "CACHE_DIR": "",
         }
         self._sizes = batch_sizes(self.spec, self.max_batch)
-        self._graph: Any = _read(model)
+        self._graph: Any = _read(model, self._openvino)
         self._compiled: dict[int, Any] = {}
         self._requests: dict[tuple[int, int], Any] = {}  # by the rows that they are for, first and end
         keep_in_forks(self._core, self._graph)
@@ -149,7 +149,7 @@ def _require_bf16(core: Any, model: ModelFile) -> None:
         )
 
 
-def _read(model: ModelFile) -> Any:
+def _read(model: ModelFile, openvino: Any) -> Any:
     """The graph of a model, as OpenVINO has it, with the interface of the contract."""
     try:
         from openvino.frontend import FrontEndManager
@@ -158,7 +158,8 @@ def _read(model: ModelFile) -> Any:
         reader = FrontEndManager().load_by_framework("onnx")
         graph = reader.convert(reader.load(str(model.path)))
     except Exception as error:
-        raise ArtefactError(f"{model.name}: OpenVINO cannot load it: {_reason(error)}") from error
+        version = openvino.get_version().partition("-")[0]
+        raise ArtefactError(f"{model.name}: OpenVINO {version} cannot load it: {_reason(error)}") from error
     sides = [
         [
             (_name(port), _TYPES.get(kind := port.element_type.get_type_name(), kind), _shape(port))
