@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from ddpm_deploy.errors import BackendError
+from ddpm_deploy.errors import ArtefactError, BackendError
 from ddpm_deploy.machine import memory_left, memory_limit, memory_used
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.backends import onnxruntime as backend
@@ -108,8 +108,10 @@ def test_the_faster_way_wins(
     assert calls == ["parts", "whole"] * 4
     assert answers == [None] * 7 + [in_parts < whole]
     (line,) = caplog.messages
-    assert line.endswith("they run in parts" if in_parts < whole else "they run together")
-    assert f"4 images take {whole * 1000:.1f} ms a step together, {in_parts * 1000:.1f} ms in parts" in line
+    assert line.endswith("it runs in parts" if in_parts < whole else "it runs as a whole")
+    assert (
+        f"a batch of 4 takes {whole * 1000:.1f} ms as a whole, and {in_parts * 1000:.1f} ms in parts" in line
+    )
     parts.close()
 
 
@@ -201,6 +203,21 @@ def test_memory_that_is_short_is_left_alone(model: ModelFile, monkeypatch: pytes
     network = OrtNetwork(model, threads=2, max_batch=8)
     for _ in range(3):
         ask(network, *questions(model, 8))
+    assert network._split is None
+
+
+def test_a_second_session_that_does_not_open_is_no_failure(
+    model: ModelFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = OrtNetwork(model, threads=2, max_batch=8)
+    plain = OrtNetwork(model, threads=1, max_batch=8)
+
+    def fails(model: ModelFile, providers: list[Any], threads: int) -> None:
+        raise ArtefactError("bad allocation")
+
+    monkeypatch.setattr(backend, "_open", fails)
+    for _ in range(2):
+        np.testing.assert_array_equal(ask(network, *questions(model, 8)), ask(plain, *questions(model, 8)))
     assert network._split is None
 
 

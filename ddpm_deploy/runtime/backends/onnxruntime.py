@@ -144,10 +144,16 @@ class OrtNetwork:
         this process has so far.
         """
         self._may_split = _state(self._model) == self._loaded and memory_left() > memory_used()
-        if self._may_split:
+        if not self._may_split:
+            return
+        try:
             session = _open(self._model, _CPU, 1)
-            self._split = Split([_Bound(session, self).run for _ in range(self._threads)])
-            self._race = Race(batch, self._split, self._run_whole)
+        except ArtefactError as error:  # the batch was run, and the next ones can be without it
+            logger.debug("batches are not split: %s", error)
+            self._may_split = False
+            return
+        self._split = Split([_Bound(session, self).run for _ in range(self._threads)])
+        self._race = Race(batch, self._split, self._run_whole)
 
     def _keep(self, *, split: bool) -> None:
         """Free the session that is the slower, once a race has told."""

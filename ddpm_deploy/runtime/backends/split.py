@@ -76,10 +76,10 @@ class Race:
             return None
         split, whole = (min(self._seconds[way + 2 :: 2]) for way in range(2))
         logger.info(
-            "%d images take %.1f ms a step together, %.1f ms in parts with a thread each: they run %s",
+            "a batch of %d takes %.1f ms as a whole, and %.1f ms in parts with a thread each: it runs %s",
             self.batch,
             whole * 1e3,
             split * 1e3,
-            "in parts" if split < whole else "together",
+            "in parts" if split < whole else "as a whole",
         )
         return split < whole
