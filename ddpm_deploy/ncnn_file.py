@@ -5,8 +5,8 @@
              spec.json    the ModelSpec
              sha256       of the weights, the .param and the spec
 
-ncnn loads the weights by the file's name and reads no further than they go, and zipfile finds the zip at the end. So the
-weights are in memory once, and one file is enough to run.
+ncnn loads the weights by the file's name and reads no further than they go, and zipfile finds the zip at the end. So
+the weights are in memory once, and one file is enough to run.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""ncnn's layers as far as we write them: their text (.param), the shapes that they make, and the weights that they read.
+"""ncnn's layers as far as we write them: their text (.param), the shapes they make, and the weights they read.
 
 ncnn believes what a .param says: a convolution with other channels than it gets reads past its memory. So a text is
 followed here layer by layer, from the shapes of the inputs to that of the prediction, before ncnn sees it, and what
@@ -23,6 +23,7 @@ _MOST_NUMBERS: Final = 1 << 28  # of one blob, or one weight
 _LARGEST_SIDE: Final = 1 << 20
 _ARRAY: Final = -23300  # minus its number is the key of a parameter that is a list
 _MOST_AXES: Final = 4
+DIRECT: Final = 64  # parameter 31 of a convolution: not by Winograd's algorithm
 
 # What BinaryOp and UnaryOp compute, by number.
 BINARY: Final = {"Add": 0, "Sub": 1, "Mul": 2, "Div": 3, "Max": 4, "Min": 5, "Pow": 6, "RSub": 7, "RDiv": 8}
@@ -222,11 +223,8 @@ class _Given:
     def require(self, holds: bool) -> None:
         if not holds:
             raise ValueError(
-                f"{self.layer.type} {self.layer.name} does not take {', '.join(map(str, self._got()))} with what it says"
+                f"{self.layer.type} {self.layer.name} does not take what it gets, or has a parameter out of its range"
             )
-
-    def _got(self) -> list[Shape | str]:
-        return [*self.shapes] or ["this"]
 
     def shape(self, *axes: int) -> Shape:
         """The next input, of so many axes."""
@@ -287,6 +285,7 @@ def _convolved(given: _Given, groups: int) -> Outcome:
     kernel = given.whole(11, 1, 64), given.whole(1, 1, 64)
     dilation = given.whole(12, 1, 64), given.whole(2, 1, 64)
     stride = given.whole(13, 1, 64), given.whole(3, 1, 64)
+    given.require(given.params.pop(31, DIRECT) == DIRECT)
     pads = (given.whole(14, 0, 64) + given.whole(16, 0, 64), given.whole(4, 0, 64) + given.whole(15, 0, 64))
     given.require(channels % groups == 0 == out % groups)
     given.require(count == out * (channels // groups) * math.prod(kernel))

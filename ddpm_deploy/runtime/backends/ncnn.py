@@ -1,7 +1,9 @@
 """ncnn, on the CPU: float32 by Winograd's convolutions, which take fewer multiplications than direct ones."""
 
+import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from types import ModuleType
 from typing import Any, Final, Self
 
@@ -50,9 +52,6 @@ class NcnnNetwork(HostNetwork):
         self._model, self._param = model, model.ncnn.param
         self._threads = threads or cpu_threads()
         self._nets: dict[int, Any] = {}  # by their number of threads
-        # ncnn's own threads belong to the one that calls it, and what a fork left of those would be waited for: so it
-        # is never called from a thread of others.
-        self._leader = ThreadPoolExecutor(1, "ncnn")
         self._crew = ThreadPoolExecutor(self._threads, "ncnn")
 
     @classmethod
@@ -75,7 +74,7 @@ class NcnnNetwork(HostNetwork):
                 done.result()
         if together < batch:
             all_ = self._net(self._threads)
-            self._leader.submit(self._predict_rows, all_, iter(range(together, batch))).result()
+            _leader().submit(self._predict_rows, all_, iter(range(together, batch))).result()
 
     def _predict_rows(self, net: Any, rows: Any) -> None:
         for row in rows:
@@ -97,7 +96,7 @@ class NcnnNetwork(HostNetwork):
 
     def _net(self, threads: int) -> Any:
         if threads not in self._nets:
-            self._nets[threads] = self._leader.submit(self._load, threads).result()
+            self._nets[threads] = _leader().submit(self._load, threads).result()
         return self._nets[threads]
 
     def _load(self, threads: int) -> Any:
@@ -113,10 +112,23 @@ class NcnnNetwork(HostNetwork):
     def close(self) -> None:
         """Free the Nets, once what is under way has ended."""
         super().close()
-        for pool in (self._crew, self._leader):
-            pool.shutdown()
+        self._crew.shutdown()
         self._nets.clear()
         self.memory = {}
+
+
+@cache
+def _leader() -> ThreadPoolExecutor:
+    """The one thread of this process that calls ncnn with several threads.
+
+    Those belong to the thread that called for them. A second such thread would have as many again, and OpenMP, which
+    then sees more threads than processors, lets all of them sleep between any two loops: half the speed. And those of
+    a thread that was forked are waited for, and are not there: so it is none of the caller's.
+    """
+    return ThreadPoolExecutor(1, "ncnn")
+
+
+os.register_at_fork(after_in_child=_leader.cache_clear)
 
 
 def require_ncnn() -> ModuleType:
