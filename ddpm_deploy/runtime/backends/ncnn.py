@@ -52,7 +52,7 @@ class NcnnNetwork(HostNetwork):
         self._model, self._param = model, model.ncnn.param
         self._threads = threads or cpu_threads()
         self._nets: dict[int, Any] = {}  # by their number of threads
-        self._crew = ThreadPoolExecutor(self._threads, "ncnn")
+        self._crew = ThreadPoolExecutor(self._threads, "crew")
 
     @classmethod
     def open(cls, model: ModelFile, settings: LoadSettings) -> Self:
@@ -125,7 +125,7 @@ def _leader() -> ThreadPoolExecutor:
     then sees more threads than processors, lets all of them sleep between any two loops: half the speed. And those of
     a thread that was forked are waited for, and are not there: so it is none of the caller's.
     """
-    return ThreadPoolExecutor(1, "ncnn")
+    return ThreadPoolExecutor(1, "leader")
 
 
 os.register_at_fork(after_in_child=_leader.cache_clear)
