@@ -10,7 +10,8 @@ from ddpm_deploy.words import ASKED_SOLVERS, SPACINGS
 main = command(
     "run",
     "Sample images from a model.",
-    """Sample images from MODEL: an .onnx file, an engine (.plan), a .ncnn file, or a checkpoint (.pt), which runs in PyTorch.""",
+    """Sample images from MODEL: an .onnx file, an engine (.plan), a .ncnn file, or a checkpoint (.pt), which runs in
+    PyTorch.""",
     examples="""
   ddpm-run model.onnx                          16 images, the full chain, in samples.png
   ddpm-run model.onnx --steps 50 --seed 7      a chain of 50 steps, and a seed to repeat it
