@@ -77,11 +77,12 @@ class Sampler:
 
         path: an .onnx file, an engine (.plan), a .ncnn file, or a checkpoint (.pt), which PyTorch runs.
         device: "cpu", "cuda" or "cuda:1" (None: an engine on the GPU, others on the CPU); on a GPU an
-        .onnx file's engine is built here, once: minutes the first time, seconds ever after; or, where there is no TensorRT, ONNX Runtime runs it.
+        .onnx file's engine is built here, once: minutes the first time, seconds ever after;
+        or, where there is no TensorRT, ONNX Runtime runs it.
         backend: "onnxruntime", "tensorrt", "ncnn" or "torch", in place of that choice.
         threads: CPU threads to use (None: as many as this process may: OMP_NUM_THREADS, or the cores that the system
-        gives it). max_batch: rows of the batch (None: on the CPU 64, fewer for images over 16×16; on the GPU what the engine was built for). spec: in place of
-        the file's own.
+        gives it). max_batch: rows of the batch (None: on the CPU 64, fewer for images over
+        16×16; on the GPU what the engine was built for). spec: in place of the file's own.
 
         Raises ArtefactError, SpecError, DependencyError, BackendError or SettingError.
         """
