@@ -223,8 +223,8 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
     num_classes: 0 for an unconditional model. class_names: of each, or none. null_class: whether the label
         num_classes stands for "no class", as in a model trained with label dropout.
     precision: of the network's insides; what goes in and out is always float32.
-    same_bits: of an .onnx alone, whether ONNX Runtime on a CPU gave the same bits in batches of several sizes and with
-        several numbers of threads, when it was exported; None: not tried.
+    same_bits: of an .onnx or a .ncnn file, whether ONNX Runtime or ncnn on a CPU gave the same bits in batches of
+        several sizes and with several numbers of threads, when it was exported; None: not tried.
     engine: of an engine alone, how it was built.
     """
 

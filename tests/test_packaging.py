@@ -30,6 +30,7 @@ MODULES = [
     "cli/bodies/importing",
     "cli/bodies/inspect",
     "cli/bodies/models",
+    "cli/bodies/ncnn",
     "cli/bodies/outputs",
     "cli/bodies/progress",
     "cli/bodies/replay",
@@ -66,6 +67,7 @@ MODULES = [
     "export/__init__",
     "export/bits",
     "export/graph",
+    "export/ncnn",
     "export/precision",
     "files",
     "gpu",
@@ -90,12 +92,15 @@ MODULES = [
     "importers/weights",
     "machine",
     "model_file",
+    "ncnn_file",
+    "ncnn_layers",
     "noise",
     "onnx_file",
     "plan",
     "reference",
     "runtime/__init__",
     "runtime/backends/__init__",
+    "runtime/backends/ncnn",
     "runtime/backends/onnxruntime",
     "runtime/backends/openvino",
     "runtime/backends/split",
@@ -147,7 +152,7 @@ MODULES = [
     "version",
     "words",
 ]
-DATA = ["doctor/gaussian.onnx", "py.typed", "runtime/device/step.cu"]
+DATA = ["doctor/gaussian.ncnn", "doctor/gaussian.onnx", "py.typed", "runtime/device/step.cu"]
 HEAVY = (
     "torch",
     "onnx",

@@ -10,7 +10,8 @@ from ddpm_deploy.words import ASKED_SOLVERS, SPACINGS
 main = command(
     "run",
     "Sample images from a model.",
-    """Sample images from MODEL: an .onnx file, an engine (.plan), or a checkpoint (.pt), which runs in PyTorch.""",
+    """Sample images from MODEL: an .onnx file, an engine (.plan), a .ncnn file, or a checkpoint (.pt), which runs in
+    PyTorch.""",
     examples="""
   ddpm-run model.onnx                          16 images, the full chain, in samples.png
   ddpm-run model.onnx --steps 50 --seed 7      a chain of 50 steps, and a seed to repeat it
@@ -24,6 +25,7 @@ main = command(
   ddpm-run model.onnx --snapshot chain.npz     can be interrupted; ddpm-deploy resume finishes it
   ddpm-run engine.plan                         an engine, on the GPU it was built for
   ddpm-run model.onnx --device cuda            builds the engine here the first time, and runs it
+  ddpm-run model.ncnn                          in ncnn, on the CPU
   ddpm-run model.pt                            the checkpoint itself, in PyTorch: the reference
 """,
     params=[

@@ -76,14 +76,14 @@ class Sampler:
     ) -> Self:
         """Load a model; the suffix of its name, and the device, choose the backend.
 
-        path: an .onnx file, an engine (.plan), or a checkpoint (.pt), which PyTorch runs. device: "cpu", "cuda" or
-        "cuda:1" (None: an engine on the GPU, others on the CPU); on a GPU an .onnx file's engine is built here, once:
-        minutes the first time, seconds ever after; or, where there is no TensorRT, ONNX Runtime runs it.
-        backend: "onnxruntime", "openvino", "tensorrt" or "torch", in place of that choice. precision: to compute in, of
-        OpenVINO: "fp32" (None) or "bf16", where the processor has it. threads: CPU threads to use (None: as many as
-        this process may: OMP_NUM_THREADS, or the cores that the system gives it). max_batch: rows of the batch (None:
-        on the CPU 64, fewer for images over 16×16; on the GPU what the engine was built for). spec: in place of the
-        file's own.
+        path: an .onnx file, a .ncnn file, an engine (.plan), or a checkpoint (.pt), which PyTorch runs. device: "cpu",
+        "cuda" or "cuda:1" (None: an engine on the GPU, others on the CPU); on a GPU an .onnx file's engine is built
+        here, once: minutes the first time, seconds ever after; or, where there is no TensorRT, ONNX Runtime runs it.
+        backend: "onnxruntime", "openvino", "ncnn", "tensorrt" or "torch", in place of that choice. precision: to
+        compute in, of OpenVINO: "fp32" (None) or "bf16", where the processor has it. threads: CPU threads to use (None:
+        as many as this process may: OMP_NUM_THREADS, or the cores that the system gives it). max_batch: rows of the
+        batch (None: on the CPU 64, fewer for images over 16×16; on the GPU what the engine was built for). spec: in
+        place of the file's own.
 
         Raises ArtefactError, SpecError, DependencyError, BackendError or SettingError.
         """
