@@ -96,6 +96,7 @@ MODULES = [
     "reference",
     "runtime/__init__",
     "runtime/backends/__init__",
+    "runtime/backends/norms",
     "runtime/backends/onnxruntime",
     "runtime/backends/tensorrt",
     "runtime/chain",

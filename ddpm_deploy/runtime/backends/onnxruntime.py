@@ -16,6 +16,7 @@ from ddpm_deploy.files import show
 from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
+from ddpm_deploy.runtime.backends.norms import without_group_norm
 from ddpm_deploy.runtime.device.cuda import Cuda
 from ddpm_deploy.runtime.device.host import Host
 from ddpm_deploy.runtime.network import allocate, bucket_sizes, default_max_batch, require_open
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _CPU: Final = ["CPUExecutionProvider"]
 _CUDA: Final = "CUDAExecutionProvider"
+_WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 _PRODUCTS: Final = ("Conv", "Gemm", "MatMul", "Attention")  # in the names of what a GPU is there for
 _Side = dict[str, tuple[str, list[Any]]]  # inputs or outputs: type and shape behind B, by name
 
@@ -206,7 +208,7 @@ def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
     try:
         # Where the provider fails it would print that, and go on with the CPU.
         session = onnxruntime.InferenceSession(
-            str(model.path), options, providers=providers, enable_fallback=0
+            _given(model, options, providers), options, providers=providers, enable_fallback=0
         )
     except Exception as error:
         raise ArtefactError(
@@ -214,6 +216,16 @@ def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
         ) from error
     _require_interface(session, model)
     return session
+
+
+def _given(model: ModelFile, options: Any, providers: list[Any]) -> str | bytes:
+    """What a session is made of: the file, or its graph with normalisations that are fast on a CPU."""
+    if providers == _CPU and model.onnx:
+        path = model.path.resolve()
+        if faster := without_group_norm(model.onnx, path):
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+            return faster
+    return str(model.path)
 
 
 def _require_interface(session: Any, model: ModelFile) -> None:
