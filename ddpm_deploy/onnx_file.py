@@ -33,15 +33,15 @@ class OnnxFile:
         self._seal: int | None = None  # where its entry starts
         # To the end, so that a file that was cut is told as such. Of ModelProto, metadata_props is field 14: a key (1)
         # and a value (2). An entry that is far too long is a stranger's.
-        for field, start, payload in _fields(self._mapped()):
+        for field, start, payload in protobuf_fields(self.mapped()):
             if field == 14 and len(payload) <= _MAX_PROPERTY_BYTES:
-                entry = {number: bytes(value) for number, _, value in _fields(payload)}
+                entry = {number: bytes(value) for number, _, value in protobuf_fields(payload)}
                 key = entry.get(1, b"").decode(errors="replace")
                 self.properties[key] = entry.get(2, b"")
                 if key == SEAL_KEY:
                     self._seal = start
 
-    def _mapped(self) -> memoryview:
+    def mapped(self) -> memoryview:
         """Its bytes, for as long as they are looked at: a mapped file that somebody cuts ends the process."""
         with self._path.open("rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -54,9 +54,21 @@ class OnnxFile:
         """
         if self._seal is None:
             return True
-        content, says = self._mapped(), self.properties[SEAL_KEY]
+        content, says = self.mapped(), self.properties[SEAL_KEY]
         digest = hashlib.sha256(content[: self._seal]).hexdigest().encode()
         return digest == says and content[self._seal :] == entry(SEAL_KEY, says)
+
+    @cached_property
+    def opset(self) -> int:
+        """The version of ONNX's own operators that the graph is written in; 0 where it does not say.
+
+        ModelProto.opset_import is field 8: a domain (1), empty for ONNX's own, and a version (2).
+        """
+        for payload in _payloads(self.mapped(), 8):
+            parts = {field: value for field, _, value in protobuf_fields(payload)}
+            if not parts.get(1) and 2 in parts:
+                return _varint(parts[2], 0)[0]
+        return 0
 
     @cached_property
     def meant_float32(self) -> list[str] | None:
@@ -83,9 +95,9 @@ class OnnxFile:
         Raises ArtefactError where the graph is broken.
         """
         try:
-            tensors = (t for graph in _payloads(self._mapped(), 7) for t in _payloads(graph, 5))
+            tensors = (t for graph in _payloads(self.mapped(), 7) for t in _payloads(graph, 5))
             for tensor in tensors:
-                parts = {field: payload for field, _, payload in _fields(tensor)}
+                parts = {field: payload for field, _, payload in protobuf_fields(tensor)}
                 if 2 in parts and 9 in parts and not _is_finite(parts[2], parts[9]):
                     return bytes(parts.get(8, b"")).decode(errors="replace")
         except ValueError as error:
@@ -100,7 +112,7 @@ def seal(path: Path) -> bytes:
 
 
 def entry(key: str, value: bytes) -> bytes:
-    """What to append to an ONNX file for one more entry of its metadata: of fewer than 2¹⁴ bytes."""
+    """What to append to an ONNX file for one more entry of its metadata."""
     return protobuf_field(14, protobuf_field(1, key.encode()) + protobuf_field(2, value))
 
 
@@ -113,17 +125,20 @@ def _is_finite(data_type: memoryview, raw: memoryview) -> bool:
 
 def _payloads(message: memoryview, number: int) -> Iterator[memoryview]:
     """Of the fields of one number."""
-    return (payload for field, _, payload in _fields(message) if field == number)
+    return (payload for field, _, payload in protobuf_fields(message) if field == number)
 
 
 def protobuf_field(number: int, payload: bytes) -> bytes:
-    """A protobuf field of bytes, of fewer than 2¹⁴."""
-    size = len(payload) & 0x3FFF
-    length = bytes([size]) if size < 0x80 else bytes([size & 0x7F | 0x80, size >> 7])
-    return bytes([number << 3 | 2]) + length + payload
+    """A protobuf field of bytes."""
+    return _as_varint(number << 3 | 2) + _as_varint(len(payload)) + payload
 
 
-def _fields(buffer: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+def protobuf_number(number: int, value: int) -> bytes:
+    """A protobuf field of a number, 0 .. 2⁶⁴ - 1."""
+    return _as_varint(number << 3) + _as_varint(value)
+
+
+def protobuf_fields(buffer: memoryview) -> Iterator[tuple[int, int, memoryview]]:
     """Walk a protobuf message: number, place and payload of each of its fields, none of them parsed."""
     position = 0
     for _ in range(_MAX_FIELDS):
@@ -148,6 +163,12 @@ def _fields(buffer: memoryview) -> Iterator[tuple[int, int, memoryview]]:
             raise ValueError(f"a field at byte {start} runs past the end")
         yield tag >> 3, place, buffer[start:position]
     raise ValueError("it has too many fields")
+
+
+def _as_varint(value: int) -> bytes:
+    """A number as protobuf writes it, seven bits a byte."""
+    parts = [value >> shift & 0x7F for shift in range(0, max(1, value.bit_length()), 7)]
+    return bytes([*(part | 0x80 for part in parts[:-1]), parts[-1]])
 
 
 def _varint(buffer: memoryview, position: int) -> tuple[int, int]:

@@ -101,6 +101,7 @@ MODULES = [
     "runtime/__init__",
     "runtime/backends/__init__",
     "runtime/backends/ncnn",
+    "runtime/backends/norms",
     "runtime/backends/onnxruntime",
     "runtime/backends/openvino",
     "runtime/backends/split",

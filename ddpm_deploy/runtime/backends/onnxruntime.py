@@ -13,6 +13,7 @@ from ddpm_deploy.files import show
 from ddpm_deploy.machine import cpu_threads, memory_left, memory_used, trim_memory
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
+from ddpm_deploy.runtime.backends.norms import without_group_norm
 from ddpm_deploy.runtime.backends.split import Race, Split, worth_splitting
 from ddpm_deploy.runtime.device.cuda import Cuda
 from ddpm_deploy.runtime.device.host import Host
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _CPU: Final = ["CPUExecutionProvider"]
 _CUDA: Final = "CUDAExecutionProvider"
+_WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 _PRODUCTS: Final = ("Conv", "Gemm", "MatMul", "Attention")  # in the names of what a GPU is there for
 
 
@@ -278,7 +280,7 @@ def _open(model: ModelFile, providers: list[Any], threads: int) -> Any:
     try:
         # Where the provider fails it would print that, and go on with the CPU.
         session = onnxruntime.InferenceSession(
-            str(model.path), options, providers=providers, enable_fallback=0
+            _given(model, options, providers), options, providers=providers, enable_fallback=0
         )
     except Exception as error:
         raise ArtefactError(
@@ -287,6 +289,16 @@ def _open(model: ModelFile, providers: list[Any], threads: int) -> Any:
     trim_memory()
     _require_interface(session, model)
     return session
+
+
+def _given(model: ModelFile, options: Any, providers: list[Any]) -> str | bytes:
+    """What a session is made of: the file, or its graph with normalisations that are fast on a CPU."""
+    if providers == _CPU and model.onnx:
+        path = model.path.resolve()
+        if faster := without_group_norm(model.onnx, path):
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+            return faster
+    return str(model.path)
 
 
 def _require_interface(session: Any, model: ModelFile) -> None:

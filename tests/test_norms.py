@@ -1,0 +1,111 @@
+"""GroupNormalization in ONNX Runtime on a CPU: the same numbers by other operators, and the file as it was."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddpm_deploy.model_file import open_model
+from ddpm_deploy.onnx_file import OnnxFile
+from ddpm_deploy.runtime.backends import onnxruntime as backend
+from ddpm_deploy.runtime.backends.norms import without_group_norm
+from ddpm_deploy.words import Precision
+
+onnx = pytest.importorskip("onnx")
+torch = pytest.importorskip("torch")
+
+
+def normalisation(axes: int, kind: int = 1, opset: int = 21, **attributes: Any) -> Any:
+    """A model that is one: of x (batch, 6, …) by two groups."""
+    from onnx import helper
+
+    shape = ["batch", 6, *range(5, 5 + axes)]
+    given, made = (helper.make_tensor_value_info(name, kind, shape) for name in "xy")
+    weights = [
+        helper.make_tensor(name, kind, [6], np.linspace(low, 2, 6)) for name, low in (("s", 0.5), ("b", -1))
+    ]
+    node = helper.make_node("GroupNormalization", ["x", "s", "b"], ["y"], num_groups=2, **attributes)
+    graph = helper.make_graph([node], "g", [given], [made], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def run(model: bytes, **arrays: Any) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    (y,) = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, arrays)
+    return y
+
+
+def apart(model: Any, folder: Path) -> bytes | None:
+    onnx.save(model, path := folder / "m.onnx")
+    return without_group_norm(OnnxFile(path), path)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("epsilon", [None, 0.1])
+def test_it_is_pytorchs(tmp_path: Path, axes: int, epsilon: float | None) -> None:
+    """Also where the mean is large beside the deviation, and where a group is all one number."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 6, *range(5, 5 + axes)), np.float32)
+    x[1] += 100
+    x[2, 3:] = 7
+    attributes = {} if epsilon is None else {"epsilon": epsilon}
+    changed = apart(normalisation(axes, **attributes), tmp_path)
+    assert changed is not None
+    got = run(changed, x=x)
+    s, b = (torch.from_numpy(np.linspace(low, 2, 6)) for low in (0.5, -1))
+    wanted = torch.nn.functional.group_norm(torch.from_numpy(x).double(), 2, s, b, epsilon or 1e-5).numpy()
+    np.testing.assert_allclose(got[[0, 2, 3]], wanted[[0, 2, 3]], atol=2e-6)  # measured: 7.1e-7
+    np.testing.assert_allclose(got[1], wanted[1], atol=1e-4)  # measured: 3.5e-5
+
+
+def test_in_half_precision_it_works_in_float32(tmp_path: Path) -> None:
+    """Squares above 256 overflow half."""
+    x = (np.random.default_rng(0).standard_normal((2, 6, 5, 6)) * 1000).astype(np.float16)
+    changed = apart(normalisation(2, kind=10), tmp_path)
+    assert changed is not None
+    got = run(changed, x=x)
+    assert got.dtype == np.float16
+    same = run(normalisation(2, kind=1).SerializeToString(), x=x.astype(np.float32))
+    np.testing.assert_allclose(got, same, atol=4e-3)  # measured: 2.7e-3
+
+
+def test_what_it_is_not_right_for_is_left(tmp_path: Path) -> None:
+    """Before opset 21 scale and bias were by group; and another's operator of that name is another operator."""
+    assert apart(normalisation(2, opset=18), tmp_path) is None
+    model = normalisation(2)
+    model.graph.node[0].domain = "another"
+    changed = onnx.load_from_string(apart(model, tmp_path))
+    assert [(node.domain, node.op_type) for node in changed.graph.node] == [("another", "GroupNormalization")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_session_has_neither_its_passes_nor_a_copy_of_the_weights(
+    exported: dict[Precision, Path], precision: Precision
+) -> None:
+    model = open_model(exported[precision])
+    assert model.onnx
+    changed = without_group_norm(model.onnx, model.path)
+    assert changed is not None
+    graph = onnx.load(model.path).graph
+    norms = sum(node.op_type == "GroupNormalization" for node in graph.node)
+    assert norms
+    said = onnx.ModelProto.FromString(changed)
+    kinds = Counter((node.domain, node.op_type) for node in said.graph.node)
+    assert (kinds["ddpm_deploy", "GroupNorm"], kinds["", "GroupNormalization"]) == (norms, 0)
+    large = [each for each in graph.initializer if len(each.raw_data) >= 4096]
+    assert large
+    assert len(changed) < model.path.stat().st_size - sum(len(each.raw_data) for each in large) + 16_000
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    given = backend._given(model, options, backend._CPU)
+    assert given == changed
+    folder = options.get_session_config_entry(backend._WEIGHTS_FOLDER)
+    assert Path(folder) == model.path.resolve().parent
+    assert backend._given(model, options, ["another"]) == str(model.path)
