@@ -454,7 +454,7 @@ class HostStepper:
 
 
 def _times(values: Array, coefficient: Array, out: Array) -> None:
-    """out ← values·coefficient, (k, 1) or of all; one of zero makes zero, also of an infinity, as no term were there."""
+    """out ← values·coefficient, (k, 1) or of all; zero makes zero, also of an infinity, as if no term were there."""
     np.multiply(values, coefficient, out)
     if not coefficient.all():
         _clear(out, coefficient)
