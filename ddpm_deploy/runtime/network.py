@@ -96,7 +96,9 @@ def require_interface(model: ModelFile, inputs: Sequence[Argument], outputs: Seq
         for side in (inputs, outputs)
     ]
     by_name = itemgetter(0)
-    if any(sorted(one, key=by_name) != sorted(other, key=by_name) for one, other in zip(got, wanted, strict=True)):
+    if any(
+        sorted(one, key=by_name) != sorted(other, key=by_name) for one, other in zip(got, wanted, strict=True)
+    ):
         raise ArtefactError(
             f"{model.name} does not fit its ModelSpec: it has {show(_interface(got))}, and {_interface(wanted)} is "
             "needed: export it again with ddpm-export"

@@ -101,7 +101,7 @@ def _require_precision(model: ModelFile, backend: Backend, settings: LoadSetting
     """Refuse a precision that a backend would not heed."""
     if settings.precision is not None and backend not in _CHOOSES_PRECISION:
         raise SettingError(
-            f"{backend} runs {model.name} in the precision that its file is in, and cannot be told one: leave precision "
+            f"{backend} runs {model.name} in the precision of its file, and cannot be told another: leave precision "
             f"out, or choose the backend {' or '.join(_CHOOSES_PRECISION)} for a float32 .onnx"
         )
 

@@ -1,12 +1,14 @@
 """OpenVINO on the CPU: a compilation of its own for each of a few sizes of batch, over memory of ours."""
 
+import re
 from itertools import pairwise
 from typing import Any, Final, Self
 
 import msgspec
 
 from ddpm_deploy.dependencies import require_openvino
-from ddpm_deploy.errors import ArtefactError, BackendError, SettingError, one_line
+from ddpm_deploy.errors import ArtefactError, BackendError, SettingError, first_line
+from ddpm_deploy.files import show
 from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
@@ -84,7 +86,7 @@ class OpenvinoNetwork(HostNetwork):
                 (self._requests.get(rows) or self._request(*rows)).infer(share_outputs=True)
         except Exception as error:
             raise BackendError(
-                f"OpenVINO failed on a batch of {batch}: {one_line(error)} (a smaller batch needs less memory)"
+                f"OpenVINO failed on a batch of {batch}: {_reason(error)} (a smaller batch needs less memory)"
             ) from error
 
     def _request(self, first: int, end: int) -> Any:
@@ -156,7 +158,7 @@ def _read(model: ModelFile) -> Any:
         reader = FrontEndManager().load_by_framework("onnx")
         graph = reader.convert(reader.load(str(model.path)))
     except Exception as error:
-        raise ArtefactError(f"{model.name}: OpenVINO cannot load it: {one_line(error)}") from error
+        raise ArtefactError(f"{model.name}: OpenVINO cannot load it: {_reason(error)}") from error
     sides = [
         [
             (_name(port), _TYPES.get(kind := port.element_type.get_type_name(), kind), _shape(port))
@@ -166,6 +168,19 @@ def _read(model: ModelFile) -> Any:
     ]
     require_interface(model, *sides)
     return graph
+
+
+# Lines of OpenVINO's that say where in its source it failed, and not why.
+_WHERE: Final = re.compile(r"Exception from |Check '|FrontEnd API failed|Loading input model")
+_LACKING: Final = re.compile(r"No conversion rule found for operations: (.*)")
+
+
+def _reason(error: Exception) -> str:
+    """Why OpenVINO failed, on one line."""
+    if lacking := _LACKING.search(str(error)):
+        return f"it has no operator {show(lacking[1])}"
+    lines = [line for line in str(error).splitlines() if line.strip() and not _WHERE.match(line)]
+    return first_line(Exception("\n".join(lines)) if lines else error)
 
 
 def _name(port: Any) -> str:
