@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 # A name that a whole package has, where another module of its name, or half of it, would import as well.
 _HAS = {
     "onnxruntime": "InferenceSession",
+    "openvino": "Core",
     "torch": "nn",
     "onnx": "ModelProto",
     "tensorrt": "Builder",
@@ -34,6 +35,7 @@ _PACKAGES: Final = {
     "tensorrt_rtx": "tensorrt-rtx",
 }
 _NO_TELEMETRY: Final = "ORT_DISABLE_TELEMETRY"
+_OPENVINO_TELEMETRY: Final = "openvino_telemetry"
 ONE_ONNXRUNTIME: Final = (
     "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime  (or onnxruntime-gpu)"
 )
@@ -109,6 +111,24 @@ def require_onnxruntime() -> ModuleType:
             f"{ONE_ONNXRUNTIME}"
         )
     return require("onnxruntime", "cpu")
+
+
+def require_openvino() -> ModuleType:
+    """Import openvino, or raise DependencyError where it is missing.
+
+    Its import would start a process that tells Google Analytics of it, and keep a client's id and a count in
+    `~/intel`, where openvino_telemetry is installed, which pip brings with it: as if that were missing, it is silent.
+    """
+    if "openvino" in sys.modules:
+        return require("openvino", "openvino")
+    theirs = sys.modules.get(_OPENVINO_TELEMETRY)
+    sys.modules[_OPENVINO_TELEMETRY] = None  # type: ignore[assignment]  # what makes an import of it fail
+    try:
+        return require("openvino", "openvino")
+    finally:
+        del sys.modules[_OPENVINO_TELEMETRY]
+        if theirs is not None:
+            sys.modules[_OPENVINO_TELEMETRY] = theirs
 
 
 def onnxruntime_has_cuda() -> bool:

@@ -26,8 +26,10 @@ Weights = Literal["ema", "raw"]  # of a checkpoint: averaged, or as trained
 GraphPrecision = Literal["fp32", "bf16", "fp16"]  # of an ONNX graph, in its types
 # tf32: a float32 graph, whose engine may round what it multiplies.
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+# What a backend may be asked to compute in when it loads a float32 model.
+RunPrecision = Literal["fp32", "bf16"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
-Backend = Literal["onnxruntime", "tensorrt", "torch"]
+Backend = Literal["onnxruntime", "openvino", "tensorrt", "torch"]
 
 SOLVERS: Final = get_args(Solver)
 ASKED_SOLVERS: Final = get_args(AskedSolver)
@@ -39,6 +41,7 @@ LOSSES: Final = get_args(Loss)
 PRESETS: Final = get_args(Preset)
 WEIGHTS: Final = get_args(Weights)
 PRECISIONS: Final = get_args(Precision)
+RUN_PRECISIONS: Final = get_args(RunPrecision)
 BACKENDS: Final = get_args(Backend)
 # What TensorRT-RTX builds for without a GPU of the kind: not 7.5, which lacks float32 matrix products, and it has no
 # target for 9.0 and 10.0, which TensorRT is for.

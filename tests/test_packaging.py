@@ -97,6 +97,7 @@ MODULES = [
     "runtime/__init__",
     "runtime/backends/__init__",
     "runtime/backends/onnxruntime",
+    "runtime/backends/openvino",
     "runtime/backends/tensorrt",
     "runtime/chain",
     "runtime/device/__init__",

@@ -129,6 +129,12 @@ BACKEND: Final = Option(
     click.Choice(words.BACKENDS),
     show_default="by the file and the device",
 )
+PRECISION: Final = Option(
+    "--precision",
+    "What --backend openvino computes in: bf16 where the processor has it.",
+    click.Choice(words.RUN_PRECISIONS),
+    show_default="fp32; for other backends, the file's",
+)
 THREADS: Final = Option(
     "--threads",
     "CPU threads to use.",
@@ -141,7 +147,7 @@ WEIGHTS: Final = Option(
     click.Choice(words.WEIGHTS),
     show_default="ema",
 )
-PLACE: Final = (DEVICE, BACKEND, WEIGHTS, THREADS)
+PLACE: Final = (DEVICE, BACKEND, PRECISION, WEIGHTS, THREADS)
 BATCH: Final = Option(
     "--batch",
     "Images to sample at the same time.",

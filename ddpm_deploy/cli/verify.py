@@ -13,8 +13,8 @@ main = command(
     (.plan). A single model is compared with the proof that ddpm-export wrote beside it.
 
     There are two comparisons: of single predictions, where both models get the reference's x_t, and of the final
-    images of whole chains on the same noise. --device and --backend are for the models that are compared; the
-    reference runs as it does by default. Exits with 0 where all are within tolerance, with 1 where not.""",
+    images of whole chains on the same noise. --device, --backend and --precision are for the models that are compared;
+    the reference runs as it does by default. Exits with 0 where all are within tolerance, with 1 where not.""",
     examples="""
   ddpm-verify model.pt model.onnx                     the exported network against PyTorch
   ddpm-verify model.pt model.onnx --all               at every timestep

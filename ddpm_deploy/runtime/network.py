@@ -4,11 +4,14 @@ import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from ddpm_deploy.errors import BackendError
+from ddpm_deploy.errors import ArtefactError, BackendError
+from ddpm_deploy.files import show
+from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.device.host import Host
 from ddpm_deploy.runtime.protocols import Array, Device, Labels, Network
 from ddpm_deploy.spec import ModelSpec
@@ -76,6 +79,43 @@ def require_open(is_open: bool) -> None:
     """Raise BackendError where a model was closed."""
     if not is_open:
         raise BackendError("this model is closed: load it again")
+
+
+# An input or output of a graph: its name, the name of its type, and its shape, None where a size is not fixed.
+Argument = tuple[str, str, Sequence[int | None]]
+
+
+def require_interface(model: ModelFile, inputs: Sequence[Argument], outputs: Sequence[Argument]) -> None:
+    """Raise ArtefactError unless a graph has the inputs and the output that its spec says, and any batch."""
+    wanted = [
+        [(tensor.name, tensor.dtype, (None, *tensor.shape)) for tensor in side]
+        for side in (model.spec.inputs, [model.spec.output])
+    ]
+    got = [
+        [(name, dtype, (None, *shape[1:]) if shape else ()) for name, dtype, shape in side]
+        for side in (inputs, outputs)
+    ]
+    by_name = itemgetter(0)
+    if any(
+        sorted(one, key=by_name) != sorted(other, key=by_name) for one, other in zip(got, wanted, strict=True)
+    ):
+        raise ArtefactError(
+            f"{model.name} does not fit its ModelSpec: it has {show(_interface(got))}, and {_interface(wanted)} is "
+            "needed: export it again with ddpm-export"
+        )
+    if any(shape[0] is not None for _, _, shape in (*inputs, *outputs)):
+        raise ArtefactError(f"{model.name} has a fixed batch dimension: export it again with ddpm-export")
+
+
+def _interface(sides: Sequence[Sequence[Argument]]) -> str:
+    texts = [
+        ", ".join(
+            f"{name} {dtype} ({', '.join('B' if size is None else str(size) for size in shape)})"
+            for name, dtype, shape in side
+        )
+        for side in sides
+    ]
+    return " → ".join(text or "nothing" for text in texts)
 
 
 def time_call(network: Network, batch: int) -> float:

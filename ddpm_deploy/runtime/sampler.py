@@ -23,7 +23,7 @@ from ddpm_deploy.runtime.request import Keywords, Request, make_request
 from ddpm_deploy.runtime.snapshot import Snapshot
 from ddpm_deploy.solvers import StepTable
 from ddpm_deploy.spec import ModelSpec
-from ddpm_deploy.words import Backend
+from ddpm_deploy.words import Backend, RunPrecision
 
 Callback = Callable[[int, Array, Array], None]
 
@@ -69,6 +69,7 @@ class Sampler:
         *,
         device: str | None = None,
         backend: Backend | None = None,
+        precision: RunPrecision | None = None,
         threads: int | None = None,
         max_batch: int | None = None,
         spec: ModelSpec | None = None,
@@ -78,16 +79,17 @@ class Sampler:
         path: an .onnx file, an engine (.plan), or a checkpoint (.pt), which PyTorch runs. device: "cpu", "cuda" or
         "cuda:1" (None: an engine on the GPU, others on the CPU); on a GPU an .onnx file's engine is built here, once:
         minutes the first time, seconds ever after; or, where there is no TensorRT, ONNX Runtime runs it.
-        backend: "onnxruntime", "tensorrt" or "torch", in place of that choice. threads: CPU threads to use (None: as
-        many as this process may: OMP_NUM_THREADS, or the cores that the system gives it). max_batch: rows of the batch
-        (None: on the CPU 64, fewer for images over 16×16; on the GPU what the engine was built for). spec: in place of
-        the file's own.
+        backend: "onnxruntime", "openvino", "tensorrt" or "torch", in place of that choice. precision: to compute in, of
+        OpenVINO: "fp32" (None) or "bf16", where the processor has it. threads: CPU threads to use (None: as many as
+        this process may: OMP_NUM_THREADS, or the cores that the system gives it). max_batch: rows of the batch (None:
+        on the CPU 64, fewer for images over 16×16; on the GPU what the engine was built for). spec: in place of the
+        file's own.
 
         Raises ArtefactError, SpecError, DependencyError, BackendError or SettingError.
         """
         model = open_model(path, spec)
         model.require_intact()
-        settings = LoadSettings(device=device, threads=threads, max_batch=max_batch)
+        settings = LoadSettings(device=device, threads=threads, max_batch=max_batch, precision=precision)
         return cls(load_network(model, settings, backend=backend))
 
     @property

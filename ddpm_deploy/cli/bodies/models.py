@@ -9,14 +9,15 @@ from ddpm_deploy.runtime.backends import LoadSettings, load_network
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.runtime.sampler import Sampler
-from ddpm_deploy.words import Backend, Weights
+from ddpm_deploy.words import Backend, RunPrecision, Weights
 
 
 class Place(TypedDict):
-    """The options --device, --backend, --weights and --threads; None where they were not typed."""
+    """The options --device, --backend, --precision, --weights and --threads; None where they were not typed."""
 
     device: str | None
     backend: Backend | None
+    precision: RunPrecision | None
     weights: Weights | None
     threads: int | None
 
@@ -24,7 +25,12 @@ class Place(TypedDict):
 def open_network(model: ModelFile, max_batch: int | None = None, **place: Unpack[Place]) -> Network:
     """Load a model's network, for at most `max_batch` rows (None: as many as are best)."""
     settings = LoadSettings(
-        place["device"], place["threads"], max_batch, place["weights"] or "ema", stages=stage
+        device=place["device"],
+        threads=place["threads"],
+        max_batch=max_batch,
+        precision=place["precision"],
+        weights=place["weights"] or "ema",
+        stages=stage,
     )
     return load_network(model, settings, backend=place["backend"])
 

@@ -116,8 +116,8 @@ def _recorded(
     place: Place,
 ) -> Trajectory:
     """The chains of the reference, recorded after a message that says how long all comparisons will take."""
-    # It runs as it does by default: --device and --backend are for the candidates.
-    by_default: Place = {**place, "device": None, "backend": None}
+    # It runs as it does by default: --device, --backend and --precision are for the candidates.
+    by_default: Place = {**place, "device": None, "backend": None, "precision": None}
     reference = open_network(model, count, **by_default)
     count = _fitting(count, [reference])
     length = min(steps or reference.spec.timesteps, reference.spec.timesteps)

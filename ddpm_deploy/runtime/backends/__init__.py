@@ -17,7 +17,7 @@ from ddpm_deploy.machine import MOST_THREADS
 from ddpm_deploy.model_file import Kind, ModelFile
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.stages import Stages, silent
-from ddpm_deploy.words import BACKENDS, MAX_BATCH, Backend, Weights
+from ddpm_deploy.words import BACKENDS, MAX_BATCH, RUN_PRECISIONS, Backend, RunPrecision, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,12 @@ logger = logging.getLogger(__name__)
 # imported, as nothing here may need that.
 _BACKENDS: Final[dict[Backend, tuple[str, str, tuple[Kind, ...]]]] = {
     "onnxruntime": ("ddpm_deploy.runtime.backends.onnxruntime", "OrtNetwork", ("onnx",)),
+    "openvino": ("ddpm_deploy.runtime.backends.openvino", "OpenvinoNetwork", ("onnx",)),
     "tensorrt": ("ddpm_deploy.runtime.backends.tensorrt", "TrtNetwork", ("onnx", "plan")),
     "torch": ("ddpm_deploy.train.network", "TorchNetwork", ("checkpoint",)),
 }
+# Those that compute in what they are asked for when they load; the others in what their file was made for.
+_CHOOSES_PRECISION: Final[tuple[Backend, ...]] = ("openvino",)
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ class LoadSettings:
 
     device: "cpu", "cuda" or "cuda:1"; of torch any of its devices (None: an engine on the GPU, others on the CPU).
     threads: CPU threads to use (None: as many as this process may). max_batch: rows of the batch (None: the backend's
-    own). weights: of a checkpoint. stages: shows how far the build of an engine is.
+    own). precision: to compute in, of a backend that is told when it loads (None: float32). weights: of a checkpoint.
+    stages: shows how far the build of an engine is.
     """
 
     device: str | None = None
     threads: int | None = None
     max_batch: int | None = None
+    precision: RunPrecision | None = None
     weights: Weights = "ema"
     stages: Stages = silent
 
@@ -52,6 +57,11 @@ class LoadSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise SettingError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
+
+        if self.precision not in (None, *RUN_PRECISIONS):
+            raise SettingError(
+                f"precision {self.precision!r} is not one to load a model in: choose {' or '.join(RUN_PRECISIONS)}"
+            )
 
     @property
     def gpu(self) -> int | None:
@@ -79,11 +89,21 @@ def load_network(
         raise SettingError(f"backend {name!r} is not known: choose from {', '.join(BACKENDS)}")
     module, network, kinds = _BACKENDS[name]
     model.require_kind(*kinds)
+    _require_precision(model, name, settings)
     if name == "torch":
         require("torch", "train")
     found: Any = getattr(importlib.import_module(module), network)
     opened: Network = found.open(model, settings)
     return opened
+
+
+def _require_precision(model: ModelFile, backend: Backend, settings: LoadSettings) -> None:
+    """Refuse a precision that a backend would not heed."""
+    if settings.precision is not None and backend not in _CHOOSES_PRECISION:
+        raise SettingError(
+            f"{backend} runs {model.name} in the precision of its file, and cannot be told another: leave precision "
+            f"out, or choose the backend {' or '.join(_CHOOSES_PRECISION)} for a float32 .onnx"
+        )
 
 
 def _backend_for(model: ModelFile, settings: LoadSettings) -> Backend:

@@ -1,10 +1,7 @@
 """ONNX Runtime, on the CPU or on a GPU, through memory of ours that is bound once for each batch size."""
 
-import ctypes
 import io
 import logging
-import os
-import weakref
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from typing import Any, Final, Self
@@ -18,7 +15,14 @@ from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
 from ddpm_deploy.runtime.device.cuda import Cuda
 from ddpm_deploy.runtime.device.host import Host
-from ddpm_deploy.runtime.network import allocate, bucket_sizes, default_max_batch, require_open
+from ddpm_deploy.runtime.forks import keep_in_forks
+from ddpm_deploy.runtime.network import (
+    allocate,
+    bucket_sizes,
+    default_max_batch,
+    require_interface,
+    require_open,
+)
 from ddpm_deploy.runtime.protocols import Device
 from ddpm_deploy.spec import ModelSpec
 
@@ -27,7 +31,6 @@ logger = logging.getLogger(__name__)
 _CPU: Final = ["CPUExecutionProvider"]
 _CUDA: Final = "CUDAExecutionProvider"
 _PRODUCTS: Final = ("Conv", "Gemm", "MatMul", "Attention")  # in the names of what a GPU is there for
-_Side = dict[str, tuple[str, list[Any]]]  # inputs or outputs: type and shape behind B, by name
 
 
 class OrtNetwork:
@@ -67,11 +70,11 @@ class OrtNetwork:
             if _CUDA not in self._session.get_providers():
                 raise _unusable()
             require_products_on_gpu(self._session, model.name)
-        _SESSIONS.add(self._session)
+        keep_in_forks(self._session)
         self.memory = allocate(self.device, self.spec, self.max_batch)
         self._place = ("cpu", 0) if on_cpu else ("cuda", getattr(self.device, "index", 0))
         self._binding: Any = self._session.io_binding()
-        _SESSIONS.add(self._binding)
+        keep_in_forks(self._binding)
         self._options: Any = require_onnxruntime().RunOptions()
         # What is started on a stream of ours is waited for by whoever needs it.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -127,19 +130,6 @@ class OrtNetwork:
         self._session = self._binding = None
         self.memory = {}
         self.device.release()
-
-
-# Sessions of this process. Their threads do not live on in a fork of it, and freeing a session waits for them.
-_SESSIONS: Final["weakref.WeakSet[Any]"] = weakref.WeakSet()
-
-
-def _keep_in_fork() -> None:
-    """Keep the parent's sessions for ever: in a child that was forked, freeing one would hang, also at its exit."""
-    for session in _SESSIONS:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
-
-
-os.register_at_fork(after_in_child=_keep_in_fork)
 
 
 def _require_cuda() -> None:
@@ -219,29 +209,19 @@ def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
 
 def _require_interface(session: Any, model: ModelFile) -> None:
     """The graph must have the inputs and the output that its spec says."""
-    wanted = tuple(
-        {tensor.name: (_TYPES[tensor.dtype], list(tensor.shape)) for tensor in side}
-        for side in (model.spec.inputs, [model.spec.output])
-    )
-    sides = session.get_inputs(), session.get_outputs()
-    got = tuple({a.name: (a.type, a.shape[1:]) for a in side if a.shape} for side in sides)
-    if got != wanted or any(len(side) != len(named) for side, named in zip(sides, wanted, strict=True)):
-        raise ArtefactError(
-            f"{model.name} does not fit its ModelSpec: it has {_interface(got)}, and {_interface(wanted)} is "
-            "needed: export it again with ddpm-export"
-        )
-    if any(isinstance(argument.shape[0], int) for side in sides for argument in side):
-        raise ArtefactError(f"{model.name} has a fixed batch dimension: export it again with ddpm-export")
-
-
-_TYPES: Final = {"float32": "tensor(float)", "int64": "tensor(int64)"}
-
-
-def _interface(sides: tuple[_Side, ...]) -> str:
-    texts = [
-        ", ".join(
-            f"{name} {kind} ({', '.join(map(str, ['B', *shape]))})" for name, (kind, shape) in side.items()
-        )
-        for side in sides
+    sides = [
+        [
+            (argument.name, _TYPES.get(argument.type, argument.type), _sizes(argument.shape or ()))
+            for argument in side
+        ]
+        for side in (session.get_inputs(), session.get_outputs())
     ]
-    return " → ".join(text or "nothing" for text in texts)
+    require_interface(model, *sides)
+
+
+_TYPES: Final = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+
+
+def _sizes(shape: Sequence[Any]) -> list[int | None]:
+    """A shape, with None for what is not fixed."""
+    return [size if isinstance(size, int) else None for size in shape]
