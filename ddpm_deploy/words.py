@@ -27,7 +27,7 @@ GraphPrecision = Literal["fp32", "bf16", "fp16"]  # of an ONNX graph, in its typ
 # tf32: a float32 graph, whose engine may round what it multiplies.
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
-Backend = Literal["onnxruntime", "tensorrt", "torch"]
+Backend = Literal["onnxruntime", "tensorrt", "torch", "ncnn"]
 
 SOLVERS: Final = get_args(Solver)
 ASKED_SOLVERS: Final = get_args(AskedSolver)

@@ -27,6 +27,7 @@ _BACKENDS: Final[dict[Backend, tuple[str, str, tuple[Kind, ...]]]] = {
     "onnxruntime": ("ddpm_deploy.runtime.backends.onnxruntime", "OrtNetwork", ("onnx",)),
     "tensorrt": ("ddpm_deploy.runtime.backends.tensorrt", "TrtNetwork", ("onnx", "plan")),
     "torch": ("ddpm_deploy.train.network", "TorchNetwork", ("checkpoint",)),
+    "ncnn": ("ddpm_deploy.runtime.backends.ncnn", "NcnnNetwork", ("ncnn",)),
 }
 
 
@@ -91,6 +92,8 @@ def _backend_for(model: ModelFile, settings: LoadSettings) -> Backend:
         return "torch"
     if model.kind == "plan":
         return "tensorrt"
+    if model.kind == "ncnn":
+        return "ncnn"
     if settings.gpu is None:
         return "onnxruntime"
     gpu = require_gpu(

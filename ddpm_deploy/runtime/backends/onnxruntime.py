@@ -1,10 +1,7 @@
 """ONNX Runtime, on the CPU or on a GPU, through memory of ours that is bound once for each batch size."""
 
-import ctypes
 import io
 import logging
-import os
-import weakref
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from typing import Any, Final, Self
@@ -18,6 +15,7 @@ from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
 from ddpm_deploy.runtime.device.cuda import Cuda
 from ddpm_deploy.runtime.device.host import Host
+from ddpm_deploy.runtime.forks import keep_in_forks
 from ddpm_deploy.runtime.network import allocate, bucket_sizes, default_max_batch, require_open
 from ddpm_deploy.runtime.protocols import Device
 from ddpm_deploy.spec import ModelSpec
@@ -67,11 +65,11 @@ class OrtNetwork:
             if _CUDA not in self._session.get_providers():
                 raise _unusable()
             require_products_on_gpu(self._session, model.name)
-        _SESSIONS.add(self._session)
+        keep_in_forks(self._session)
         self.memory = allocate(self.device, self.spec, self.max_batch)
         self._place = ("cpu", 0) if on_cpu else ("cuda", getattr(self.device, "index", 0))
         self._binding: Any = self._session.io_binding()
-        _SESSIONS.add(self._binding)
+        keep_in_forks(self._binding)
         self._options: Any = require_onnxruntime().RunOptions()
         # What is started on a stream of ours is waited for by whoever needs it.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -127,19 +125,6 @@ class OrtNetwork:
         self._session = self._binding = None
         self.memory = {}
         self.device.release()
-
-
-# Sessions of this process. Their threads do not live on in a fork of it, and freeing a session waits for them.
-_SESSIONS: Final["weakref.WeakSet[Any]"] = weakref.WeakSet()
-
-
-def _keep_in_fork() -> None:
-    """Keep the parent's sessions for ever: in a child that was forked, freeing one would hang, also at its exit."""
-    for session in _SESSIONS:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
-
-
-os.register_at_fork(after_in_child=_keep_in_fork)
 
 
 def _require_cuda() -> None:
