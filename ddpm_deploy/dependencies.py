@@ -24,6 +24,7 @@ _HAS = {
     "tensorrt": "Builder",
     "tensorrt_rtx": "Builder",
     "cupy": "RawModule",
+    "ncnn": "Net",
 }
 # Packages whose modules have another name.
 _PACKAGES: Final = {

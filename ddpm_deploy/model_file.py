@@ -1,7 +1,7 @@
 """A model's file, opened once: its kind, its ModelSpec and its seal, without torch, ONNX, a GPU, or the weights.
 
 A checkpoint is a zip archive whose pickle is only scanned for the text, never run; an ONNX file is walked field by
-field past its graph; an engine is searched for its network's name.
+field past its graph; an engine is searched for its network's name; a .ncnn file has a zip at its end.
 """
 
 import hashlib
@@ -13,11 +13,12 @@ from typing import Final, Literal
 
 from ddpm_deploy.errors import ArtefactError, SettingError, SpecError
 from ddpm_deploy.files import require_file, show
+from ddpm_deploy.ncnn_file import NCNN_SUFFIX, NcnnFile
 from ddpm_deploy.onnx_file import OnnxFile
 from ddpm_deploy.plan import PLAN_SUFFIX, PlanHead, read_plan_head, spec_in_plan
 from ddpm_deploy.spec import SEAL_KEY, SPEC_KEY, ModelSpec
 
-Kind = Literal["checkpoint", "onnx", "plan", "foreign"]
+Kind = Literal["checkpoint", "onnx", "plan", "ncnn", "foreign"]
 
 CHECKPOINT_SUFFIXES: Final = (".pt", ".pth")
 FOREIGN_SUFFIXES: Final = (".ckpt", ".bin", ".safetensors")  # and the first two, without a ModelSpec
@@ -26,6 +27,7 @@ _KINDS: Final[dict[str, Kind]] = {
     **dict.fromkeys(CHECKPOINT_SUFFIXES, "checkpoint"),
     ONNX_SUFFIX: "onnx",
     PLAN_SUFFIX: "plan",
+    NCNN_SUFFIX: "ncnn",
     **dict.fromkeys(FOREIGN_SUFFIXES, "foreign"),
 }
 _DIFFUSERS: Final = ("model_index.json", "config.json")  # that a pipeline, and each of its parts, is known by
@@ -35,7 +37,7 @@ _MAX_PICKLE_BYTES: Final = 4 << 20
 
 
 def open_model(path: str | Path, spec: ModelSpec | None = None) -> "ModelFile":
-    """Open a .pt, .onnx or .plan file, which its suffix tells apart, or another's checkpoint (`importers`).
+    """Open a .pt, .onnx, .plan or .ncnn file, which its suffix tells apart, or another's checkpoint (`importers`).
 
     spec: in place of the file's own, for a graph or an engine that carries none.
 
@@ -57,10 +59,11 @@ class ModelFile:
     """What a model's file says of itself, each thing looked up once.
 
     path, kind: of the file; "foreign" is another's checkpoint, whose spec an importer makes. name: its path, for
-    messages. onnx: of an .onnx file. head: of an engine.
+    messages. onnx: of an .onnx file. ncnn: of a .ncnn file. head: of an engine.
     """
 
     onnx: OnnxFile | None = None
+    ncnn: NcnnFile | None = None
     head: PlanHead | None = None
 
     def __init__(self, path: Path, spec: ModelSpec | None = None) -> None:
@@ -79,7 +82,7 @@ class ModelFile:
                 f"{self.name} is a pickle, which runs code when it is read: save the state_dict of its network with "
                 "torch.save, as a .pt"
                 if pickled
-                else f"{self.name} is not a model file by its name: a .pt, .onnx or .plan file is needed"
+                else f"{self.name} is not a model file by its name: a .pt, .onnx, .plan or .ncnn file is needed"
             )
         self.kind = _KINDS[suffix]
         try:
@@ -100,6 +103,9 @@ class ModelFile:
             case "onnx":
                 self.onnx = OnnxFile(self.path)
                 return self.onnx.properties.get(SPEC_KEY)
+            case "ncnn":
+                self.ncnn = NcnnFile(self.path)
+                return self.ncnn.spec
             case "plan":
                 self.head = read_plan_head(self.path)
                 return None if self._given else spec_in_plan(self.path)
@@ -129,20 +135,27 @@ class ModelFile:
 
     @property
     def intact(self) -> bool:
-        """Whether an ONNX file is, to the bit, what ddpm-export wrote; True for the other kinds, which have no seal."""
-        return self.onnx is None or self.onnx.intact
+        """Whether a file is, to the bit, what ddpm-export wrote; True for the kinds that have no seal."""
+        sealed = self.onnx or self.ncnn
+        return sealed is None or sealed.intact
 
     def require_intact(self) -> None:
-        """Raise ArtefactError where an ONNX file is damaged or was edited: its images would be wrong, unnoticed."""
+        """Raise ArtefactError where a file with a seal is damaged or was edited: its images would be wrong,
+        unnoticed."""
         if not self.intact:
+            purpose = (
+                "; or, if it was edited on purpose, see what ddpm-verify says of it, and drop "
+                f"{SEAL_KEY} from its metadata"
+            )
             raise ArtefactError(
-                f"{self.name} is not what ddpm-export wrote: damaged, or edited since. Export it again; or, if it was "
-                f"edited on purpose, see what ddpm-verify says of it, and drop {SEAL_KEY} from its metadata"
+                f"{self.name} is not what ddpm-export wrote: damaged, or edited since. Export it again"
+                + (purpose if self.onnx else "")
             )
 
     def require_finite(self) -> None:
-        """Raise ArtefactError where a tensor of an ONNX file holds NaN or infinity."""
-        if broken := self.onnx and self.onnx.non_finite:
+        """Raise ArtefactError where a tensor of an .onnx or .ncnn file holds NaN or infinity."""
+        weights = self.onnx or self.ncnn
+        if broken := weights and weights.non_finite:
             raise ArtefactError(
                 f"{self.name} has numbers that are not finite in {show(broken)}: export it again"
             )
@@ -157,6 +170,7 @@ _ARTICLES: Final[dict[Kind, str]] = {
     "checkpoint": "a checkpoint (.pt)",
     "onnx": "an .onnx file",
     "plan": "an engine (.plan)",
+    "ncnn": "a .ncnn file",
     "foreign": "another's checkpoint",
 }
 

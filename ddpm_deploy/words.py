@@ -29,7 +29,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 # What a backend may be asked to compute in when it loads a float32 model.
 RunPrecision = Literal["fp32", "bf16"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
-Backend = Literal["onnxruntime", "openvino", "tensorrt", "torch"]
+Backend = Literal["onnxruntime", "openvino", "ncnn", "tensorrt", "torch"]
 
 SOLVERS: Final = get_args(Solver)
 ASKED_SOLVERS: Final = get_args(AskedSolver)

@@ -150,6 +150,8 @@ main = command(
   ddpm-export model.fp16.onnx --batch-buckets 1,8,64
   ddpm-export model.pt --fp16 --rtx             model.fp16.rtx.plan, for RTX GPUs; needs no GPU
   ddpm-export model.fp16.onnx --rtx --compute-capability 8.6 --compute-capability 8.9
+  ddpm-export model.pt --ncnn                   model.ncnn, the fastest on a CPU where the model is large
+  ddpm-export model.onnx --ncnn                 the same of an .onnx: PyTorch is not needed
   ddpm-export model.pt -o net.onnx              under another name, and no engine
   ddpm-export model.pt --weights raw            the weights as trained, without averaging
 """,
@@ -157,9 +159,9 @@ main = command(
         options.MODEL,
         Option(
             "-o --output",
-            "The .onnx or .plan file to write; a proof for ddpm-verify is written beside it.",
+            "The .onnx, .plan or .ncnn file to write; a proof for ddpm-verify is written beside it.",
             FilePath,
-            show_default="MODEL with .onnx, .fp16.onnx, … and with .plan",
+            show_default="MODEL with .onnx, .fp16.onnx, … and with .plan; with --ncnn, .ncnn",
         ),
         *_OF_IMPORTS,
         Option(
@@ -174,6 +176,7 @@ main = command(
             "For bf16 and fp16: check a large network at every timestep, which takes minutes to hours.",
         ),
         options.report("what was found"),
+        flag("--ncnn", "Write a .ncnn file for fast CPUs, in float32, in place of the .onnx and the engine."),
         flag("--engine", "Require the engine: exit with 1 where it cannot be built here."),
         *_OF_ENGINES,
         options.force("files that hold another model"),

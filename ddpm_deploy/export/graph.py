@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,15 +22,19 @@ from torch.nn.parameter import is_lazy
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ArtefactError, BackendError, ParityError, first_line
 from ddpm_deploy.export.bits import same_bits
+from ddpm_deploy.export.ncnn import write_ncnn
 from ddpm_deploy.export.precision import TYPES, Calibration, calibrate, convolutions, reduce, widened
 from ddpm_deploy.files import atomic_together, require_output, show
 from ddpm_deploy.importers.module import unwrapped
 from ddpm_deploy.importers.own import OwnNetwork, adapt, own_name
 from ddpm_deploy.model_file import open_model
+from ddpm_deploy.ncnn_file import describe as describe_ncnn
 from ddpm_deploy.onnx_file import entry, seal
+from ddpm_deploy.runtime.backends.ncnn import NcnnNetwork, require_ncnn
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, spot_check
 from ddpm_deploy.runtime.proof import as_proof, proof_path, write_proof
+from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, ModelSpec
 from ddpm_deploy.stages import Stages, silent
 from ddpm_deploy.train.network import TorchNetwork
@@ -67,13 +71,28 @@ _PROOF_STEPS: Final = 100  # of the chains, where they are not for calibration
 class Export:
     """How a file was checked.
 
-    comparison: with the recorded chains of the reference. calibration: of a reduced precision. same_bits: as in the
-    file's spec.
+    runner: what it was checked in. comparison: with the recorded chains of the reference. calibration: of a reduced
+    precision. same_bits: as in the file's spec.
     """
 
+    runner: str
     comparison: Comparison
     calibration: Calibration | None
     same_bits: bool | None
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A kind of file that a network is exported to.
+
+    runner: what runs it, for people. write: a traced graph, with its spec, to a path. network: the class that runs the
+    file. describe: adds a spec to the file, and a seal.
+    """
+
+    runner: str
+    write: Callable[[Any, ModelSpec, Path], None]
+    network: Callable[..., Network]
+    describe: Callable[[Path, ModelSpec], None]
 
 
 def export_onnx(
@@ -99,7 +118,29 @@ def export_onnx(
     ParityError where it does not agree, ArtefactError where the network is too large for one file, is not as the spec
     says or cannot be traced, OutputError where a file cannot be written.
     """
-    onnx = require("onnx", "export")
+    return _export(network, spec, path, _ONNX, precision, every, stages)
+
+
+def export_ncnn(network: nn.Module, spec: ModelSpec, path: Path, *, stages: Stages = silent) -> Export:
+    """Write `network` as a .ncnn file, in float32, checked in ncnn as `export_onnx` checks an .onnx in ONNX Runtime.
+
+    Raises as it does, and ArtefactError where the network has an operator that is not known of ncnn; DependencyError
+    or BackendError where ncnn cannot run here.
+    """
+    require_ncnn()
+    return _export(network, spec, path, _NCNN, "fp32", every=False, stages=stages)
+
+
+def _export(
+    network: nn.Module,
+    spec: ModelSpec,
+    path: Path,
+    target: _Format,
+    precision: GraphPrecision,
+    every: bool,
+    stages: Stages,
+) -> Export:
+    require("onnx", "export")
     require("onnxscript", "export")
     require_output(path)
     require_output(proof_path(path))
@@ -117,13 +158,22 @@ def export_onnx(
     with atomic_together(path, proof_path(path)) as (temporary, proof_file):
         write_proof(proof, proof_file)
         _require_valid(model)
-        onnx.save(model, temporary)
+        target.write(model, spec, temporary)
         del model, reduced
-        comparison = _require_parity(network, proof, spec, temporary, path, stages)
+        comparison = _require_parity(network, proof, spec, target, temporary, path, stages)
         # Nobody runs bfloat16 on a CPU.
-        bits = None if precision == "bf16" else same_bits(open_model(temporary, spec), stages=stages)
-        describe(temporary, msgspec.structs.replace(spec, same_bits=bits))
-    return Export(comparison, calibration and _by_own_names(calibration), bits)
+        bits = (
+            None
+            if precision == "bf16"
+            else same_bits(open_model(temporary, spec), target.network, stages=stages)
+        )
+        target.describe(temporary, msgspec.structs.replace(spec, same_bits=bits))
+    return Export(target.runner, comparison, calibration and _by_own_names(calibration), bits)
+
+
+def _save(model: Any, spec: ModelSpec, path: Path) -> None:
+    """Write the graph; its spec is added once it has been checked."""
+    require("onnx", "export").save(model, path)
 
 
 def _prepared(network: nn.Module, spec: ModelSpec, precision: GraphPrecision) -> tuple[nn.Module, ModelSpec]:
@@ -294,18 +344,24 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _require_parity(
-    network: nn.Module, proof: Trajectory, spec: ModelSpec, temporary: Path, path: Path, stages: Stages
+    network: nn.Module,
+    proof: Trajectory,
+    spec: ModelSpec,
+    target: _Format,
+    temporary: Path,
+    path: Path,
+    stages: Stages,
 ) -> Comparison:
     """Judge the file by its own proof, and by the network at other batch sizes."""
     largest = max(*_CHECKED_BATCHES, proof.count)
     with _runnable(temporary, spec) as model:
-        candidate = OrtNetwork(open_model(model, spec), max_batch=largest)
+        candidate = target.network(open_model(model, spec), max_batch=largest)
         reference = TorchNetwork(network, proof.spec, max_batch=largest)
         try:
             checks = {batch: spot_check(reference, candidate, batch) for batch in _CHECKED_BATCHES}
         except BackendError as error:
             raise ArtefactError(f"{_FIXED_BATCH} ({first_line(error)})") from error
-        with stages("checking in ONNX Runtime", len(proof.timesteps) + proof.steps) as progress:
+        with stages(f"checking in {target.runner}", len(proof.timesteps) + proof.steps) as progress:
             comparison = judge(proof, candidate, progress)
         candidate.close()
     refused = f"{show(path)} was not written: the exported network differs from PyTorch"
@@ -378,3 +434,7 @@ def _runnable(path: Path, spec: ModelSpec) -> Iterator[Path]:
         wide = Path(folder) / path.name
         onnx.save(widened(onnx.load(path)), wide)
         yield wide
+
+
+_ONNX: Final = _Format("ONNX Runtime", _save, OrtNetwork, describe)
+_NCNN: Final = _Format("ncnn", write_ncnn, NcnnNetwork, describe_ncnn)

@@ -13,6 +13,7 @@ import numpy as np
 from ddpm_deploy.arrays import load_arrays
 from ddpm_deploy.errors import ArtefactError, SettingError, first_line, newer
 from ddpm_deploy.files import show
+from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.parity import PROOF_CHAIN, Trajectory
 from ddpm_deploy.spec import ModelSpec
 
@@ -58,6 +59,18 @@ def load_proof(path: Path) -> Trajectory:
     except (KeyError, TypeError, ValueError, OverflowError, SettingError) as error:
         raise ArtefactError(f"{show(path)} is not a proof of ddpm-export: {first_line(error)}") from error
     return trajectory
+
+
+def proof_of(model: ModelFile, path: Path) -> Trajectory:
+    """Read the proof of a model. Raises as `load_proof` does, and ArtefactError where it is another model's."""
+    proof = load_proof(path)
+    theirs, mine = proof.spec.provenance.digest, model.spec.provenance.digest
+    if theirs != mine:
+        raise ArtefactError(
+            f"{show(path)} is the proof of another model: its weights are {theirs[:12]}…, and {model.name} has "
+            f"{mine[:12]}…"
+        )
+    return proof
 
 
 def _require_sound(proof: Trajectory) -> None:

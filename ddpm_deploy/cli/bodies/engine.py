@@ -8,7 +8,7 @@ from typing import Final, TypedDict
 
 import click
 
-from ddpm_deploy.cli.bodies.outputs import require_same, require_same_model
+from ddpm_deploy.cli.bodies.outputs import require_same, require_same_model, require_same_proof
 from ddpm_deploy.cli.bodies.progress import stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.engine.bindings import load_tensorrt, require_builder
@@ -124,12 +124,7 @@ def require_same_engine(plan: Path, digest: str, precision: Precision) -> None:
     require_same(
         digest_path(plan), lambda: bool(re.fullmatch("[0-9a-f]{64}", digest_beside(plan))), "is no digest"
     )
-    proof = proof_path(plan)
-    require_same(
-        proof,
-        lambda: load_proof(proof).spec.provenance.digest == digest,
-        "is not the proof of this model",
-    )
+    require_same_proof(proof_path(plan), digest)
 
 
 def build(onnx: ModelFile, plan: Path, settings: EngineSettings) -> None:

@@ -18,6 +18,7 @@ from ddpm_deploy.cli.bodies.engine import (
     require_same_engine,
     why_no_engine,
 )
+from ddpm_deploy.cli.bodies.ncnn import NcnnOptions, export_ncnn, names_ncnn
 from ddpm_deploy.cli.bodies.outputs import check_outputs, require_same_model
 from ddpm_deploy.cli.bodies.sources import ImportOptions, Source, source_of
 from ddpm_deploy.dependencies import require, require_onnxruntime
@@ -44,15 +45,19 @@ def export(
     fp16: bool,
     every: bool,
     report: Path | None,
+    ncnn: bool,
     engine: bool,
     force: bool,
     **options: Unpack[EngineOptions],
 ) -> None:
-    """Export a network to ONNX, and build its engine; or build the engine of an .onnx file."""
+    """Export a network to ONNX, and build its engine; or build the engine of an .onnx file; or make a .ncnn file."""
     if fp16 and precision not in (None, "fp16"):
         raise click.UsageError(f"--fp16 and --precision {precision} exclude each other")
     source = source_of(model, ImportOptions(weights, key, spec, flags, check_images, told))
     wanted = _Wanted(output, "fp16" if fp16 else precision, engine, force, options)
+    if ncnn or names_ncnn(output):
+        export_ncnn(source, NcnnOptions(output, force, report, _not_of_ncnn(wanted, every)))
+        return
     if isinstance(source, ModelFile):
         given = {"--all": every, "--report": report}
         if typed := [name for name, value in given.items() if value]:
@@ -62,6 +67,12 @@ def export(
         _from_onnx(wanted, source)
     else:
         _from_network(wanted, source, every, report)
+
+
+def _not_of_ncnn(wanted: "_Wanted", every: bool) -> list[str]:
+    """The options that were typed and a .ncnn file cannot have."""
+    precision = [] if wanted.precision in (None, "fp32") else [f"--precision {wanted.precision}"]
+    return [*precision, *["--all"] * every, *["--engine"] * wanted.engine, *engine_words(wanted.options)]
 
 
 @dataclass(frozen=True)

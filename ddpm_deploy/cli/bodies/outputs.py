@@ -8,6 +8,7 @@ from pathlib import Path
 from ddpm_deploy.errors import ArtefactError, OutputError, SettingError
 from ddpm_deploy.files import require_output, show
 from ddpm_deploy.model_file import open_model
+from ddpm_deploy.runtime.proof import load_proof
 from ddpm_deploy.words import Precision
 
 
@@ -48,3 +49,12 @@ def require_same(output: Path, same: Callable[[], bool], otherwise: str) -> None
             if same():
                 return
         raise OutputError(f"{show(output)} exists and {otherwise}: choose another --output, or pass --force")
+
+
+def require_same_proof(proof: Path, digest: str) -> None:
+    """Refuse to replace the proof of another model."""
+    require_same(
+        proof,
+        lambda: load_proof(proof).spec.provenance.digest == digest,
+        "is not the proof of this model",
+    )

@@ -36,23 +36,23 @@ def to_onnx(
     logger.info("exporting %s in %s, then checking it in ONNX Runtime", source.name, precision)
     export = export_onnx(network, spec, onnx, precision=precision, every=every, stages=stage)
     if report:
-        _write_report(export, report)
-    _tell(export, source, onnx, spec)
+        write_report(export, report)
+    tell(export, source, onnx, spec)
 
 
-def _tell(export: Export, source: Source, output: Path, spec: ModelSpec) -> None:
+def tell(export: Export, source: Source, output: Path, spec: ModelSpec) -> None:
     """Tell what was written, how it was checked, and what comes next."""
     precision = export.calibration.precision if export.calibration else "fp32"
     size = output.stat().st_size / 1e6
     click.echo(f"wrote {show(output)} ({precision}, {size:.1f} MB, {_weights(spec.provenance)})")
     worst, psnr = _largest(export.comparison.steps), export.comparison.psnr.min()
     click.echo(
-        f"checked against PyTorch in ONNX Runtime: error at most {worst.relative_rms:.1e} of the prediction's RMS "
+        f"checked against PyTorch in {export.runner}: error at most {worst.relative_rms:.1e} of the prediction's RMS "
         f"(t = {worst.timestep}), images {psnr:.0f} dB"
     )
     if export.same_bits is not None:
         click.echo(
-            "an image has the same bits alone and in a batch of 8, with 1, 8 and 16 threads of ONNX Runtime here"
+            f"an image has the same bits alone and in a batch of 8, with 1, 8 and 16 threads of {export.runner} here"
             if export.same_bits
             else "an image may differ in its last bits from one batch size or number of threads to another"
         )
@@ -91,11 +91,12 @@ def _largest(steps: Sequence[StepErrors]) -> StepErrors:
     return max(steps, key=lambda step: step.relative_rms)
 
 
-def _write_report(export: Export, path: Path) -> None:
+def write_report(export: Export, path: Path) -> None:
+    """Write what was found."""
     found = export.calibration
     content: dict[str, Any] = {
         "within_tolerance": export.comparison.within,
-        "onnxruntime": predictions_json(export.comparison.steps),
+        export.runner.lower().replace(" ", ""): predictions_json(export.comparison.steps),
         "psnr": finite(export.comparison.psnr),
         "same_bits": export.same_bits,
     }

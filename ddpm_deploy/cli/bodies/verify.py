@@ -18,7 +18,7 @@ from ddpm_deploy.files import require_suffix, show
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.parity import Trajectory, judge, record, require_comparable
-from ddpm_deploy.runtime.proof import load_proof, proof_path
+from ddpm_deploy.runtime.proof import proof_of, proof_path
 from ddpm_deploy.runtime.protocols import Network
 
 _COUNT: Final = 4  # images, where nothing else is said
@@ -96,14 +96,7 @@ def _proven(model: ModelFile, proof: Path | None) -> Trajectory:
             f"{model.name} has no proof beside it ({show(path)} does not exist): name a reference, as in "
             "ddpm-verify model.pt model.onnx, or a --proof"
         )
-    trajectory = load_proof(path)
-    theirs, mine = trajectory.spec.provenance.digest, model.spec.provenance.digest
-    if theirs != mine:
-        raise ArtefactError(
-            f"{show(path)} is the proof of another model: its weights are {theirs[:12]}…, and {model.name} has "
-            f"{mine[:12]}…"
-        )
-    return trajectory
+    return proof_of(model, path)
 
 
 def _recorded(

@@ -28,6 +28,7 @@ _BACKENDS: Final[dict[Backend, tuple[str, str, tuple[Kind, ...]]]] = {
     "openvino": ("ddpm_deploy.runtime.backends.openvino", "OpenvinoNetwork", ("onnx",)),
     "tensorrt": ("ddpm_deploy.runtime.backends.tensorrt", "TrtNetwork", ("onnx", "plan")),
     "torch": ("ddpm_deploy.train.network", "TorchNetwork", ("checkpoint",)),
+    "ncnn": ("ddpm_deploy.runtime.backends.ncnn", "NcnnNetwork", ("ncnn",)),
 }
 # Those that compute in what they are asked for when they load; the others in what their file was made for.
 _CHOOSES_PRECISION: Final[tuple[Backend, ...]] = ("openvino",)
@@ -111,6 +112,8 @@ def _backend_for(model: ModelFile, settings: LoadSettings) -> Backend:
         return "torch"
     if model.kind == "plan":
         return "tensorrt"
+    if model.kind == "ncnn":
+        return "ncnn"
     if settings.gpu is None:
         return "onnxruntime"
     gpu = require_gpu(
