@@ -7,7 +7,7 @@ from typing import Final
 
 from ddpm_deploy.dependencies import pip_install
 from ddpm_deploy.model_file import Kind, ModelFile
-from ddpm_deploy.words import Backend, Precision
+from ddpm_deploy.words import Backend, Precision, RunPrecision
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Candidate:
 
     model: ModelFile
     backend: Backend
-    asked: Precision | None = None
+    asked: RunPrecision | None = None
 
     @property
     def precision(self) -> Precision:
@@ -30,8 +30,9 @@ class Candidate:
 
 
 # What takes each kind of file, its own backend first, and the precisions that are asked of it.
-_TAKES: Final[dict[Kind, tuple[tuple[Backend, Precision | None], ...]]] = {
-    "onnx": (("onnxruntime", None),),
+_TAKES: Final[dict[Kind, tuple[tuple[Backend, RunPrecision | None], ...]]] = {
+    "onnx": (("onnxruntime", None), ("openvino", "fp32"), ("openvino", "bf16")),
+    "ncnn": (("ncnn", None),),
     "plan": (("tensorrt", None),),
     "checkpoint": (("torch", None),),
     "foreign": (),
@@ -39,18 +40,20 @@ _TAKES: Final[dict[Kind, tuple[tuple[Backend, Precision | None], ...]]] = {
 # The package of each backend, and the extra that brings it.
 _PACKAGES: Final[dict[Backend, tuple[str, str]]] = {
     "onnxruntime": ("onnxruntime", "cpu"),
+    "openvino": ("openvino", "openvino"),
+    "ncnn": ("ncnn", "ncnn"),
     "tensorrt": ("tensorrt", "gpu"),
     "torch": ("torch", "train"),
 }
 
 
 def candidates(models: Sequence[ModelFile]) -> list[Candidate]:
-    """Those whose package is installed, by model."""
+    """Those whose package is installed, by model; a file in half precision is run as it is, by its own backend."""
     return [
         Candidate(model, backend, asked)
         for model in models
         for backend, asked in _TAKES[model.kind]
-        if not missing(backend)
+        if not missing(backend) and (asked is None or model.spec.precision == "fp32")
     ]
 
 

@@ -28,7 +28,7 @@ class Row:
     """A candidate, and what was measured of it.
 
     problem: why it was not measured to the end, or "". load: seconds to its first step, from its process's start.
-    first: seconds of a step at batch 1, the second of two. times: seconds a step, of each turn, by batch size. error:
+    first: seconds of a step at batch 1, roughly. times: seconds a step, of each turn, by batch size. error:
     of its predictions against the proof (`worker.Backend.error`), None where there is no proof. megabytes: the most
     memory of its process.
     """
@@ -175,7 +175,8 @@ def contest(
                 )
                 worker.ask("turn", batch=1, steps=0)
                 row.load = worker.age
-                row.first = worker.ask("turn", batch=1, steps=1)
+                # The quicker of two turns: what it will take is told by them, and the machine may be busy.
+                row.first = min(worker.ask("turn", batch=1, steps=_LEAST) for _ in range(2))
             rows.append(row)
             workers.append(worker)
             advance(1)

@@ -22,7 +22,6 @@ from ddpm_deploy.runtime.parity import teacher_forced, worst
 from ddpm_deploy.runtime.proof import load_proof
 from ddpm_deploy.runtime.request import Request
 
-_QUESTIONS: Final = ("turn", "error")
 _STATUS: Final = Path("/proc/self/status")
 
 
@@ -42,14 +41,14 @@ class Backend:
         given: dict[str, Any] = {"precision": precision} if precision else {}
         settings = LoadSettings(threads=threads, max_batch=batches[-1], **given)
         name: Any = backend
-        self._network = load_network(open_model(path), settings, backend=name)
-        self._chain = Chain(self._network)
+        self.network: Any = load_network(open_model(path), settings, backend=name)
+        self.chain = Chain(self.network)
 
     def turn(self, batch: int, steps: int) -> float:
         """Steps of the recommended chain, from its start."""
-        chain, slots = self._chain, np.arange(batch)
+        chain, slots = self.chain, np.arange(batch)
         chain.clear()
-        request = Request(count=batch, seed=0, solver="fast").checked(self._network.spec)
+        request = Request(count=batch, seed=0, solver="fast").checked(self.network.spec)
         chain.start(slots, request)
         chain.step()
         chain.images(slots)  # where a device is still at work, this waits for it
@@ -61,8 +60,8 @@ class Backend:
 
     def error(self, proof: str, images: int) -> dict[str, Any]:
         """Of its predictions, against so many images of a proof: the worst of the timesteps there."""
-        recorded = load_proof(Path(proof)).first(min(images, self._network.max_batch))
-        found = worst(teacher_forced(recorded, self._network))
+        recorded = load_proof(Path(proof)).first(min(images, self.network.max_batch))
+        found = worst(teacher_forced(recorded, self.network))
         return {
             "timestep": found.timestep,
             "relative_rms": found.relative_rms,
@@ -82,7 +81,7 @@ def serve(make: Callable[..., Contestant]) -> None:
             answer = None
             if question == "make":
                 contestant = make(**given)
-            elif question in _QUESTIONS:
+            else:
                 answer = getattr(contestant, question)(**given)
             said = {"answer": answer, "megabytes": megabytes()}
         except Exception as error:  # whatever a library raises, its row says why
