@@ -176,7 +176,7 @@ def _files(preset: str, folder: Path) -> dict[str, Path]:
     files = {suffix: folder / f"{preset}{suffix}" for suffix in ("", ".pt", ".onnx", ".ncnn")}
     state = network.state_dict()
     settings = PRESETS[preset].settings(preset, steps=1)
-    Checkpoint(spec, state, state, {}, 1, settings).save(files[".pt"])
+    Checkpoint(spec, state, state, {"state": {}}, 1, settings).save(files[".pt"])
     graph = trace(network.eval(), spec)
     require("onnx", "export").save(graph, files[".onnx"])
     describe(files[".onnx"], spec)
@@ -296,11 +296,12 @@ def _table(entries: Sequence[Entry]) -> str:
         "memory",
         "installed",
     ]
+    large = max(CASES, key=lambda case: len(case.batches)).preset
     lines = [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
     for kind in KINDS:
         mine = {entry.case.preset: entry for entry in entries if entry.kind is kind}
         cells = [_time(mine[preset], batch) for preset, batch in columns]
-        cifar = mine["cifar10"]
+        cifar = mine[large]
         size = megabytes_of(kind.distributions)
         cold = f"{cifar.cold:.1f} s" if cifar.times else "–"
         memory = f"{cifar.megabytes:.0f} MB" if cifar.times and cifar.megabytes else "–"

@@ -74,7 +74,7 @@ _LOW, _HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)
 # The scratch of one tile (0.4 MB) stays within a core's L2 cache, whatever the size of the images.
 _TILE_BLOCKS: Final = 1024
 # What is made in one call at the most, unless one step takes more.
-_WINDOW_BLOCKS: Final = 4096
+_WINDOW_BLOCKS: Final = 16384
 
 
 def _round_keys(key: NDArray[np.uint32]) -> NDArray[np.uint32]:

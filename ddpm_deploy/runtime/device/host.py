@@ -87,7 +87,7 @@ class NoiseAhead:
         self._steps, self._elements = self._noise.lookahead, elements
         # By step and slot, so that a step's noise of neighbours is one piece of memory.
         self._ahead = np.empty((self._steps, slots, self._noise.width), np.float32)
-        self._made = np.empty((slots, self._steps, self._noise.width) if self._steps > 1 else 0, np.float32)
+        self._made = np.empty((self._steps * slots, self._noise.width), np.float32)  # by slot and step
         self._left = np.zeros(slots, np.int64)  # steps whose noise is made and not used
         self._gathered = np.empty((slots, self._noise.width), np.float32)
         # The slots that asked last, the place of their noise at that time, whether it is one place for neighbours, how
@@ -130,13 +130,14 @@ class NoiseAhead:
         left = self._left[slots]
         self._left[slots] = left - (left > 0)
 
-    def take(self, slots: Slots, draws: Callable[[slice, int], NDArray[np.int64]]) -> Array:
+    def take(self, slots: Slots, draws: Callable[[slice, int], NDArray[np.int64]], steps: int) -> Array:
         """The noise of slots for their next step, (k, elements): memory that the next call reuses.
 
-        draws(run, steps): the numbers of the next draws of a run of slots, (k, steps).
+        draws(run, steps): the numbers of the next draws of a run of slots, (k, steps). steps: that all of them are to
+        take, this one among them; for no more is noise made.
         """
         if slots is not self._slots or self._taken == self._ready:
-            self._make_ready(slots, draws)
+            self._make_ready(slots, draws, min(steps, self._steps))
         step, self._taken = self._taken, self._taken + 1
         if self._together:
             first = slots[0]
@@ -146,18 +147,16 @@ class NoiseAhead:
         np.take(ahead, (self._place + step) * every + slots, axis=0, out=gathered, mode="clip")
         return gathered[:, : self._elements]
 
-    def _make_ready(self, slots: Slots, draws: Callable[[slice, int], NDArray[np.int64]]) -> None:
-        """Make the noise of those that have none left."""
+    def _make_ready(self, slots: Slots, draws: Callable[[slice, int], NDArray[np.int64]], steps: int) -> None:
+        """Make the noise of those that have none left, for the last of the places that there are."""
         self._settle()
         left = self._left[slots]
         for run in runs_of(slots[left == 0]):
-            if self._steps == 1:  # one piece of memory either way
-                self._noise.fill(run, draws(run, 1), self._ahead[0, run])
-                continue
-            made = self._made[: run.stop - run.start]
-            self._noise.fill(run, draws(run, self._steps), made)
-            self._ahead[:, run] = made.swapaxes(0, 1)
-        left[left == 0] = self._steps
+            count = run.stop - run.start
+            made = self._made[: count * steps].reshape(count, steps, -1)
+            self._noise.fill(run, draws(run, steps), made)
+            self._ahead[self._steps - steps :, run] = made.swapaxes(0, 1)
+        left[left == 0] = steps
         self._left[slots] = left
         self._slots, self._place, self._ready = slots, self._steps - left, int(left.min())
         neighbours = int(slots[-1] - slots[0]) == len(slots) - 1
@@ -250,7 +249,7 @@ class HostStepper:
         """x_T is written, not computed by the START row: 0·NaN would keep a slot broken that once was."""
         self._settle()
         if noise is None:
-            noise = self._ahead.take(slots, self._draws)
+            noise = self._ahead.take(slots, self._draws, int((self._end[slots] - self._row[slots]).min()))
         self._x0[slots] = 0
         self._set(slots, noise)
         self._row[slots] += 1
@@ -296,10 +295,9 @@ class HostStepper:
     def step(self, bucket: int) -> None:
         """The network, then the update."""
         plan = self._plan or self._planned()
-        self._network.enqueue(bucket)
-        with np.errstate(
-            invalid="ignore", over="ignore"
-        ):  # of a slot that is broken, which is told by `broken`
+        # Of a slot that is broken `broken` tells. Entered before the network, which leaves the caches to nobody.
+        with np.errstate(invalid="ignore", over="ignore"):
+            self._network.enqueue(bucket)
             self._update(plan)
         plan.taken += 1
         if plan.taken == plan.steps:
@@ -336,10 +334,11 @@ class HostStepper:
         np.take(self._rows, rows, axis=0, out=found, mode="clip")
         np.take(self._embedding, found[..., T].astype(np.intp), axis=0, out=plan.temb, mode="clip")
         # Slots that are at one row, as those are that started together, need no axis of slots, which is quicker.
-        together = bool((rows == rows[:, :1]).all())
+        together = len(set(rows[0].tolist())) == 1
         plan.rows = list(found[:, 0] if together else found.transpose(0, 2, 1)[..., None])
-        plan.noisy = [bool(rows.any()) for rows in found[..., E]]
-        plan.learns = [bool(rows.all()) for rows in found[..., LEARNS]]
+        plan.noisy = [any(column) for column in found[..., E].tolist()]
+        if self._exponential:
+            plan.learns = [all(column) for column in found[..., LEARNS].tolist()]
 
     def _show(self, plan: _Plan) -> None:
         """Write the embedding of each slot's next timestep, for its partner too."""
@@ -374,7 +373,8 @@ class HostStepper:
         np.multiply(x0, row[C, ...], scratch)
         np.add(x, scratch, x)
         if plan.noisy[now]:
-            np.multiply(self._ahead.take(plan.slots, self._draws), row[E, ...], scratch)
+            noise = self._ahead.take(plan.slots, self._draws, plan.steps - plan.taken)
+            np.multiply(noise, row[E, ...], scratch)
             if self._exponential:
                 np.multiply(scratch, self._deviation(plan, row), scratch)
             np.add(x, scratch, x)
