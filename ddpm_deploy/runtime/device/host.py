@@ -235,6 +235,7 @@ class HostStepper:
         self._uses_previous |= bool(rows[:, F].any())
         self._uses_prediction |= bool(rows[:, G].any())
         if place[:, LEARNS].any() and not self._exponential:
+            self._settle()  # a plan has not looked up what is of a learned variance
             self._exponential = Exponential(*self._x0.shape)
 
     def assign(self, slots: Slots, records: NDArray[np.void]) -> None:
