@@ -15,7 +15,7 @@ from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.images import Destination, Form, grid, read_pixels
 from ddpm_deploy.runtime.preview import Preview
 from ddpm_deploy.runtime.request import Request
-from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.spec import FAST, ModelSpec
 from tests.models import tiny_spec
 from tests.test_cli import call, refused
 
@@ -301,6 +301,18 @@ def test_what_was_made_as_json(tmp_path: Path, onnx_path: Path) -> None:
     assert made["images_per_second"] == pytest.approx(3 / made["seconds"])
     again = call("run", onnx_path, *RUN, "--count", 0, "--json")
     refused(again, 2, "--count")
+
+
+def test_fast_says_what_it_is(tmp_path: Path, onnx_path: Path) -> None:
+    out = tmp_path / "x.png"
+    fast = "run", onnx_path, "--solver", "fast", "--count", 1, "--seed", 5, "-o", out
+    assert "20 steps of sde-dpmpp-2m" in call(*fast).output
+    made = json.loads(call(*fast, "--json").stdout)
+    assert (made["solver"], made["steps"], made["spacing"]) == (FAST.solver, FAST.steps, FAST.spacing)
+    with Image.open(out) as picture:
+        text = json.dumps(picture.text)  # type: ignore[attr-defined]
+    assert FAST.solver in text
+    assert "fast" not in text
 
 
 def test_verdicts_as_json(tmp_path: Path, onnx_path: Path, checkpoint_path: Path) -> None:

@@ -15,16 +15,21 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benches.quality.data import DEMO, Real, digits, mnist, write_mnist
+from benches.quality.data import DEMO, Pixels, Real, digits, mnist, write_mnist
 from benches.quality.draw import GUIDANCE, PAPER, SEEDS, WAYS, Way, draw, step_times, table_time
 from benches.quality.judge import Features, Judge, frechet, train_judge
-from ddpm_deploy.runtime.images import grid, save_png
 from ddpm_deploy.runtime.sampler import Sampler
 
 _DOCS: Final = Path(__file__).parent.parent.parent / "docs"
 _MARK: Final = "<!-- made by python -m benches.quality -->"
 _STUDENT: Final = 2.776  # of 95 %, two-sided, for the mean of five
-_PICTURED: Final = 12
+_PICTURED: Final = 20
+_SMOOTHED: Final = 20  # entries of the training's metrics
+_SHOWN: Final = [
+    PAPER,
+    *(way for way in WAYS if way.steps == 20 and way.spacing != "log-snr"),
+    *(way for way in WAYS if way.steps in (5, 10) and way.spacing == "linspace"),
+]
 _REAL: Final = {"digits": digits, "mnist": mnist}
 
 
@@ -130,35 +135,86 @@ def _table(found: Report) -> str:
     )
 
 
-def _plot(reports: Sequence[Report], path: Path) -> None:
-    """Fréchet distance against seconds an image, for each data set."""
+def _answer(reports: Sequence[Report]) -> str:
+    """How many steps it takes, in a sentence."""
+    good = [{one.way: one for one in found.equal()} for found in reports]
+    both = sorted((way for way in good[0] if all(way in ones for ones in good)), key=lambda way: way.steps)
+    names = " and ".join(found.real.name for found in reports)
+    if not both:
+        return f"**How many steps do I need? All {PAPER.steps}: nothing shorter is as good on {names}.**"
+    best = both[0]
+    alone = "; ".join(
+        f"{found.real.name} alone: {one.way.steps}, {one.way.solver}"
+        for found in reports
+        for one in found.equal()[:1]
+    )
+    faster = min(found.paper.seconds / ones[best].seconds for found, ones in zip(reports, good, strict=True))
+    return (
+        f"**How many steps do I need? {best.steps}: {best.solver} with the spacing {best.spacing} is then not behind "
+        f"the paper's {PAPER.steps} on {names} (the 95 % interval of the paired difference does not lie above zero), "
+        f"at {faster:.0f} times its images/s or more.** ({alone}.)"
+    )
+
+
+def _picture(reports: Sequence[Report], path: Path) -> None:
+    """Fréchet distance against seconds an image of each data set; below, labelled rows of samples of the last."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(reports), figsize=(6 * len(reports), 4.5), squeeze=False)
-    for axis, found in zip(axes[0], reports, strict=True):
-        lines: dict[tuple[str, str], list[Result]] = {}
-        for one in found.results:
-            lines.setdefault((one.way.solver, one.way.spacing), []).append(one)
-        for (solver, spacing), ones in lines.items():
-            seconds, distances = [one.seconds for one in ones], [one.distances.mean() for one in ones]
-            errors = [one.distances.std(ddof=1) for one in ones]
-            name = solver if spacing == "leading" else f"{solver}, {spacing}"
-            axis.errorbar(seconds, distances, errors, marker="o", capsize=2, label=name)
-        axis.axhline(found.yardstick, color="grey", linestyle=":", label="real images")
-        axis.set(xscale="log", yscale="log", title=found.real.name, xlabel="seconds an image")
-        axis.set_ylabel("Fréchet distance")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
+    figure = plt.figure(figsize=(6 * len(reports), 10), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(4.5, 5.5))
+    upper, lower = parts
+    for axis, found in zip(upper.subplots(1, len(reports), squeeze=False)[0], reports, strict=True):
+        _curves(axis, found)
+    rows = _rows(reports[-1])
+    lower.suptitle(f"{reports[-1].real.name}: samples from the same x_T, and seconds an image", fontsize=10)
+    for axis, (label, pixels) in zip(lower.subplots(len(rows), 1), rows, strict=True):
+        axis.imshow(np.hstack([image[0] for image in pixels]), cmap="gray", vmin=0, vmax=255)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def _rows(found: Report, path: Path) -> None:
-    """Rows of samples from the same x_T: real ones, the paper's chain, then each solver at 20 steps."""
+def _curves(axis: Any, found: Report) -> None:
+    lines: dict[tuple[str, str], list[Result]] = {}
+    for one in found.results:
+        lines.setdefault((one.way.solver, one.way.spacing), []).append(one)
+    for (solver, spacing), ones in lines.items():
+        seconds, distances = [one.seconds for one in ones], [one.distances.mean() for one in ones]
+        errors = [one.distances.std(ddof=1) for one in ones]
+        name = solver if spacing == "leading" else f"{solver}, {spacing}"
+        axis.errorbar(seconds, distances, errors, marker="o", capsize=2, label=name)
+    axis.axhline(found.yardstick, color="grey", linestyle=":", label="real images")
+    axis.set(xscale="log", yscale="log", title=found.real.name, xlabel="seconds an image")
+    axis.set_ylabel("Fréchet distance")
+    axis.legend(fontsize=7)
+
+
+def _rows(found: Report) -> list[tuple[str, Pixels]]:
+    """Of real images and of chains from the same x_T: labels, and pixels (k, 1, H, W)."""
     with Sampler.load(found.real.model) as sampler:
-        ways = (PAPER, *(way for way in WAYS if way.steps == 20))
-        drawn = [draw(found.real, sampler, way, SEEDS[0])[:_PICTURED] for way in ways]
-    shown = [found.real.rest.images[:_PICTURED], *drawn]
-    save_png(grid(np.concatenate(shown).transpose(0, 2, 3, 1), _PICTURED), path, {})
+        ones = [one for one in found.results if one.way in _SHOWN]
+        drawn = [draw(found.real, sampler, one.way, SEEDS[0])[:_PICTURED] for one in ones]
+    labels = [f"{one.way.name}\n{one.seconds:.3f} s" for one in ones]
+    return [("real", found.real.rest.images[:_PICTURED]), *zip(labels, drawn, strict=True)]
+
+
+def _training(path: Path) -> None:
+    """How MNIST's model was trained: the loss by step, and the last picture of samples."""
+    import matplotlib.pyplot as plt
+
+    folder = DEMO / "mnist.train"
+    steps, losses = np.loadtxt(folder / "metrics.csv", delimiter=",", skiprows=1, usecols=(0, 1)).T
+    smooth = np.convolve(losses, np.ones(_SMOOTHED) / _SMOOTHED, "valid")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    left.plot(steps, losses, color="lightgrey")
+    left.plot(steps[_SMOOTHED - 1 :], smooth)
+    left.set(
+        yscale="log", xlabel="training step", ylabel="loss", title=f"mean of {_SMOOTHED} entries in blue"
+    )
+    right.imshow(plt.imread(max(folder.glob("samples-*.png"))), cmap="gray")
+    right.set(title="samples at the last step (EMA weights)")
+    right.axis("off")
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -172,11 +228,12 @@ def main() -> None:
         write_mnist(DEMO / "mnist.npz")
         return
     reports = [report(_REAL[name]()) for name in names]
-    for found in reports:
-        _rows(found, _DOCS / f"quality-{found.real.name}.png")
-    _plot(reports, _DOCS / "quality.png")
+    if "mnist" in names:
+        _training(_DOCS / "quality-training.png")
+    _picture(reports, _DOCS / "quality.png")
     page = _DOCS / "quality.md"
-    said = f"Measured {datetime.date.today().isoformat()}.\n\n" + "\n".join(map(_table, reports))
+    measured = f"Measured {datetime.date.today().isoformat()}."
+    said = f"{_answer(reports)}\n\n{measured}\n\n" + "\n".join(map(_table, reports))
     page.write_text(page.read_text().split(_MARK)[0] + _MARK + "\n\n" + said)
     for found in reports:
         best = [f"{one.way.name} ({one.distances.mean():.2f})" for one in found.equal()[:4]]

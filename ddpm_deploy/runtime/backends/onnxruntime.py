@@ -75,9 +75,6 @@ class OrtNetwork:
         self._place = ("cpu", 0) if on_cpu else ("cuda", getattr(self.device, "index", 0))
         self._binding: Any = self._session.io_binding()
         keep_in_forks(self._binding)
-        self._options: Any = require_onnxruntime().RunOptions()
-        # What is started on a stream of ours is waited for by whoever needs it.
-        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._bound = 0
         if not self.device.is_host:
             self._warm_up()
@@ -105,7 +102,9 @@ class OrtNetwork:
         try:
             if batch != self._bound:
                 self._bind(batch)
-            self._session.run_with_iobinding(self._binding, self._options)
+            # It waits for the GPU at the end. Told not to, it keeps pinned memory of every run until the session is
+            # freed, and then, on an H200, it ended the process: CUDA lets nobody free pinned memory in a callback.
+            self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime failed on a batch of {batch}: {first_line(error)} (a smaller batch needs less memory)"
