@@ -1,5 +1,6 @@
 """What this process may use of its machine: CPU threads and memory, as the system limits them."""
 
+import ctypes
 import math
 import os
 import resource
@@ -29,6 +30,12 @@ def memory_limit() -> int:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     return min([physical, *_memory_limits(), *([own] if own != resource.RLIM_INFINITY else [])])
+
+
+def trim_memory() -> None:
+    """Give memory that was freed back to the system, which glibc keeps: half of what loading a model took."""
+    with suppress(OSError, AttributeError):  # another C library has no such thing
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cores() -> int:

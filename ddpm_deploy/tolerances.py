@@ -52,7 +52,7 @@ PARITY: Final[dict[str, Parity]] = {
         prediction=((0.0, 8e-2), (0.1, 4e-2)),
         psnr=40.0,
         measured="2026-11-25, the oracle, trained digits, every t: 2.5e-2 (below 10), 3.1e-3 (from 100 up), 57 dB; "
-        "random weights of the cifar10 network: 1.8e-2 at any t, 52 dB; 2026-11-26, OpenVINO on a CPU with AMX, trained "
+        "random weights of the cifar10 network: 1.8e-2 at any t, 52 dB; 2026-11-26, OpenVINO with AMX, trained "
         "digits, 192 images, every t: 6.6e-2 (below 10), 6.4e-3 (from 100 up), 43 dB, their mean 61",
     ),
 }

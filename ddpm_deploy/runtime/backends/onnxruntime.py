@@ -10,9 +10,10 @@ from ddpm_deploy.dependencies import onnxruntime_has_cuda, require_onnxruntime
 from ddpm_deploy.engine.bindings import require_gpu
 from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, first_line
 from ddpm_deploy.files import show
-from ddpm_deploy.machine import cpu_threads
+from ddpm_deploy.machine import cpu_threads, trim_memory
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.backends import LoadSettings
+from ddpm_deploy.runtime.backends.split import Race, Split, worth_splitting
 from ddpm_deploy.runtime.device.cuda import Cuda
 from ddpm_deploy.runtime.device.host import Host
 from ddpm_deploy.runtime.forks import keep_in_forks
@@ -38,6 +39,9 @@ class OrtNetwork:
 
     model: an .onnx file. device: where its memory is. threads: CPU threads to use (None: `cpu_threads`). max_batch:
     rows (None: `default_max_batch`). provider: of ONNX Runtime (None: that of the device).
+
+    Where export found that bits depend on neither the batch nor the threads, a batch that has rows enough for them runs
+    in parts, a thread each (`split`), if that is the faster: its first calls tell, each way in turn.
 
     On a GPU its buckets are powers of two, each of which is run once when it is loaded, as cuDNN chooses its algorithms
     for a size when that is first run.
@@ -65,17 +69,20 @@ class OrtNetwork:
         providers = _CPU if on_cpu else [(_CUDA, _cuda_options(self.spec, self.device))]
         if not on_cpu:
             _require_cuda()
-        self._session: Any = _open(model, providers, threads)
+        self._model, self._threads = model, threads or cpu_threads()
+        self._loaded = _state(model)
+        session = _open(model, providers, self._threads)
         if not on_cpu:
-            if _CUDA not in self._session.get_providers():
+            if _CUDA not in session.get_providers():
                 raise _unusable()
-            require_products_on_gpu(self._session, model.name)
-        keep_in_forks(self._session)
+            require_products_on_gpu(session, model.name)
         self.memory = allocate(self.device, self.spec, self.max_batch)
-        self._place = ("cpu", 0) if on_cpu else ("cuda", getattr(self.device, "index", 0))
-        self._binding: Any = self._session.io_binding()
-        keep_in_forks(self._binding)
-        self._bound = 0
+        self.place = ("cpu", 0) if on_cpu else ("cuda", getattr(self.device, "index", 0))
+        self._whole: _Bound | None = _Bound(session, self)
+        # Only where it changes nothing of what users get.
+        self._may_split = on_cpu and self.device.is_host and self.spec.same_bits is True
+        self._split: Split | None = None
+        self._race: Race | None = None
         if not self.device.is_host:
             self._warm_up()
 
@@ -95,40 +102,102 @@ class OrtNetwork:
 
     def enqueue(self, bucket: int) -> None:
         """Start to predict for the leading rows."""
-        require_open(self._session is not None)
+        require_open(self._whole is not None)
         self.device.start(lambda: self._run(bucket))
 
     def _run(self, batch: int) -> None:
         try:
-            if batch != self._bound:
-                self._bind(batch)
-            # It waits for the GPU at the end. Told not to, it keeps pinned memory of every run until the session is
-            # freed, and then, on an H200, it ended the process: CUDA lets nobody free pinned memory in a callback.
-            self._session.run_with_iobinding(self._binding)
+            if self._may_split and worth_splitting(batch, self._threads):
+                self._run_split(batch)
+            else:
+                self._run_whole(batch)
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime failed on a batch of {batch}: {first_line(error)} (a smaller batch needs less memory)"
             ) from error
 
-    def _bind(self, batch: int) -> None:
-        """Bind the memory of the leading rows, where the batch changes."""
-        self._binding.clear_binding_inputs()
-        self._binding.clear_binding_outputs()
-        for tensor in (*self.spec.inputs, self.spec.output):
-            bind = self._binding.bind_output if tensor == self.spec.output else self._binding.bind_input
-            memory = self.memory[tensor.name]
-            shape = [batch, *tensor.shape]
-            bind(tensor.name, *self._place, memory.dtype.type, shape, self.device.address(memory))
-        self._bound = batch
+    def _run_whole(self, batch: int) -> None:
+        assert self._whole is not None
+        self._whole.run(0, batch)
+
+    def _run_split(self, batch: int) -> None:
+        """In parts; or whole where that is faster, as the first calls of a batch tell."""
+        if self._split is None:
+            self._open_split(batch)
+        if self._split is None or (self._race and self._race.batch != batch):
+            self._run_whole(batch)
+        elif self._race:
+            faster = self._race.run()
+            if faster is not None:
+                self._race = None
+            if faster is False:
+                self._give_up_splitting()
+        else:
+            self._split.run(batch)
+
+    def _open_split(self, batch: int) -> None:
+        """Open a session with one thread, and let it and the other take turns; unless another file is in its place."""
+        if _state(self._model) != self._loaded:
+            self._may_split = False
+            return
+        session = _open(self._model, _CPU, 1)
+        self._split = Split([_Bound(session, self).run for _ in range(self._threads)])
+        self._race = Race(batch, self._run_whole, self._split)
+
+    def _give_up_splitting(self) -> None:
+        self._may_split = False
+        if self._split is not None:
+            self._split.close()
+        self._split = self._race = None
+        trim_memory()
 
     def close(self) -> None:
-        """Free the session and the memory, once what is under way has ended."""
-        if self._session is not None:
+        """Free the sessions and the memory, once what is under way has ended."""
+        if self._whole is not None:
             with suppress(BackendError):
                 self.device.synchronize()
-        self._session = self._binding = None
+        self._whole = None
+        self._give_up_splitting()
         self.memory = {}
         self.device.release()
+
+
+class _Bound:
+    """A session, and the rows of a network's memory that it is bound to."""
+
+    def __init__(self, session: Any, network: OrtNetwork) -> None:
+        self._session = session
+        self._spec, self._device, self._memory = network.spec, network.device, network.memory
+        self._place = network.place
+        self._binding = session.io_binding()
+        self._rows = 0, 0
+        keep_in_forks(session, self._binding)
+
+    def run(self, first: int, end: int) -> None:
+        """Predict for rows."""
+        if (first, end) != self._rows:
+            self._bind(first, end)
+        # It waits for the GPU at the end. Told not to, it keeps pinned memory of every run until the session is
+        # freed, and then, on an H200, it ended the process: CUDA lets nobody free pinned memory in a callback.
+        self._session.run_with_iobinding(self._binding)
+
+    def _bind(self, first: int, end: int) -> None:
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        for tensor in (*self._spec.inputs, self._spec.output):
+            bind = self._binding.bind_output if tensor == self._spec.output else self._binding.bind_input
+            rows = self._memory[tensor.name][first:end]
+            shape = [end - first, *tensor.shape]
+            bind(tensor.name, *self._place, rows.dtype.type, shape, self._device.address(rows))
+        self._rows = first, end
+
+
+def _state(model: ModelFile) -> tuple[int, int, int] | None:
+    """What tells whether another file was put in a model's place since; None where there is none."""
+    with suppress(OSError):
+        status = model.path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+    return None
 
 
 def _require_cuda() -> None:
@@ -179,7 +248,7 @@ def _cuda_options(spec: ModelSpec, device: Any) -> dict[str, str]:
     }
 
 
-def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
+def _open(model: ModelFile, providers: list[Any], threads: int) -> Any:
     """A session that has the interface of the contract."""
     onnxruntime = require_onnxruntime()
     hint = "" if providers == _CPU else " (ddpm-deploy doctor says whether it works on this GPU)"
@@ -187,7 +256,7 @@ def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
         hint = " (it has no bfloat16 on a CPU: this file is for building an engine)"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it logs, it also raises
-    options.intra_op_num_threads = threads or cpu_threads()
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Its threads spin while a network runs, and leave the cores to others between two runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -202,6 +271,7 @@ def _open(model: ModelFile, providers: list[Any], threads: int | None) -> Any:
         raise ArtefactError(
             f"{model.name}: ONNX Runtime cannot load it: {first_line(error)}{hint}"
         ) from error
+    trim_memory()
     _require_interface(session, model)
     return session
 
