@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from benches.contestants import BLOCK, PEAK
 from benches.installed import megabytes_of
 from benches.models import diffusers_pipeline, random_network
@@ -173,6 +175,7 @@ def main() -> None:
 def _files(preset: str, folder: Path) -> dict[str, Path]:
     """A preset's network with random weights in a file of each kind, by its suffix; "" is diffusers' own folder."""
     network, spec = random_network(preset)
+    spec = msgspec.structs.replace(spec, same_bits=True)  # as exports of all presets find it
     files = {suffix: folder / f"{preset}{suffix}" for suffix in ("", ".pt", ".onnx", ".ncnn")}
     state = network.state_dict()
     settings = PRESETS[preset].settings(preset, steps=1)

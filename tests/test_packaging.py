@@ -154,7 +154,7 @@ MODULES = [
     "version",
     "words",
 ]
-DATA = ["doctor/gaussian.onnx", "py.typed", "runtime/device/step.cu"]
+DATA = ["doctor/gaussian.ncnn", "doctor/gaussian.onnx", "py.typed", "runtime/device/step.cu"]
 HEAVY = (
     "torch",
     "onnx",

@@ -41,6 +41,7 @@ PACKAGES: Final = (
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",
+    "ncnn",
     "tensorrt-cu13",
     "tensorrt-cu12",
     "tensorrt-rtx",
@@ -191,7 +192,14 @@ def run_backends(packages: Installed, driver: Driver) -> Iterator[Finding]:
     log.setLevel(logging.WARNING)  # the engines that are built here are of no interest to anybody
     try:
         with gaussian.onnx_model() as model:
-            for look in (_on_onnxruntime, _on_openvino, _on_onnxruntime_cuda, _on_tensorrt, _on_tensorrt_rtx):
+            for look in (
+                _on_onnxruntime,
+                _on_openvino,
+                _on_ncnn,
+                _on_onnxruntime_cuda,
+                _on_tensorrt,
+                _on_tensorrt_rtx,
+            ):
                 yield look(model, packages, driver)
     finally:
         log.setLevel(level)
@@ -212,6 +220,14 @@ def _on_openvino(model: ModelFile, packages: Installed, driver: Driver) -> Findi
         return Finding(name, "absent", "is not installed", pip_install("openvino", "openvino"))
     mend = "pip install --force-reinstall openvino"
     return _chain_finding(name, mend, lambda: load_network(model, backend="openvino"))
+
+
+def _on_ncnn(model: ModelFile, packages: Installed, driver: Driver) -> Finding:
+    """It runs the same model in a file of its own kind."""
+    if "ncnn" not in packages:
+        return Finding("ncnn", "absent", "is not installed", pip_install("ncnn", "ncnn"))
+    with gaussian.ncnn_model() as own:
+        return _chain_finding("ncnn", "pip install --force-reinstall ncnn", lambda: load_network(own))
 
 
 def _on_onnxruntime_cuda(model: ModelFile, packages: Installed, driver: Driver) -> Finding:

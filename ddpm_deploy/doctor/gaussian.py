@@ -87,3 +87,10 @@ def onnx_model() -> Iterator[ModelFile]:
     """
     with resources.as_file(resources.files("ddpm_deploy.doctor").joinpath("gaussian.onnx")) as path:
         yield open_model(path)
+
+
+@contextmanager
+def ncnn_model() -> Iterator[ModelFile]:
+    """The same as a .ncnn file, which tests/golden/gaussian.py made of it."""
+    with resources.as_file(resources.files("ddpm_deploy.doctor").joinpath("gaussian.ncnn")) as path:
+        yield open_model(path)

@@ -1,4 +1,4 @@
-"""Makes ddpm_deploy/doctor/gaussian.onnx: python -m tests.golden.gaussian"""
+"""Makes ddpm_deploy/doctor/gaussian.onnx and gaussian.ncnn: python -m tests.golden.gaussian"""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ddpm_deploy.doctor import gaussian
+from ddpm_deploy.export.ncnn import write_ncnn
 from ddpm_deploy.spec import SPEC_KEY, Tensor
 
 FILE = Path(gaussian.__file__).with_name("gaussian.onnx")
@@ -77,3 +78,4 @@ def _value(tensor: Tensor) -> Any:
 if __name__ == "__main__":
     onnx.checker.check_model(model(), full_check=True)
     onnx.save(model(), FILE)
+    write_ncnn(onnx.load(FILE), gaussian.SPEC, FILE.with_suffix(".ncnn"))
