@@ -16,7 +16,7 @@ from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
 
 Feeds = dict[str, Array]
-BLOCK: Final = 16  # steps: as many as noise and rows are looked up for at once, at the most
+BLOCK: Final = 64  # steps: noise is made for so many at once, at the most
 PEAK: Final = 2048  # rows and columns of the matrices that the machine's peak is measured by
 
 
