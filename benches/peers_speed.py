@@ -162,6 +162,12 @@ def main() -> None:
         peaks = _peaks()
         for case in CASES:
             entries += _measured(case, _files(case.preset, Path(folder)))
+            _write(entries, peaks)  # what was measured stands, whatever becomes of the next
+    print(f"wrote {PAGE}, speed.png and speed.json")
+
+
+def _write(entries: Sequence[Entry], peaks: dict[str, float]) -> None:
+    """Write the page, the picture and the figures."""
     content = {
         "machine": machine(PACKAGES),
         "gflops": peaks,
@@ -170,7 +176,6 @@ def main() -> None:
     (DOCS / "speed.json").write_text(json.dumps(content, indent=1) + "\n")
     _write_picture(entries, DOCS / "speed.png")
     write_section(_page(entries, peaks))
-    print(f"wrote {PAGE}, speed.png and speed.json")
 
 
 def _files(preset: str, folder: Path) -> dict[str, Path]:
@@ -296,7 +301,7 @@ def _noise(entries: Sequence[Entry]) -> str:
 
 def _table(entries: Sequence[Entry]) -> str:
     """A row for each contestant, a column for each network and batch."""
-    columns = [(case.preset, batch) for case in CASES for batch in case.batches]
+    columns = _columns(entries)
     head = [
         "",
         *(f"{preset}, batch {batch}" for preset, batch in columns),
@@ -304,7 +309,7 @@ def _table(entries: Sequence[Entry]) -> str:
         "memory",
         "installed",
     ]
-    large = max(CASES, key=lambda case: len(case.batches)).preset
+    large = max((entry.case for entry in entries), key=lambda case: len(case.batches)).preset
     lines = [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
     for kind in KINDS:
         mine = {entry.case.preset: entry for entry in entries if entry.kind is kind}
@@ -319,6 +324,13 @@ def _table(entries: Sequence[Entry]) -> str:
         f"- {entry.kind.name}, {entry.case.preset}: {entry.problem}" for entry in entries if entry.problem
     ]
     return "\n".join([*lines, "", *problems, ""]) + ("\n" if problems else "")
+
+
+def _columns(entries: Sequence[Entry]) -> list[tuple[str, int]]:
+    """The networks and batch sizes that were timed."""
+    return list(
+        dict.fromkeys((entry.case.preset, batch) for entry in entries for batch in entry.case.batches)
+    )
 
 
 def _time(entry: Entry, batch: int) -> str:
@@ -417,7 +429,7 @@ def _parts(entries: Sequence[Entry]) -> str:
 def _write_picture(entries: Sequence[Entry], path: Path) -> None:
     """Bars of milliseconds a step, a panel for each network and batch; ours in colour."""
     figure = require("matplotlib.figure", "plot").Figure(figsize=(10, 6.5), layout="constrained")
-    panels = [(case.preset, batch) for case in CASES for batch in case.batches]
+    panels = _columns(entries)
     axes = figure.subplots(2, -(-len(panels) // 2)).flat
     for axis, (preset, batch) in zip(axes, panels, strict=False):
         shown = [entry for entry in entries if entry.case.preset == preset and batch in entry.times]
