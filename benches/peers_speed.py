@@ -430,7 +430,7 @@ def _write_picture(entries: Sequence[Entry], path: Path) -> None:
     """Bars of milliseconds a step, a panel for each network and batch; ours in colour."""
     figure = require("matplotlib.figure", "plot").Figure(figsize=(10, 6.5), layout="constrained")
     panels = _columns(entries)
-    axes = figure.subplots(2, -(-len(panels) // 2)).flat
+    axes = list(figure.subplots(2, -(-len(panels) // 2)).flat)
     for axis, (preset, batch) in zip(axes, panels, strict=False):
         shown = [entry for entry in entries if entry.case.preset == preset and batch in entry.times]
         shown.sort(key=lambda entry: -entry.milliseconds(batch))
@@ -443,7 +443,7 @@ def _write_picture(entries: Sequence[Entry], path: Path) -> None:
         axis.tick_params(labelsize=7)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=120)
 

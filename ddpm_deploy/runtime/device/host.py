@@ -137,7 +137,7 @@ class NoiseAhead:
         take, this one among them; for no more is noise made.
         """
         if slots is not self._slots or self._taken == self._ready:
-            self._make_ready(slots, draws, min(steps, self._steps))
+            self._make_ready(slots, draws, min(steps, self._noise.window(len(slots))))
         step, self._taken = self._taken, self._taken + 1
         if self._together:
             first = slots[0]
