@@ -1,23 +1,20 @@
 """Run the benchmarks and write docs/benchmarks.md."""
 
 import datetime
-import platform
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 from benches import chain, memory, parity, process, training
 from benches.models import export_preset
+from benches.page import PAGE, machine, write_head
 from benches.table import HEAD, Row
-from ddpm_deploy.machine import cpu_threads
 
-DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PACKAGES = ("numpy", "onnxruntime", "torch", "diffusers")
 
 INTRODUCTION = """\
 # Benchmarks
 
-Made by `make bench` (`python -m benches`) on {date}: {machine}, Python {python}, {packages}.
+Made by `make bench` (`python -m benches`) on {date}: {machine}.
 Random weights of the presets' networks: time does not depend on them. What is compared runs in one process, in
 turn, in blocks of {block} steps; a ratio is of medians, with the smallest and largest ratio of two neighbouring
 blocks after it. Nothing here was run on a GPU.
@@ -34,8 +31,7 @@ def main() -> None:
             process.measure(models),
             memory.measure(export_preset("small", Path(name), image_size=(64, 64))),
             parity.measure(),
-            chain.measure(models["digits"], batch=16, limit=0.04, peers=False),
-            chain.measure(models["cifar10"], batch=1, limit=0.01, peers=True),
+            chain.measure(models["cifar10"], batch=1),
             [chain.learned_variance(models["digits"], batch=16, limit=0.01)],
             [chain.learned_variance(models["cifar10"], batch=1, limit=0.01)],
             chain.admission(models["cifar10"]),
@@ -46,26 +42,17 @@ def main() -> None:
             for row in group:
                 print(row.markdown(), flush=True)
                 rows.append(row)
-    DOCS.write_text(_page(rows))
-    print(f"wrote {DOCS}")
+    write_head(_page(rows))
+    print(f"wrote {PAGE}")
 
 
 def _page(rows: list[Row]) -> str:
     introduction = INTRODUCTION.format(
         date=datetime.date.today().isoformat(),
-        machine=f"{cpu_threads()} cores of {_cpu()}",
-        python=platform.python_version(),
-        packages=", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES),
+        machine=machine(PACKAGES),
         block=chain.BLOCK,
     )
     return introduction + HEAD + "".join(row.markdown() + "\n" for row in rows)
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""The chain against the network alone, and against the same chain elsewhere."""
+"""What a chain adds to its network: each solver's step, a learned variance, a start."""
 
-import copy
 import statistics
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import numpy as np
 import onnxruntime
-import torch
 
-from benches.models import Model, diffusers_pipeline
+from benches.models import Model
 from benches.table import Row
 from benches.timing import ROUNDS, Block, interleave, median, ratio
 from ddpm_deploy.machine import cpu_threads
@@ -22,53 +20,15 @@ from ddpm_deploy.runtime.network import HostNetwork
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import DEFAULT_CHAIN, ChainSettings
-from ddpm_deploy.train.network import TorchNetwork
 from ddpm_deploy.words import SOLVERS
 
 BLOCK: Final = 8  # steps in a row, before the next candidate's turn
 
 
-class _Timed(OrtNetwork):
-    """ONNX Runtime, adding up the time spent in it."""
-
-    seconds = 0.0
-
-    def enqueue(self, bucket: int) -> None:
-        """The network, timed."""
-        start = time.perf_counter()
-        super().enqueue(bucket)
-        self.seconds += time.perf_counter() - start
-
-
-def measure(model: Model, *, batch: int, limit: float, peers: bool) -> Iterator[Row]:
+def measure(model: Model, *, batch: int) -> Iterator[Row]:
     """Rows for one network at one batch size."""
-    label = f"{model.name}, batch {batch}"
-    yield _outside(model, batch, limit, label)
-    blocks = {
-        "ours": _chain_block(OrtNetwork(open_model(model.onnx), max_batch=batch), batch),
-        "bare": _bare_block(model, batch),
-    }
-    times = interleave(blocks, BLOCK)
-    yield Row(f"{label}: our chain ÷ bare ONNX Runtime calls", ratio(times["ours"], times["bare"]))
-    yield Row(f"{label}: a step of our chain", f"{median(times['ours']) * 1e3:.1f} ms")
-    if peers:
-        yield from _against_peers(model, batch, label)
-        yield from _against_one_another(model, batch, label)
-        yield _building(model)
-
-
-def _outside(model: Model, batch: int, limit: float, label: str) -> Row:
-    """Time outside the network ÷ time in it, over whole blocks: the median, which noise in the network spares."""
-    timed = _Timed(open_model(model.onnx), max_batch=batch)
-    block = _chain_block(timed, batch)
-    shares = []
-    for _ in range(ROUNDS):
-        timed.seconds, start = 0.0, time.perf_counter()
-        block()
-        shares.append((time.perf_counter() - start - timed.seconds) / timed.seconds)
-    share = statistics.median(shares)
-    spread = f"{share:.2%} ({min(shares):.2%} … {max(shares):.2%})"
-    return Row(f"{label}: time outside the network ÷ in it", spread, f"≤ {limit:.0%}", share <= limit)
+    yield from _against_one_another(model, batch, f"{model.name}, batch {batch}")
+    yield _building(model)
 
 
 class _Still(HostNetwork):
@@ -116,30 +76,6 @@ def admission(model: Model, slots: int = 64) -> Iterator[Row]:
         label = f"{model.name}: starting an image in the dearest of {slots} slots, and a step ÷ in slot 0, {where}"
         cost = f"{ratio_to_first:.2f} ({medians[0] * 1e3:.2f} ms)"
         yield Row(label, cost, "≤ 1.5", ratio_to_first <= 1.5)
-
-
-def _against_peers(model: Model, batch: int, label: str) -> Iterator[Row]:
-    ours = _chain_block(OrtNetwork(open_model(model.onnx), max_batch=batch), batch)
-    contiguous = _chain_block(TorchNetwork(model.network, model.spec, max_batch=batch), batch)
-    channels_last = copy.deepcopy(model.network)
-    for parameter in channels_last.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    blocks = {
-        "ours": ours,
-        "torch": contiguous,
-        "torch channels-last": _chain_block(TorchNetwork(channels_last, model.spec, max_batch=batch), batch),
-        "diffusers": _diffusers_block(model, batch),
-    }
-    times = interleave(blocks, BLOCK)
-    eager = min(times["torch"], times["torch channels-last"], key=median)
-    for name, peer, wanted in (
-        ("PyTorch eager", eager, 1.2),
-        ("diffusers' DDPMPipeline", times["diffusers"], 1.35),
-    ):
-        times_as_long = median(peer) / median(times["ours"])
-        met = times_as_long >= wanted
-        yield Row(f"{label}: {name} ÷ our chain", ratio(peer, times["ours"]), f"≥ {wanted}", met)
 
 
 def _against_one_another(model: Model, batch: int, label: str) -> Iterator[Row]:
@@ -204,14 +140,5 @@ def _bare_block(model: Model, batch: int) -> Block:
     def block() -> None:
         for _ in range(BLOCK):
             session.run(None, feeds)
-
-    return block
-
-
-def _diffusers_block(model: Model, batch: int) -> Block:
-    pipeline: Any = diffusers_pipeline(model)
-
-    def block() -> None:
-        pipeline(batch_size=batch, num_inference_steps=BLOCK, output_type="np")
 
     return block

@@ -59,7 +59,7 @@ def _against_peers(model: Model, batch: int, label: str) -> Iterator[Row]:
 
         return run
 
-    pipeline = diffusers_pipeline(model).to("cuda", torch.float16)
+    pipeline = diffusers_pipeline(model.spec).to("cuda", torch.float16)
     with Sampler.load(model.onnx, device="cuda", max_batch=batch) as sampler:
         blocks = {
             "ours": lambda: sampler.sample(batch, steps=STEPS, seed=0),

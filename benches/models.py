@@ -47,11 +47,11 @@ def random_network(name: str, image_size: tuple[int, int] | None = None) -> tupl
     return network, spec
 
 
-def diffusers_pipeline(model: Model) -> Any:
+def diffusers_pipeline(spec: ModelSpec) -> Any:
     """The same network as a diffusers user would run it: UNet2DModel in a DDPMPipeline."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    config, (channels, size, _) = model.spec.network, model.spec.image_shape
+    config, (channels, size, _) = spec.network, spec.image_shape
     assert config is not None
     levels = range(len(config.widths))
     kinds = ["Attn" if level in config.attention_levels else "" for level in levels]

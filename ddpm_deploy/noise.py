@@ -74,7 +74,8 @@ _LOW, _HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)
 # The scratch of one tile (0.4 MB) stays within a core's L2 cache, whatever the size of the images.
 _TILE_BLOCKS: Final = 1024
 # What is made in one call at the most, unless one step takes more.
-_WINDOW_BLOCKS: Final = 4096
+_WINDOW_BLOCKS: Final = 16384
+_WINDOW_STEPS: Final = 64
 
 
 def _round_keys(key: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -215,16 +216,21 @@ class AddressedNoise:
     """The addressed noise of up to `slots` samples of `elements` numbers, in scratch allocated once.
 
     width: numbers that a sample's noise takes in memory: elements, in whole Philox blocks. lookahead: steps whose
-    noise is best made in one call. NumPy's cost of a call is paid once for them all, which counts for small images.
+    noise is best made in one call, for one sample (`window`: for several). NumPy's cost of a call is paid once for
+    them all, which counts for small images.
     """
 
     def __init__(self, slots: int, elements: int) -> None:
         self._blocks = -(-elements // 4)
         self.width = 4 * self._blocks
-        self.lookahead = max(1, _WINDOW_BLOCKS // (slots * self._blocks))
+        self.lookahead = self.window(1)
         self._keys = np.zeros((ROUNDS, 2, slots, 1), np.uint32)
         self._samples = np.zeros((2, slots, 1), np.uint64)  # sample low, sample high
         self._tiles: dict[tuple[int, ...], _Tile] = {}
+
+    def window(self, slots: int) -> int:
+        """Steps whose noise is best made in one call, for so many samples at once."""
+        return min(_WINDOW_STEPS, max(1, _WINDOW_BLOCKS // (slots * self._blocks)))
 
     def assign(self, slots: slice, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
         """Say whose noise these slots make from now on: sample `indices` (k,) of the `seeds` (k,)."""

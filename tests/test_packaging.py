@@ -21,8 +21,15 @@ ROOT = Path(__file__).parent.parent
 MODULES = [
     "__init__",
     "arrays",
+    "bench/__init__",
+    "bench/candidates",
+    "bench/measure",
+    "bench/process",
+    "bench/worker",
     "cli/__init__",
+    "cli/bench",
     "cli/bodies/__init__",
+    "cli/bodies/bench",
     "cli/bodies/chain",
     "cli/bodies/doctor",
     "cli/bodies/engine",
@@ -229,8 +236,8 @@ def test_running_never_imports_torch(onnx_path: Path, tmp_path: Path) -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    """core ← engine ← runtime ← train ← importers ← export, doctor ← cli: a stage imports what stands before it."""
-    order = ["core", "engine", "runtime", "train", "importers", "export", "doctor", "cli"]
+    """core ← engine ← runtime ← train ← importers ← export, doctor, bench ← cli: a stage imports what is before it."""
+    order = ["core", "engine", "runtime", "train", "importers", "export", "doctor", "bench", "cli"]
     for path in (ROOT / "ddpm_deploy").rglob("*.py"):
         parts = path.relative_to(ROOT / "ddpm_deploy").parts
         stage = parts[0] if len(parts) > 1 else "core"

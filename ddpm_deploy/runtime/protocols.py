@@ -148,6 +148,8 @@ def runs_of(slots: Slots) -> list[slice]:
     """Ascending slots as slices, one for each run of neighbours."""
     if not len(slots):
         return []
+    if int(slots[-1] - slots[0]) == len(slots) - 1:
+        return [slice(int(slots[0]), int(slots[-1]) + 1)]
     breaks = np.flatnonzero(np.diff(slots) != 1) + 1
     return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(slots, breaks)]
 

@@ -30,7 +30,9 @@ from ddpm_deploy.solvers import (
 
 # What the host adds to a row: w = v·QUARTER + BASE is the exponent of a learned variance, where LEARNS is not 0.
 QUARTER, BASE, LEARNS = range(len(COLUMNS), len(COLUMNS) + 3)
-_ZERO, _QUARTER, _HALF = np.array([0.0, 0.25, 0.5], np.float32)
+_QUARTER, _HALF = np.array([0.25, 0.5], np.float32)
+# An array without axes: NumPy would convert a number anew at every call.
+_ZERO: Final = np.array(0.0, np.float32)
 _LOOK_AHEAD: Final = 16  # steps whose rows are looked up at once
 
 
@@ -83,7 +85,9 @@ class NoiseAhead:
     def __init__(self, slots: int, elements: int) -> None:
         self._noise = AddressedNoise(slots, elements)
         self._steps, self._elements = self._noise.lookahead, elements
-        self._ahead = np.empty((slots, self._steps, self._noise.width), np.float32)
+        # By step and slot, so that a step's noise of neighbours is one piece of memory.
+        self._ahead = np.empty((self._steps, slots, self._noise.width), np.float32)
+        self._made = np.empty((self._steps * slots, self._noise.width), np.float32)  # by slot and step
         self._left = np.zeros(slots, np.int64)  # steps whose noise is made and not used
         self._gathered = np.empty((slots, self._noise.width), np.float32)
         # The slots that asked last, the place of their noise at that time, whether it is one place for neighbours, how
@@ -108,14 +112,14 @@ class NoiseAhead:
     def give(self, slots: Slots, noise: Array) -> None:
         """Use this noise, (k, elements), for the next step."""
         self._settle()
-        self._ahead[slots, -1, : self._elements] = noise
+        self._ahead[-1, slots, : self._elements] = noise
         self._left[slots] = 1
 
     def move(self, source: int, target: int) -> None:
         """Let a slot have what another has."""
         self._settle()
         self._noise.move(source, target)
-        self._ahead[target], self._left[target] = self._ahead[source], self._left[source]
+        self._ahead[:, target], self._left[target] = self._ahead[:, source], self._left[source]
 
     def skip(self, slots: Slots) -> None:
         """Take a step without noise."""
@@ -126,28 +130,33 @@ class NoiseAhead:
         left = self._left[slots]
         self._left[slots] = left - (left > 0)
 
-    def take(self, slots: Slots, draws: Callable[[slice, int], NDArray[np.int64]]) -> Array:
+    def take(self, slots: Slots, draws: Callable[[slice, int], NDArray[np.int64]], steps: int) -> Array:
         """The noise of slots for their next step, (k, elements): memory that the next call reuses.
 
-        draws(run, steps): the numbers of the next draws of a run of slots, (k, steps).
+        draws(run, steps): the numbers of the next draws of a run of slots, (k, steps). steps: that all of them are to
+        take, this one among them; for no more is noise made.
         """
         if slots is not self._slots or self._taken == self._ready:
-            self._make_ready(slots, draws)
+            self._make_ready(slots, draws, min(steps, self._noise.window(len(slots))))
         step, self._taken = self._taken, self._taken + 1
         if self._together:
             first = slots[0]
-            return self._ahead[first : first + len(slots), self._place[0] + step, : self._elements]
-        ahead, gathered = self._ahead.reshape(-1, self._ahead.shape[2]), self._gathered[: len(slots)]
-        np.take(ahead, slots * self._steps + self._place + step, axis=0, out=gathered, mode="clip")
+            return self._ahead[self._place[0] + step, first : first + len(slots), : self._elements]
+        _, every, width = self._ahead.shape
+        ahead, gathered = self._ahead.reshape(-1, width), self._gathered[: len(slots)]
+        np.take(ahead, (self._place + step) * every + slots, axis=0, out=gathered, mode="clip")
         return gathered[:, : self._elements]
 
-    def _make_ready(self, slots: Slots, draws: Callable[[slice, int], NDArray[np.int64]]) -> None:
-        """Make the noise of those that have none left."""
+    def _make_ready(self, slots: Slots, draws: Callable[[slice, int], NDArray[np.int64]], steps: int) -> None:
+        """Make the noise of those that have none left, for the last of the places that there are."""
         self._settle()
         left = self._left[slots]
         for run in runs_of(slots[left == 0]):
-            self._noise.fill(run, draws(run, self._steps), self._ahead[run])
-        left[left == 0] = self._steps
+            count = run.stop - run.start
+            made = self._made[: count * steps].reshape(count, steps, -1)
+            self._noise.fill(run, draws(run, steps), made)
+            self._ahead[self._steps - steps :, run] = made.swapaxes(0, 1)
+        left[left == 0] = steps
         self._left[slots] = left
         self._slots, self._place, self._ready = slots, self._steps - left, int(left.min())
         neighbours = int(slots[-1] - slots[0]) == len(slots) - 1
@@ -161,8 +170,11 @@ class _Plan:
     runs: their runs of neighbours, each with its part of arrays that hold these slots alone. pairs: the same of the
     guided ones, each with the slots of its partners. scale: of each guided one, (slots, 1). steps: until the first of
     them ends. taken: steps since then, which the stepper's own row pointers do not know yet.
-    rows, temb, noisy, learns: of the next _LOOK_AHEAD steps from `since` on, looked up at once: (steps, slots,
-    columns), (steps, slots, D), whether a step has noise, and whether every slot's variance is learned in it.
+    x, x0, out: of these slots, (slots, C·H·W): the memory itself, or where `gathers`, memory of the stepper's for what
+    lies apart or is blended.
+    rows, temb, noisy, learns: of the next _LOOK_AHEAD steps from `since` on, looked up at once: (columns, slots, 1)
+    each, or (columns,) where all slots are at the same row; (steps, slots, D), whether a step has noise, and whether
+    every slot's variance is learned in it.
     """
 
     slots: Slots
@@ -170,9 +182,13 @@ class _Plan:
     pairs: list[tuple[slice, slice]]
     scale: Array
     steps: int
+    x: Array
+    x0: Array
+    out: Array
+    gathers: bool
     taken: int = 0
     since: int = 0
-    rows: Array = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
+    rows: list[Array] = field(default_factory=list)
     temb: Array = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
     noisy: list[bool] = field(default_factory=list)
     learns: list[bool] = field(default_factory=list)
@@ -194,13 +210,13 @@ class HostStepper:
         self._rows[0, : len(COLUMNS)] = IDENTITY
         self._row, self._end = np.full(slots, IDLE), np.full(slots, IDLE)
         self._partner, self._scale = np.full(slots, -1), np.ones((slots, 1), np.float32)
-        self._broken = np.zeros(slots, bool)
         self._ahead = NoiseAhead(slots, elements)
         # The rows and embeddings of the plan's slots, for some steps.
         self._rows_ahead = np.empty(_LOOK_AHEAD * slots * self._rows.shape[1], np.float32)
         self._temb_ahead = np.empty(_LOOK_AHEAD * self._temb[:slots].size, np.float32)
-        self._zeros = np.zeros(self._prediction[:slots].size, np.float32)
         self._x0 = np.zeros((slots, elements), np.float32)
+        # The sum of 0·x̂0 over a chain, before an infinity is clipped away: 0, or NaN where one was not finite.
+        self._doubt = np.zeros((slots, elements), np.float32)
         # Arrays that hold the plan's slots alone, where they are not neighbours, and what terms are computed in.
         self._gathered = np.empty((4, slots, elements), np.float32)
         self._scratch = np.empty((slots, elements), np.float32)
@@ -219,6 +235,7 @@ class HostStepper:
         self._uses_previous |= bool(rows[:, F].any())
         self._uses_prediction |= bool(rows[:, G].any())
         if place[:, LEARNS].any() and not self._exponential:
+            self._settle()  # a plan has not looked up what is of a learned variance
             self._exponential = Exponential(*self._x0.shape)
 
     def assign(self, slots: Slots, records: NDArray[np.void]) -> None:
@@ -226,14 +243,14 @@ class HostStepper:
         self._settle()
         self._row[slots], self._end[slots] = records["row"], records["end"]
         self._partner[slots], self._scale[slots, 0] = records["partner"], records["scale"]
-        self._broken[slots] = False
+        self._doubt[slots] = 0
         self._ahead.assign(slots, records["seed"], records["index"])
 
     def begin(self, slots: Slots, noise: Array | None) -> None:
         """x_T is written, not computed by the START row: 0·NaN would keep a slot broken that once was."""
         self._settle()
         if noise is None:
-            noise = self._ahead.take(slots, self._draws)
+            noise = self._ahead.take(slots, self._draws, int((self._end[slots] - self._row[slots]).min()))
         self._x0[slots] = 0
         self._set(slots, noise)
         self._row[slots] += 1
@@ -263,7 +280,8 @@ class HostStepper:
         """Let a slot take another's place."""
         self._settle()
         inputs = [self._memory[tensor.name] for tensor in self._network.spec.inputs]
-        for array in (*inputs, self._x0, self._row, self._end, self._partner, self._scale, self._broken):
+        rows = self._x0, self._doubt, self._row, self._end, self._partner, self._scale
+        for array in (*inputs, *rows):
             array[target] = array[source]
         self._ahead.move(source, target)
         self._row[source] = IDLE
@@ -278,10 +296,9 @@ class HostStepper:
     def step(self, bucket: int) -> None:
         """The network, then the update."""
         plan = self._plan or self._planned()
-        self._network.enqueue(bucket)
-        with np.errstate(
-            invalid="ignore", over="ignore"
-        ):  # of a slot that is broken, which is told by `broken`
+        # Of a slot that is broken `broken` tells. Entered before the network, which leaves the caches to nobody.
+        with np.errstate(invalid="ignore", over="ignore"):
+            self._network.enqueue(bucket)
             self._update(plan)
         plan.taken += 1
         if plan.taken == plan.steps:
@@ -296,7 +313,13 @@ class HostStepper:
         partners = self._partner[slots[guided]]
         steps = int((self._end[slots] - self._row[slots]).min())
         runs, pairs = _pairs(np.arange(len(slots)), slots), _pairs(guided, partners)
-        self._plan = _Plan(slots, runs, pairs, self._scale[slots], steps)
+        x, x0, out = self._gathered[:3, : len(slots)]
+        gathers = len(runs) > 1 or bool(pairs)
+        if len(runs) == 1:
+            x, x0 = self._x[runs[0][1]], self._x0[runs[0][1]]
+        if not gathers:
+            out = self._prediction[runs[0][1], : self._x.shape[1]]
+        self._plan = _Plan(slots, runs, pairs, self._scale[slots], steps, x, x0, out, gathers)
         self._look_ahead(self._plan)
         self._show(self._plan)
         return self._plan
@@ -306,13 +329,17 @@ class HostStepper:
         count = len(plan.slots)
         rows = self._row[plan.slots] + plan.taken + np.arange(_LOOK_AHEAD)[:, None]
         plan.since = plan.taken
-        plan.rows = self._rows_ahead[: rows.size * self._rows.shape[1]].reshape(_LOOK_AHEAD, count, -1)
+        found = self._rows_ahead[: rows.size * self._rows.shape[1]].reshape(_LOOK_AHEAD, count, -1)
         plan.temb = self._temb_ahead[: rows.size * self._temb.shape[1]].reshape(_LOOK_AHEAD, count, -1)
         # mode="clip" writes straight into `out`.
-        np.take(self._rows, rows, axis=0, out=plan.rows, mode="clip")
-        np.take(self._embedding, plan.rows[..., T].astype(np.intp), axis=0, out=plan.temb, mode="clip")
-        plan.noisy = [bool(rows.any()) for rows in plan.rows[..., E]]
-        plan.learns = [bool(rows.all()) for rows in plan.rows[..., LEARNS]]
+        np.take(self._rows, rows, axis=0, out=found, mode="clip")
+        np.take(self._embedding, found[..., T].astype(np.intp), axis=0, out=plan.temb, mode="clip")
+        # Slots that are at one row, as those are that started together, need no axis of slots, which is quicker.
+        together = len(set(rows[0].tolist())) == 1
+        plan.rows = list(found[:, 0] if together else found.transpose(0, 2, 1)[..., None])
+        plan.noisy = [any(column) for column in found[..., E].tolist()]
+        if self._exponential:
+            plan.learns = [all(column) for column in found[..., LEARNS].tolist()]
 
     def _show(self, plan: _Plan) -> None:
         """Write the embedding of each slot's next timestep, for its partner too."""
@@ -326,23 +353,29 @@ class HostStepper:
         """x ← x', x̂0, of the plan's slots, by the rows that were looked up."""
         count = len(plan.slots)
         now = plan.taken - plan.since
-        row = plan.rows[now, :, :, None]  # (k, columns, 1)
-        x, x0, out = self._rows_of(plan, self._x, 0), self._rows_of(plan, self._x0, 1), self._guided(plan)
+        row = plan.rows[now]  # (columns, k, 1) or (columns,): row[A, ...] is an array either way
+        x, x0, out = plan.x, plan.x0, plan.out
         scratch, previous = self._scratch[:count], self._previous[:count]
+        if plan.gathers:
+            self._gather(plan)
         if self._uses_previous:  # before x̂0 takes its place
-            _times(x0, row[:, F], previous)
+            _times(x0, row[F, ...], previous)
 
-        np.multiply(x, row[:, A], x0)
-        np.multiply(out, row[:, B], scratch)
+        np.multiply(x, row[A, ...], x0)
+        np.multiply(out, row[B, ...], scratch)
         np.add(x0, scratch, x0)
-        np.maximum(x0, row[:, LO], out=x0)
-        np.minimum(x0, row[:, HI], out=x0)
+        np.multiply(x0, _ZERO, scratch)
+        for part, slots in plan.runs:
+            np.add(self._doubt[slots], scratch[part], self._doubt[slots])
+        np.maximum(x0, row[LO, ...], out=x0)
+        np.minimum(x0, row[HI, ...], out=x0)
 
-        np.multiply(x, row[:, D], x)
-        np.multiply(x0, row[:, C], scratch)
+        np.multiply(x, row[D, ...], x)
+        np.multiply(x0, row[C, ...], scratch)
         np.add(x, scratch, x)
         if plan.noisy[now]:
-            np.multiply(self._ahead.take(plan.slots, self._draws), row[:, E], scratch)
+            noise = self._ahead.take(plan.slots, self._draws, plan.steps - plan.taken)
+            np.multiply(noise, row[E, ...], scratch)
             if self._exponential:
                 np.multiply(scratch, self._deviation(plan, row), scratch)
             np.add(x, scratch, x)
@@ -351,64 +384,44 @@ class HostStepper:
         if self._uses_previous:
             np.add(x, previous, x)
         if self._uses_prediction:
-            _times(out, row[:, G], scratch)
+            _times(out, row[G, ...], scratch)
             np.add(x, scratch, x)
         # -0 becomes +0, so that a term with a zero coefficient may as well not be computed.
         np.add(x, _ZERO, x)
-        self._watch_over(plan, x, out, row)
         if len(plan.runs) > 1:
             for part, slots in plan.runs:
                 self._x[slots], self._x0[slots] = x[part], x0[part]
         for part, slots in plan.pairs:
             self._x[slots] = x[part]
 
-    def _rows_of(self, plan: _Plan, memory: Array, place: int) -> Array:
-        """The plan's rows of some memory: themselves where they are neighbours, else a copy of them."""
-        if len(plan.runs) == 1:
-            return memory[plan.runs[0][1]]
-        gathered = self._gathered[place, : len(plan.slots)]
-        for part, slots in plan.runs:
-            gathered[part] = memory[slots]
-        return gathered
-
-    def _guided(self, plan: _Plan) -> Array:
-        """What the network predicts, where guided out(none) + scale·(out(y) - out(none)) (Ho & Salimans 2022)."""
+    def _gather(self, plan: _Plan) -> None:
+        """Copy what of the plan's slots lies apart, and blend what the network predicts for those that are guided:
+        out(none) + scale·(out(y) - out(none)) (Ho & Salimans 2022)."""
         prediction = self._prediction[:, : self._x.shape[1]]
-        out = self._rows_of(plan, prediction, 2)
-        if plan.pairs and len(plan.runs) == 1:  # the network's own memory, which stays as it is
-            gathered = self._gathered[2, : len(plan.slots)]
-            np.copyto(gathered, out)
-            out = gathered
+        for part, slots in plan.runs:
+            plan.out[part] = prediction[slots]
+            if len(plan.runs) > 1:
+                plan.x[part], plan.x0[part] = self._x[slots], self._x0[slots]
         for part, partners in plan.pairs:
-            without = prediction[partners]
-            np.subtract(out[part], without, out[part])
-            np.multiply(out[part], plan.scale[part], out[part])
-            np.add(out[part], without, out[part])
-        return out
+            out, without = plan.out[part], prediction[partners]
+            np.subtract(out, without, out)
+            np.multiply(out, plan.scale[part], out)
+            np.add(out, without, out)
 
     def _deviation(self, plan: _Plan, row: Array) -> Array:
         """s of the rule, (k, C·H·W), in memory of its own."""
         assert self._exponential
-        w = self._gathered[3, : len(plan.slots)]
-        for part, slots in plan.runs:
-            np.multiply(self._prediction[slots, self._x.shape[1] :], row[part, QUARTER], w[part])
-        np.add(w, row[:, BASE], w)
+        w, learned = self._gathered[3, : len(plan.slots)], self._prediction[:, self._x.shape[1] :]
+        v = learned[plan.runs[0][1]] if len(plan.runs) == 1 else w
+        if v is w:
+            for part, slots in plan.runs:
+                w[part] = learned[slots]
+        np.multiply(v, row[QUARTER, ...], w)
+        np.add(w, row[BASE, ...], w)
         if not plan.learns[plan.taken - plan.since]:
-            w[row[:, LEARNS, 0] == 0] = 0  # whatever v was: 0 times an infinity would be NaN
+            _clear(w, row[LEARNS, ...])  # whatever v was: 0 times an infinity would be NaN
         self._exponential.apply(w)
         return w
-
-    def _watch_over(self, plan: _Plan, x: Array, out: Array, row: Array) -> None:
-        """Mark the slots whose x, or prediction where it is read, is not finite: an infinity may be clipped away.
-
-        Zero times what is not finite is NaN, so one product with zeros tells whether there is any.
-        """
-        said = self._prediction[plan.runs[0][1]] if len(plan.runs) == 1 else out
-        if all(np.dot(numbers.ravel(), self._zeros[: numbers.size]) == 0 for numbers in (x, said)):
-            return
-        finite = np.isfinite(x).all(axis=1)
-        finite &= np.isfinite(out).all(axis=1) | (row[:, B, 0] == 0)
-        self._broken[plan.slots[~finite]] = True
 
     def _draws(self, run: slice, steps: int) -> NDArray[np.int64]:
         """The draws of a run of slots from their next step on: t + 1. Past a chain's end they are never used."""
@@ -418,8 +431,8 @@ class HostStepper:
         return timesteps.astype(np.int64) + 1
 
     def broken(self, slots: Slots) -> NDArray[np.bool_]:
-        """Which slots had numbers that were not finite."""
-        broken: NDArray[np.bool_] = self._broken[slots]
+        """Which slots had numbers that were not finite: one in x stays so in all steps to come."""
+        broken: NDArray[np.bool_] = ~np.isfinite(self._doubt[slots] + self._x[slots]).all(axis=1)
         return broken
 
     def x(self, part: slice) -> Array:
@@ -442,10 +455,15 @@ class HostStepper:
 
 
 def _times(values: Array, coefficient: Array, out: Array) -> None:
-    """out ← values·coefficient (k, 1); a coefficient of zero makes zero, also of an infinity, as no term were there."""
+    """out ← values·coefficient, (k, 1) or of all; zero makes zero, also of an infinity, as if no term were there."""
     np.multiply(values, coefficient, out)
     if not coefficient.all():
-        out[coefficient[:, 0] == 0] = 0
+        _clear(out, coefficient)
+
+
+def _clear(values: Array, coefficient: Array) -> None:
+    """Make the rows of values zero whose coefficient, (k, 1) or of all, is zero."""
+    values[np.broadcast_to(coefficient == 0, (len(values), 1))[:, 0]] = 0
 
 
 def _flat(array: Array) -> Array:
