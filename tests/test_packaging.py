@@ -227,7 +227,7 @@ def test_running_never_imports_torch(onnx_path: Path, tmp_path: Path) -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    """core ← engine ← runtime ← train ← importers ← export, doctor, serve ← cli: a stage imports what stands before it."""
+    """core ← engine ← runtime ← train ← importers ← export, doctor, serve ← cli: each imports what stands before it."""
     order = ["core", "engine", "runtime", "train", "importers", "export", "doctor", "serve", "cli"]
     for path in (ROOT / "ddpm_deploy").rglob("*.py"):
         parts = path.relative_to(ROOT / "ddpm_deploy").parts

@@ -45,7 +45,7 @@ class Status:
     """What a Batcher does at this moment, and what it has done.
 
     state: "failed" where the network did. waiting: requests none or not all of whose images have begun. running: images
-    that run. rows: of the batch that they take, of `capacity`. width: rows up to which sharing is cheap.
+    that run. rows: of the batch that they take, of `capacity`. width: rows up to which anybody joins.
     step_seconds: of a step with as many rows. steps: that were taken. submitted, refused, completed, cancelled, failed:
     requests, ever.
     """
