@@ -26,13 +26,13 @@ import numpy as np
 
 from ddpm_deploy.errors import BackendError, BusyError, DeadlineError, SettingError, one_line
 from ddpm_deploy.runtime.chain import Chain, Noise, require_runs
-from ddpm_deploy.runtime.network import not_finite, require_process, time_call
+from ddpm_deploy.runtime.network import not_finite, require_process
 from ddpm_deploy.runtime.protocols import Look, Network
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.runtime.sampler import Sampler, require_callable
 from ddpm_deploy.serve.admission import Admission, Seat, Ticket
 from ddpm_deploy.serve.handle import Handle, Job, Preview
-from ddpm_deploy.serve.pace import Pace
+from ddpm_deploy.serve.pace import Pace, time_step
 
 State = Literal["open", "draining", "closed", "failed"]
 _COUNTS: Final = ("submitted", "refused", "completed", "cancelled", "failed")
@@ -282,7 +282,7 @@ class Batcher:
         """Hold the chain, and take turns until the batcher is closed."""
         try:
             with _chain_of(model) as self._chain:
-                pace = Pace.measured(self.network, self.capacity)
+                pace = Pace.measured(self._chain, self.capacity)
                 self._admission = policy(pace, self.capacity, max_queue, self._chain.places)
                 ready.set()
                 while self._turn():
@@ -453,7 +453,7 @@ class Batcher:
                 self._admission.withdraw(job.ticket, time.perf_counter())
             self._end(job, _failed(error))
         self._chain.clear()
-        time_call(self.network, 1)
+        time_step(self._chain, 1)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.runtime.network import bucket_of, bucket_sizes, time_call
+from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.runtime.network import bucket_of, bucket_sizes
 from ddpm_deploy.runtime.protocols import Network
+from ddpm_deploy.runtime.request import Request
 
 _SECONDS: Final = (
     1.0  # of measuring, when it starts; what is not measured by then is drawn on in a straight line
@@ -40,8 +42,9 @@ class Pace:
         self._level()
 
     @classmethod
-    def measured(cls, network: Network, capacity: int) -> Self:
-        """Of a network that nobody uses, in about a second, and two calls at least."""
+    def measured(cls, chain: Chain, capacity: int) -> Self:
+        """Of a chain that nobody uses, in about a second, and a size or two at least."""
+        network = chain.network
         on_host = network.device.is_host
         sizes = bucket_sizes(1, capacity) if on_host else sorted({*_buckets(network, capacity), capacity})
         seconds: list[float] = []
@@ -51,7 +54,7 @@ class Pace:
                 slope = (seconds[-1] - seconds[-2]) / (sizes[len(seconds) - 1] - sizes[len(seconds) - 2])
                 seconds.append(seconds[-1] + slope * (size - sizes[len(seconds) - 1]))
             else:
-                seconds.append(time_call(network, size))
+                seconds.append(time_step(chain, size))
         return cls(sizes, seconds, stairs=not on_host)
 
     @property
@@ -81,6 +84,19 @@ class Pace:
 
     def _level(self) -> None:
         self._table = np.maximum.accumulate(self._raw)
+
+
+def time_step(chain: Chain, rows: int) -> float:
+    """Seconds of a step of so many images, the first of their chains: the second of two, as one warms it up."""
+    seconds = 0.0
+    for _ in range(2):
+        chain.start(np.arange(rows), Request(count=rows, seed=0).checked(chain.spec))
+        start = time.perf_counter()
+        chain.step()
+        chain.network.device.synchronize()
+        seconds = time.perf_counter() - start
+        chain.clear()
+    return seconds
 
 
 def _buckets(network: Network, capacity: int) -> list[int]:
