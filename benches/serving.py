@@ -27,7 +27,8 @@ CAPACITY: Final = 16
 SIZES: Final = (1, 2, 4, 8, 16)
 _ROUNDS, _WINDOW = 3, 5.0  # of each policy with an endless queue, and seconds
 _ARRIVALS: Final = 240
-_LONGEST: Final = 25.0  # seconds of arrivals
+_LONGEST: Final = 15.0  # seconds of arrivals: one at a time takes three times as long for them
+_WAITING: Final = 200  # requests of a queue that does not end within the window
 _SIMULATED: Final = 2000, 5  # requests, seeds
 _LOADS: Final = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 
@@ -72,7 +73,7 @@ def simulated_rows(table: NDArray[np.float64]) -> Iterator[Row]:
 
 def _endless(sampler: Sampler, policy: type[Admission]) -> tuple[float, float]:
     """Image steps a second with a queue that does not end, and the share of the time that is not the chain's own."""
-    requests = [Request(seed=i, steps=arrival.steps) for i, arrival in enumerate(traffic(1.0, 2000, 0))]
+    requests = [Request(seed=i, steps=arrival.steps) for i, arrival in enumerate(traffic(1.0, _WAITING, 0))]
     with Batcher(sampler, CAPACITY, len(requests), admission=policy) as batcher:
         spent = _timed(batcher)
         handles = [batcher.submit(request) for request in requests]
@@ -146,8 +147,10 @@ def saturation_rows(sampler: Sampler) -> Iterator[Row]:
     )
 
 
-def _serve(sampler: Sampler, policy: type[Admission], arrivals: list[Arrival]) -> NDArray[np.float64]:
-    """Seconds from each arrival to its image, in real time."""
+def _serve(
+    sampler: Sampler, policy: type[Admission], arrivals: list[Arrival]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Seconds from each arrival to its image, in real time; and s(B) as it was in that time."""
     ended = np.zeros(len(arrivals))
 
     def note(index: int) -> Any:
@@ -161,17 +164,18 @@ def _serve(sampler: Sampler, policy: type[Admission], arrivals: list[Arrival]) -
         for i, arrival in enumerate(arrivals):
             time.sleep(max(0.0, start + arrival.at - time.perf_counter()))
             batcher.submit(Request(seed=i, steps=arrival.steps)).add_done_callback(note(i))
-    return ended - start - [arrival.at for arrival in arrivals]
+    return ended - start - [arrival.at for arrival in arrivals], batcher.pace
 
 
 def latency_rows(sampler: Sampler, load: float) -> Iterator[Row]:
-    """Percentiles at one arrival rate, beside those of the simulator for the same arrivals."""
+    """Percentiles at one arrival rate, beside those of the simulator for the same arrivals and the s(B) of their time."""
     table = measure_pace(sampler)
     rate = load * saturation(table)
     arrivals = traffic(rate, min(_ARRIVALS, int(_LONGEST * rate)), seed=1)
     p95 = {}
     for name, policy in POLICIES.items():
-        real, simulated = _serve(sampler, policy, arrivals), simulate(policy, table, arrivals)
+        real, found = _serve(sampler, policy, arrivals)
+        simulated = simulate(policy, found, arrivals)
         p50, p95[name] = np.percentile(real, [50, 95])
         told = np.percentile(simulated, [50, 95])
         yield Row(

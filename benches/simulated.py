@@ -90,8 +90,8 @@ def simulate(
     admission = policy(_Known(list(sizes), [float(table[size]) for size in sizes]), len(sizes), len(arrivals))
     seconds = np.zeros(len(arrivals))
     now, came = 0.0, 0
-    while came < len(arrivals) or admission.seats:
-        if not admission.seats:
+    while came < len(arrivals) or admission.seats or admission.waiting:
+        if not (admission.seats or admission.waiting):
             now = max(now, arrivals[came].at)
         while came < len(arrivals) and arrivals[came].at <= now:
             admission.submit(Ticket(1, 1, arrivals[came].steps, owner=came), arrivals[came].at)

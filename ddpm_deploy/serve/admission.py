@@ -9,8 +9,8 @@ room counts: rows (a guided image takes two), and places for different step tabl
 turns, so that a large one gives way to a small one that comes later, and is itself never passed more than once by
 each of the others. A priority of 1 is worth `AGEING` seconds of waiting, 2 twice that: it puts a request ahead of
 others, never for ever. One request leaves an eighth of the rows to others, so that one who comes later finds room.
-Where the next needs two rows and one is free, those behind it may have that as long as they will be gone by the time
-that another row is free.
+Where the next may not join yet, those behind it may, if they will be gone when the first of those who run is: so nobody
+blocks the queue, and nobody is passed for ever.
 
 **How many at once** follows from s(B), the time of a step with B rows, since batching pays only as far as that says.
 Sharing is not free: whoever runs is slowed down from s(B) to s(B + 1) by who joins, and on a network that fills
@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddpm_deploy.errors import BusyError, DeadlineError
 from ddpm_deploy.serve.pace import Pace
@@ -106,19 +107,20 @@ class Admission:
         self._turns = itertools.count()
         self._clock = 0.0  # when all that was ever asked for would be done, one at a time
         self._look_at = 0  # the step at which to look again
-        self._sizes = np.arange(1, self.capacity + 1)
+        self._table: NDArray[np.float64] | None = None  # of which the limits are
+        self._limits = 1, 1
 
-    @property
-    def useful(self) -> int:
-        """Rows beyond which more yield no more."""
-        throughput = self._sizes / self.pace.table[1 : self.capacity + 1]
-        return int(np.argmax(throughput >= USEFUL * throughput.max())) + 1
-
-    @property
-    def width(self) -> int:
-        """Rows up to which anybody joins."""
-        seconds = self.pace.table[1 : self.useful + 1]
-        return int(np.flatnonzero(seconds <= seconds[0] * (self._sizes[: len(seconds)] + 1) / 2)[-1]) + 1
+    def limits(self) -> tuple[int, int]:
+        """Rows that are useful, and those among them that are cheap: up to these anybody joins."""
+        table = self.pace.table
+        if table is not self._table:
+            self._table, seconds = table, table[1 : self.capacity + 1]
+            sizes = np.arange(1, len(seconds) + 1)
+            throughput = sizes / seconds
+            useful = int(np.argmax(throughput >= USEFUL * throughput.max())) + 1
+            cheap = np.flatnonzero(seconds[:useful] <= seconds[0] * (sizes[:useful] + 1) / 2)
+            self._limits = useful, int(cheap[-1]) + 1
+        return self._limits
 
     @property
     def most_rows(self) -> int:
@@ -161,15 +163,17 @@ class Admission:
             for ticket in self.waiting
             if ticket.key < before
         )
-        return rows * self.pace(self.useful) / self.useful
+        useful, _ = self.limits()
+        return rows * self.pace(useful) / useful
 
     def expected(self, ticket: Ticket) -> float:
         """Seconds until a request that comes now is done: the wait for its turn, and its own steps."""
+        useful, _ = self.limits()
         rows = min(ticket.rows * ticket.images, self.most_rows)
         wait = self.backlog(ticket.key)
-        if self.rows + ticket.rows > self.useful and self.seats:
-            wait += (min(seat.end for seat in self.seats) - self.step) * self.pace(self.rows)
-        company = self.pace(min(self.rows + rows, max(self.useful, rows)))
+        if self.rows + ticket.rows > useful and self.seats:
+            wait += self._soonest() * self.pace(self.rows)
+        company = self.pace(min(self.rows + rows, max(useful, rows)))
         return wait + self.alone(ticket) * company / self.pace(rows)
 
     def take(self, now: float) -> list[Seat]:
@@ -182,18 +186,24 @@ class Admission:
     def _seated(self, now: float) -> Iterator[Seat]:
         """Each who joins, in turn."""
         queue = [(ticket.key, ticket) for ticket in heapq.nsmallest(_LOOKS, self.waiting, lambda t: t.key)]
-        steps_left: float = math.inf  # of who may pass one that waits for a second row
+        longest: float = math.inf  # steps of who may pass one that waits on
         while queue and self.rows < self.capacity:
             _, ticket = heapq.heappop(queue)
-            if self.rows + ticket.rows > self.capacity:
-                steps_left = min((seat.end - self.step for seat in self.seats), default=math.inf)
-            elif ticket.steps <= steps_left and self._fits(ticket) and self.joins(ticket, now):
+            if ticket.steps > longest or not self._fits(ticket):
+                continue
+            if self.rows + ticket.rows <= self.capacity and self.joins(ticket, now):
                 yield self._seat(ticket, now)
                 if ticket.began < ticket.images:
                     heapq.heappush(queue, (ticket.key, ticket))
+            else:
+                longest = min(longest, self._soonest())
+
+    def _soonest(self) -> int:
+        """Steps until the first of those who run is done."""
+        return min(seat.end for seat in self.seats) - self.step
 
     def _fits(self, ticket: Ticket) -> bool:
-        """What may share a step: whatever its rows leave room for, and its table has a place."""
+        """What may share a step: whoever leaves others their share of the rows, and has a place for its table."""
         if ticket.rows_used and ticket.rows_used + ticket.rows > self.most_rows:
             return False
         if len(self.seats) < self.tables:
@@ -203,10 +213,8 @@ class Admission:
 
     def joins(self, ticket: Ticket, now: float) -> bool:
         """Whether one more image of a request may run beside those that do: the rule above."""
-        rows = self.rows + ticket.rows
-        if not self.seats or rows <= self.width:
-            return True
-        return rows <= self.useful and self._harmless(ticket, now)
+        rows, (useful, cheap) = self.rows + ticket.rows, self.limits()
+        return not self.seats or rows <= cheap or (rows <= useful and self._harmless(ticket, now))
 
     def _harmless(self, ticket: Ticket, now: float) -> bool:
         """Whether everybody who runs still ends in time beside another image."""

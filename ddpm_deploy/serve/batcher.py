@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Final, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddpm_deploy.errors import BackendError, BusyError, DeadlineError, SettingError, one_line
 from ddpm_deploy.runtime.chain import Chain, Noise, require_runs
@@ -109,10 +110,12 @@ class Batcher:
         self._counts = Counter[str]()
         self._admission: Admission
         self._chain: Chain
-        # The thread's own: who is in which slot, previews that a device still brings, the end of the last step.
+        # The thread's own: who is in which slot, previews that a device still brings, when the last step ended, whether
+        # slots were freed since.
         self._seats: dict[int, Seat] = {}
         self._looks: deque[_Look] = deque()
         self._last: float | None = None
+        self._holes = False
         self._launch(model, max_queue, admission)
 
     def _launch(self, model: Sampler | Network, max_queue: int, policy: type[Admission]) -> None:
@@ -209,11 +212,16 @@ class Batcher:
                 running=len(admission.seats),
                 rows=admission.rows,
                 capacity=self.capacity,
-                width=admission.width,
+                width=admission.limits()[1],
                 step_seconds=admission.pace(max(1, admission.rows)),
                 steps=admission.step,
                 **{name: self._counts[name] for name in _COUNTS},
             )
+
+    @property
+    def pace(self) -> NDArray[np.float64]:
+        """s(B): seconds of a step with B rows, for B from 0 (as for 1) to `capacity`, as it is known now."""
+        return self._admission.pace.table
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests, and end when those that were taken are done; closing again does nothing.
@@ -362,7 +370,9 @@ class Batcher:
 
     def _close_holes(self) -> None:
         """A batch is as wide as its highest slot."""
-        free = self._chain.free
+        if not self._holes:
+            return
+        self._holes, free = False, self._chain.free
         if len(free) and free[0] < self._admission.rows:
             moves = self._chain.compact()
             self._seats = {moves.get(slot, slot): seat for slot, seat in self._seats.items()}
@@ -415,7 +425,7 @@ class Batcher:
 
     def _leave(self, slot: int) -> Seat:
         """A slot's image no longer runs."""
-        seat = self._seats.pop(slot)
+        seat, self._holes = self._seats.pop(slot), True
         with self._changed:
             self._admission.leave(seat)
         return seat
