@@ -33,7 +33,7 @@ _SIMULATED: Final = 2000, 5  # requests, seeds
 _LOADS: Final = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
-def measure_pace(sampler: Sampler, rounds: int = 8) -> NDArray[np.float64]:
+def measure_pace(sampler: Sampler, rounds: int = 5) -> NDArray[np.float64]:
     """s(B) for B from 0 (as for 1) to CAPACITY, sizes in turn, medians; what lies between is on a line."""
     with sampler.lent() as chain:
         times = [[time_step(chain, size) for size in SIZES] for _ in range(rounds)]
@@ -168,7 +168,7 @@ def _serve(
 
 
 def latency_rows(sampler: Sampler, load: float) -> Iterator[Row]:
-    """Percentiles at one arrival rate, beside those of the simulator for the same arrivals and the s(B) of their time."""
+    """Percentiles at one arrival rate, beside the simulator's for the same arrivals and the s(B) of their time."""
     table = measure_pace(sampler)
     rate = load * saturation(table)
     arrivals = traffic(rate, min(_ARRIVALS, int(_LONGEST * rate)), seed=1)
@@ -193,7 +193,7 @@ def main() -> None:
     part, model, *rest = sys.argv[1:]
     with Sampler.load(model, max_batch=CAPACITY) as sampler:
         rows = {
-            "pace": lambda: pace_rows(sampler, int(rest[0]) if rest else 8),
+            "pace": lambda: pace_rows(sampler, int(rest[0]) if rest else 5),
             "saturation": lambda: saturation_rows(sampler),
             "latency": lambda: latency_rows(sampler, float(rest[0])),
         }[part]()

@@ -114,7 +114,7 @@ class Batcher:
         # slots were freed since.
         self._seats: dict[int, Seat] = {}
         self._looks: deque[_Look] = deque()
-        self._last: float | None = None
+        self._last = 0.0
         self._holes = False
         self._launch(model, max_queue, admission)
 
@@ -312,11 +312,12 @@ class Batcher:
     def _turn(self) -> bool:
         """Whoever leaves, leaves; who may join, joins; and a step. False at the end."""
         with self._changed:
-            if not self._has_work():
-                self._last = None
-                self._changed.wait_for(self._has_work)
+            idle = not self._has_work()
+            self._changed.wait_for(self._has_work)
             leaving, self._leaving = self._leaving, []
             now = time.perf_counter()
+            if idle:
+                self._last = now
             late = [job for job in self._timed if job.deadline <= now]
         for job in leaving:
             self._drop(job)
@@ -355,12 +356,11 @@ class Batcher:
 
     def _step(self) -> None:
         """One step of all who run, and what it brings."""
-        began = time.perf_counter()
         self._close_holes()
         self._chain.step()
         now = time.perf_counter()
         with self._changed:
-            self._admission.stepped(now - (self._last or began))
+            self._admission.stepped(now - self._last)
         self._last = now
         for job in {seat.ticket.owner for seat in self._seats.values() if seat.ticket.owner.failure}:
             self._drop(job, job.failure)
@@ -454,7 +454,6 @@ class Batcher:
 
     def _recover(self, error: Exception) -> None:
         """The network failed as a whole, and all in flight with it. Where it answers again, those who wait go on."""
-        self._last = None
         self._looks.clear()
         for job in {seat.ticket.owner for seat in self._seats.values()}:
             for slot in [slot for slot, seat in self._seats.items() if seat.ticket is job.ticket]:
@@ -464,6 +463,7 @@ class Batcher:
             self._end(job, _failed(error))
         self._chain.clear()
         time_step(self._chain, 1)
+        self._last = time.perf_counter()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ddpm_deploy.runtime.request import Request
 _SECONDS: Final = (
     1.0  # of measuring, when it starts; what is not measured by then is drawn on in a straight line
 )
-_GATHERED: Final = 8  # steps of one size that are looked at together
+_GATHERED: Final = 16  # steps that are looked at together, as noise is made for so many at once
 _SHARE: Final = 0.1  # of a new mean, in what is known
 _SWING: Final = (
     2.0  # by which steps may be longer or shorter than they should, before the rest is put down to chance
@@ -37,8 +37,7 @@ class Pace:
             table = np.interp(rows, sizes, seconds)
         self._raw: NDArray[np.float64] = table
         self._distance = np.log2(np.maximum(rows, 1))
-        self._seen: list[float] = []
-        self._size = 0
+        self._seen: list[tuple[float, float, float]] = []  # log₂ of the rows, seconds, and those foretold
         self._level()
 
     @classmethod
@@ -66,19 +65,17 @@ class Pace:
         return float(self._table[rows])
 
     def saw(self, rows: int, seconds: float) -> None:
-        """Learn from a step: an exponential average, a few steps of one size at a time."""
-        if rows != self._size:
-            self._seen.clear()
-            self._size = rows
-        self._seen.append(seconds)
+        """Learn from a step, all that went with it included: an exponential average, some steps at a time."""
+        self._seen.append((float(self._distance[rows]), seconds, float(self._table[rows])))
         if len(self._seen) == _GATHERED:
-            self._learn(rows, float(np.median(self._seen)))
+            distance, took, foretold = np.mean(self._seen, axis=0)
+            self._learn(distance, took / foretold)
             self._seen.clear()
 
-    def _learn(self, rows: int, seconds: float) -> None:
+    def _learn(self, distance: float, ratio: float) -> None:
         """Sizes near this one learn all of it; the others half, as a machine is slower at all of them or at none."""
-        off = float(np.clip(seconds / self._table[rows], 1 / _SWING, _SWING)) - 1
-        near = np.maximum(0.5, 1 - np.abs(self._distance - self._distance[rows]))
+        off = float(np.clip(ratio, 1 / _SWING, _SWING)) - 1
+        near = np.maximum(0.5, 1 - np.abs(self._distance - distance))
         self._raw *= 1 + _SHARE * near * off
         self._level()
 
@@ -87,7 +84,7 @@ class Pace:
 
 
 def time_step(chain: Chain, rows: int) -> float:
-    """Seconds of a step of so many images, the first of their chains: the median of some, but for one that warms it up.
+    """Seconds of a step of so many images: the mean of the first of their chains, but for one that warms it up.
 
     As many as there is time for, two at least where the model has them.
     """
@@ -99,7 +96,7 @@ def time_step(chain: Chain, rows: int) -> float:
         chain.network.device.synchronize()
         times.append(time.perf_counter() - start)
     chain.clear()
-    return float(np.median(times[1:] or times))
+    return float(np.mean(times[1:] or times))
 
 
 def _buckets(network: Network, capacity: int) -> list[int]:
