@@ -4,6 +4,7 @@ its own; what waits and runs is bounded; results go by identity, never by positi
 import asyncio
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -514,3 +515,16 @@ def test_it_needs_no_web_server() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ
     )
     assert ran.stdout.strip() == "[]", ran.stderr
+
+
+def test_the_page_s_program(
+    onnx_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/serving.md's ten lines, as they stand."""
+    monkeypatch.chdir(onnx_path.parent)  # which has a model.onnx
+    (text,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(compile(text, "serving.md", "exec"), names)
+    assert capsys.readouterr().out.splitlines()[-1] == "image 0, step 15 of 20"
+    with Sampler.load(onnx_path) as sampler:
+        same(names["image"], sampler.sample(1, steps=20, seed=2))
