@@ -24,6 +24,7 @@ from ddpm_deploy import Request, Sampler, StepTable
 from ddpm_deploy.errors import BackendError, BusyError, DeadlineError, OwnershipError, SettingError
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.serve import Batcher, Handle, Preview
+from ddpm_deploy.serve.admission import Admission
 from tests.host_device import DeviceNetwork, HostDevice
 from tests.models import GaussianNetwork, tiny_spec
 from tests.test_guidance import Labelled
@@ -63,11 +64,18 @@ class Gated(GaussianNetwork):
         self.passed.release()
 
 
+class Roomy(Admission):
+    """Rows are given as long as there are any, whatever the step time of so small a network."""
+
+    def limits(self) -> tuple[int, int]:
+        return self.capacity, self.capacity
+
+
 @contextmanager
 def gated(max_batch: int = 4, **keywords: Any) -> Iterator[tuple[Gated, Batcher]]:
     """A batcher whose network waits for permits; at the end it has all it needs."""
     network = Gated(max_batch)
-    with Batcher(network, **keywords) as batcher:
+    with Batcher(network, admission=Roomy, **keywords) as batcher:
         network.hold()
         try:
             yield network, batcher
