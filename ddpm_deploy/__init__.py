@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from ddpm_deploy.errors import (
         ArtefactError,
         BackendError,
+        BusyError,
         DataError,
         DdpmDeployError,
+        DeadlineError,
         DependencyError,
         OutputError,
         OwnershipError,
@@ -38,8 +40,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ArtefactError",
     "BackendError",
+    "BusyError",
     "DataError",
     "DdpmDeployError",
+    "DeadlineError",
     "DependencyError",
     "ModelSpec",
     "Network",

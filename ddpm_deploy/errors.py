@@ -9,7 +9,9 @@
     ├── DependencyError   a package that is missing or in conflict (also an ImportError)
     ├── BackendError      the backend failed, or the network gave numbers that are not finite
     ├── ParityError       an exported network does not compute what its original computes
-    └── OwnershipError    a Sampler used while it is in use, or in a process forked after it was loaded
+    ├── OwnershipError    a Sampler used while it is in use, or in a process forked after it was loaded
+    ├── BusyError         a Batcher has as many requests waiting as it takes
+    └── DeadlineError     a request cannot be, or was not, done by its deadline (also a TimeoutError)
 
 A message says what was got, what is wrong with it, and what to do. The command lines print it on one
 line and exit 1.
@@ -58,6 +60,21 @@ class ParityError(DdpmDeployError):
 
 class OwnershipError(DdpmDeployError):
     """A Sampler was used while another call on it was still running."""
+
+
+class BusyError(DdpmDeployError):
+    """A Batcher has as many requests waiting as it takes. retry_after: seconds until it may have room, estimated."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message, retry_after)
+        self.message, self.retry_after = message, retry_after
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DeadlineError(DdpmDeployError, TimeoutError):
+    """A request cannot be done by its deadline, or was not."""
 
 
 def plural(count: int, noun: str) -> str:

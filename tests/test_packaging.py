@@ -129,6 +129,11 @@ MODULES = [
     "runtime/sampler",
     "runtime/snapshot",
     "schedule",
+    "serve/__init__",
+    "serve/admission",
+    "serve/batcher",
+    "serve/handle",
+    "serve/pace",
     "signals",
     "solvers",
     "spacings",
@@ -184,8 +189,10 @@ def test_public_names() -> None:
     assert ddpm_deploy.__all__ == [
         "ArtefactError",
         "BackendError",
+        "BusyError",
         "DataError",
         "DdpmDeployError",
+        "DeadlineError",
         "DependencyError",
         "ModelSpec",
         "Network",
@@ -236,8 +243,8 @@ def test_running_never_imports_torch(onnx_path: Path, tmp_path: Path) -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    """core ← engine ← runtime ← train ← importers ← export, doctor, bench ← cli: a stage imports what is before it."""
-    order = ["core", "engine", "runtime", "train", "importers", "export", "doctor", "bench", "cli"]
+    """core ← engine ← runtime ← train ← importers ← export, doctor, bench, serve ← cli: imports go one way."""
+    order = ["core", "engine", "runtime", "train", "importers", "export", "doctor", "bench", "serve", "cli"]
     for path in (ROOT / "ddpm_deploy").rglob("*.py"):
         parts = path.relative_to(ROOT / "ddpm_deploy").parts
         stage = parts[0] if len(parts) > 1 else "core"

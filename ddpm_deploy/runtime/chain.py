@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.errors import SettingError, plural
+from ddpm_deploy.errors import SettingError, first_line, plural
 from ddpm_deploy.runtime.network import bucket_of, require_open
 from ddpm_deploy.runtime.protocols import IDLE, SLOT, Array, Labels, Look, Network, Slots, upload_rows
 from ddpm_deploy.runtime.request import Request
@@ -76,6 +76,11 @@ class Chain:
         used = np.flatnonzero((self._left > 0) | (self._guide >= 0))
         self._bucket = bucket_of(self.network, int(used[-1]) + 1) if len(used) else 0
         self._next_end = int(self._left[self._left > 0].min()) if len(used) else 0
+
+    @property
+    def places(self) -> int:
+        """Different step tables that there is room for at once."""
+        return len(self._tables)
 
     @property
     def active(self) -> NDArray[np.bool_]:
@@ -318,3 +323,19 @@ def require_runs(table: StepTable, spec: ModelSpec) -> None:
         raise SettingError(f"the timesteps of this table are not whole numbers from 0 to the model's {last}")
     if (np.diff(t) >= 0).any():
         raise SettingError("the timesteps of a table must fall: the noise of a step is found by its timestep")
+
+
+def noise_of_part(noise: Noise, shape: tuple[int, ...], first: int, count: int) -> Noise:
+    """A caller's noise for some of the samples that it is of."""
+
+    def of_part(draw: int) -> Array:
+        numbers = noise(draw)
+        try:
+            given = np.asarray(numbers, np.float32)
+        except (TypeError, ValueError) as error:
+            raise SettingError(f"noise(draw) gave no array of numbers: {first_line(error)}") from error
+        if given.shape != shape:
+            raise SettingError(f"noise(draw) gave the shape {given.shape}, and {shape} is needed")
+        return given[first : first + count]
+
+    return of_part

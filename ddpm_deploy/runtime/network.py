@@ -1,5 +1,6 @@
 """What networks share: their memory, the base of those on the host, and one question asked of any of them."""
 
+import os
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_deploy.errors import ArtefactError, BackendError
+from ddpm_deploy.errors import ArtefactError, BackendError, OwnershipError
 from ddpm_deploy.files import show
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.runtime.device.host import Host
@@ -79,6 +80,22 @@ def require_open(is_open: bool) -> None:
     """Raise BackendError where a model was closed."""
     if not is_open:
         raise BackendError("this model is closed: load it again")
+
+
+def require_process(process: int) -> None:
+    """Raise OwnershipError in another process than that in which something was loaded: a fork of it."""
+    if os.getpid() != process:
+        raise OwnershipError(
+            "this process was forked after the model was loaded, and a backend does not live on in a fork: load "
+            'the model in the child, or start it with multiprocessing\'s "spawn"'
+        )
+
+
+def not_finite() -> BackendError:
+    """The error of a slot that is broken."""
+    return BackendError(
+        "the network gave numbers that are not finite, so the images are worthless: check the model with ddpm-verify"
+    )
 
 
 # An input or output of a graph: its name, the name of its type, and its shape, None where a size is not fixed.

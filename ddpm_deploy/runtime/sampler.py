@@ -14,10 +14,11 @@ from typing import Any, Final, Self, Unpack
 
 import numpy as np
 
-from ddpm_deploy.errors import BackendError, OwnershipError, SettingError, first_line, plural
+from ddpm_deploy.errors import OwnershipError, SettingError, plural
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network
-from ddpm_deploy.runtime.chain import Chain, Noise
+from ddpm_deploy.runtime.chain import Chain, Noise, noise_of_part
+from ddpm_deploy.runtime.network import not_finite, require_process
 from ddpm_deploy.runtime.protocols import Array, Look, Network, Slots
 from ddpm_deploy.runtime.request import Keywords, Request, make_request
 from ddpm_deploy.runtime.snapshot import Snapshot
@@ -194,7 +195,7 @@ class Sampler:
         self, request: Request, callback: Callback | None = None, *, noise: Noise | None = None
     ) -> Generator[Array, None, None]:
         """The images of a request, in order as batches finish. It is checked when the first of them is asked for."""
-        _require_callable(noise=noise, callback=callback)
+        require_callable(noise=noise, callback=callback)
         request = request.checked(self.spec)
         most = self.max_batch(bool(request.guidance))
         with self._owned():
@@ -206,7 +207,7 @@ class Sampler:
         self, count: int, keywords: Keywords, noise: Noise | None, callback: Callback | None = None
     ) -> Request:
         """The checked request of a call, for which there is room."""
-        _require_callable(noise=noise, callback=callback)
+        require_callable(noise=noise, callback=callback)
         request = make_request(self.spec, count, **keywords)
         self.max_batch(bool(request.guidance))  # or is refused
         return request
@@ -258,7 +259,7 @@ class Sampler:
 
         Raises SettingError where it is of another model, or of a larger batch than this Sampler's.
         """
-        _require_callable(callback=callback)
+        require_callable(callback=callback)
         snapshot.require_fits(self.spec)
         request = snapshot.request.checked(self.spec)
         if request.rows > self.network.max_batch:
@@ -280,7 +281,11 @@ class Sampler:
     def _started(self, request: Request, total: int, noise: Noise | None, first: int = 0) -> _Batch:
         """Start samples `first` on of a call for `total`, whose noise is of them all."""
         slots = self._chain.free[: request.rows]
-        part = None if noise is None else _part(noise, (total, *self.spec.image_shape), first, request.count)
+        part = (
+            None
+            if noise is None
+            else noise_of_part(noise, (total, *self.spec.image_shape), first, request.count)
+        )
         self._chain.start(slots, request, part)
         return _Batch(request, request.table_for(self.spec), slots[: request.count], noise is not None)
 
@@ -318,6 +323,12 @@ class Sampler:
             callback(number, *look())
 
     @contextmanager
+    def lent(self) -> Iterator[Chain]:
+        """Hold the Sampler, in this thread, and drive its chain oneself, as a Batcher does."""
+        with self._owned():
+            yield self._chain
+
+    @contextmanager
     def _owned(self) -> Iterator[None]:
         """Hold the Sampler for one call."""
         self._require_process()
@@ -346,18 +357,11 @@ class Sampler:
         )
 
     def _require_process(self) -> None:
-        if os.getpid() != self._process:
-            raise OwnershipError(
-                "this process was forked after the model was loaded, and a backend does not live on in a fork: load "
-                'the model in the child, or start it with multiprocessing\'s "spawn"'
-            )
+        require_process(self._process)
 
     def _require_finite(self, batch: _Batch) -> None:
         if self._chain.broken(batch.slots).any():
-            raise BackendError(
-                "the network gave numbers that are not finite, so the images are worthless: "
-                "check the model with ddpm-verify"
-            )
+            raise not_finite()
 
     def close(self) -> None:
         """Free the backend. The Sampler cannot be used afterwards; closing again does nothing, and the end of the
@@ -392,23 +396,7 @@ def _close_all() -> None:
             sampler.close()
 
 
-def _part(noise: Noise, shape: tuple[int, ...], first: int, count: int) -> Noise:
-    """A caller's noise for some of the samples that it is of."""
-
-    def of_part(draw: int) -> Array:
-        numbers = noise(draw)
-        try:
-            given = np.asarray(numbers, np.float32)
-        except (TypeError, ValueError) as error:
-            raise SettingError(f"noise(draw) gave no array of numbers: {first_line(error)}") from error
-        if given.shape != shape:
-            raise SettingError(f"noise(draw) gave the shape {given.shape}, and {shape} is needed")
-        return given[first : first + count]
-
-    return of_part
-
-
-def _require_callable(**functions: Any) -> None:
+def require_callable(**functions: Any) -> None:
     """Raise SettingError unless each is a function, or None."""
     for name, given in functions.items():
         if given is not None and not callable(given):
