@@ -130,7 +130,12 @@ def _payloads(message: memoryview, number: int) -> Iterator[memoryview]:
 
 def protobuf_field(number: int, payload: bytes) -> bytes:
     """A protobuf field of bytes."""
-    return _as_varint(number << 3 | 2) + _as_varint(len(payload)) + payload
+    return protobuf_head(number, len(payload)) + payload
+
+
+def protobuf_head(number: int, size: int) -> bytes:
+    """What stands before the bytes of a protobuf field."""
+    return _as_varint(number << 3 | 2) + _as_varint(size)
 
 
 def protobuf_number(number: int, value: int) -> bytes:

@@ -4,95 +4,65 @@ Left alone, it takes the node apart as the standard writes it down: a dozen pass
 that it is given instead has a function of the model in the node's place: InstanceNormalization over each group, then
 BatchNormalization with mean 0 and variance 1, which is a scale and a shift by channel. That is as exact, and its bits
 depend on neither batch nor threads, as each kernel is of one thread. The file itself stays as it is: engines, and other
-runtimes, have GroupNormalization whole. The weights stay in the file too, and are read from there.
+runtimes, have GroupNormalization whole. The weights are copied: were they left in the file for ONNX Runtime to map,
+whoever wrote over that file would end the process.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
-
-from ddpm_deploy.onnx_file import OnnxFile, protobuf_field, protobuf_fields, protobuf_number
+from ddpm_deploy.onnx_file import OnnxFile, protobuf_field, protobuf_fields, protobuf_head, protobuf_number
 
 _OPSET: Final = 21  # before it, scale and bias were by group
 _STANDARD: Final = b"GroupNormalization"
 _NAME, _DOMAIN = b"GroupNorm", b"ddpm_deploy"
 _FLOAT, _INT, _TENSOR, _INTS = 1, 2, 4, 7  # of AttributeProto.AttributeType
-_FLOAT32, _EXTERNAL = 1, 1  # of TensorProto.DataType, TensorProto.DataLocation
-_LARGE: Final = 1 << 12  # bytes of a tensor that stays in the file
+_FLOAT32: Final = 1  # of TensorProto.DataType
+_MOST: Final = 2**31 - 2**16  # bytes: protobuf takes no 2 GiB from memory
 
 
-def without_group_norm(file: OnnxFile, path: Path) -> bytes | None:
+def without_group_norm(file: OnnxFile) -> bytes | None:
     """An ONNX model with such a function for GroupNormalization; None where the file has none that it is right for.
-
-    path: of the file; its name is where the large tensors of the model are.
 
     Raises ValueError where the file is broken.
     """
     content = file.mapped()
-    found = [(place, payload) for field, place, payload in protobuf_fields(content) if field == 7]
-    if file.opset < _OPSET or len(found) != 1:
+    fields = list(protobuf_fields(content))
+    graphs = [at for at, (number, _, _) in enumerate(fields) if number == 7]
+    if file.opset < _OPSET or len(graphs) != 1 or len(content) > _MOST:
         return None
-    place, graph = found[0]
-    parts = [protobuf_field(number, part) for number, part in _graph(graph, content, path.name)]
+    (at,) = graphs
+    ends = [place for _, place, _ in fields[1:]] + [len(content)]
+    graph = [
+        piece
+        for number, _, part in protobuf_fields(fields[at][2])
+        for piece in _pieces(number, _renamed(part) if number == 1 else part)
+    ]
     return b"".join(
         [
-            content[:place],
-            protobuf_field(7, b"".join(parts)),
-            content[_offset(graph, content) + len(graph) :],
+            content[: fields[at][1]],
+            protobuf_head(7, sum(map(len, graph))),
+            *graph,
+            content[ends[at] :],
             protobuf_field(8, _opset(_DOMAIN, 1)),
             protobuf_field(25, _function(file.opset)),
         ]
     )
 
 
-def _graph(graph: memoryview, content: memoryview, name: str) -> Iterator[tuple[int, bytes]]:
-    """The fields of a GraphProto: its nodes (1) with ours among them, its initializers (5) without their bytes."""
-    for number, _, part in protobuf_fields(graph):
-        match number:
-            case 1:
-                yield number, _renamed(part)
-            case 5:
-                yield number, _left_in_file(part, content, name)
-            case _:
-                yield number, bytes(part)
+def _pieces(number: int, payload: bytes | memoryview) -> tuple[bytes, bytes | memoryview]:
+    """A field, without a copy of what it holds."""
+    return protobuf_head(number, len(payload)), payload
 
 
-def _renamed(node: memoryview) -> bytes:
+def _renamed(node: memoryview) -> bytes | memoryview:
     """A NodeProto; where its op_type (4) is GroupNormalization, ours with its domain (7)."""
     parts = [(number, bytes(part)) for number, _, part in protobuf_fields(node)]
     if (4, _STANDARD) not in parts or any(number == 7 and part for number, part in parts):
-        return bytes(node)
+        return node
     kept = [protobuf_field(number, part) for number, part in parts if number not in (4, 7)]
     return b"".join([*kept, protobuf_field(4, _NAME), protobuf_field(7, _DOMAIN)])
-
-
-def _left_in_file(tensor: memoryview, content: memoryview, name: str) -> bytes:
-    """A TensorProto; where its raw_data (9) is large, what says where in the file that is (13, 14)."""
-    for number, place, raw in protobuf_fields(tensor):
-        if number == 9 and len(raw) >= _LARGE:
-            where = {"location": name, "offset": str(_offset(raw, content)), "length": str(len(raw))}
-            entries = (
-                protobuf_field(1, key.encode()) + protobuf_field(2, value.encode())
-                for key, value in where.items()
-            )
-            return b"".join(
-                [
-                    tensor[:place],
-                    tensor[_offset(raw, tensor) + len(raw) :],
-                    *(protobuf_field(13, each) for each in entries),
-                    protobuf_number(14, _EXTERNAL),
-                ]
-            )
-    return bytes(tensor)
-
-
-def _offset(part: memoryview, whole: memoryview) -> int:
-    """Where in the memory of `whole` that of `part`, which is in it, begins."""
-    first, other = (np.frombuffer(view, np.uint8).ctypes.data for view in (whole, part))
-    return other - first
 
 
 def _function(opset: int) -> bytes:

@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 _CPU: Final = ["CPUExecutionProvider"]
 _CUDA: Final = "CUDAExecutionProvider"
-_WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 _PRODUCTS: Final = ("Conv", "Gemm", "MatMul", "Attention")  # in the names of what a GPU is there for
 
 
@@ -280,7 +279,7 @@ def _open(model: ModelFile, providers: list[Any], threads: int) -> Any:
     try:
         # Where the provider fails it would print that, and go on with the CPU.
         session = onnxruntime.InferenceSession(
-            _given(model, options, providers), options, providers=providers, enable_fallback=0
+            _given(model, providers), options, providers=providers, enable_fallback=0
         )
     except Exception as error:
         raise ArtefactError(
@@ -291,14 +290,10 @@ def _open(model: ModelFile, providers: list[Any], threads: int) -> Any:
     return session
 
 
-def _given(model: ModelFile, options: Any, providers: list[Any]) -> str | bytes:
-    """What a session is made of: the file, or its graph with normalisations that are fast on a CPU."""
-    if providers == _CPU and model.onnx:
-        path = model.path.resolve()
-        if faster := without_group_norm(model.onnx, path):
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
-            return faster
-    return str(model.path)
+def _given(model: ModelFile, providers: list[Any]) -> str | bytes:
+    """What a session is made of: the file, or a copy of it with normalisations that are fast on a CPU."""
+    faster = without_group_norm(model.onnx) if providers == _CPU and model.onnx else None
+    return faster or str(model.path)
 
 
 def _require_interface(session: Any, model: ModelFile) -> None:
