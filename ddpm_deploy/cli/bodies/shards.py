@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -25,6 +25,8 @@ from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.version import __version__
+
+_RUNNING: Final = ("numpy", "onnxruntime", "tensorrt", "torch")  # what computes an image
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,12 @@ def run_shards(
 
 def _versions(sampler: Sampler) -> dict[str, str]:
     """What this process runs: the packages that the backend imported, and where."""
-    device, imported = sampler.network.device.name.partition(":")[0], set(sys.modules)
-    packages = {name: version for name, version in installed().items() if name.partition("-")[0] in imported}
+    device = sampler.network.device.name.partition(":")[0]
+    packages = {
+        name: version
+        for name, version in installed().items()
+        if (module := name.partition("-")[0]) in _RUNNING and module in sys.modules
+    }
     return {"ddpm-deploy": __version__, "device": device, **packages}
 
 
