@@ -87,7 +87,7 @@ def _tell_of_versions(mine: Manifest, there: Manifest) -> None:
         if mine.versions.get(name) != version
     ]:
         logger.warning(
-            "this run was begun with %s: a pixel may differ by a level where the two split the shards otherwise",
+            "this run was begun with %s: pixels may differ by a level between the shards of the two",
             "; ".join(other),
         )
 
@@ -150,7 +150,7 @@ def _announce(sampler: Sampler, manifest: Manifest, numbers: Sequence[int], to_d
     )
     if not manifest.spec.same_bits:
         logger.info(
-            "this model's images may differ in the last bit with another --batch: give all processes one"
+            "this model's images may differ in the last bit with another --batch: give every process the same"
         )
 
 
