@@ -2,11 +2,13 @@
 
 import math
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from ddpm_deploy.errors import ArtefactError, first_line
 from ddpm_deploy.files import require_file, show
@@ -43,3 +45,17 @@ def load_arrays(path: Path, largest: int, what: str) -> dict[str, NDArray[Any]]:
             return dict(archive)
     except Exception as error:  # NumPy's parsers of a hostile file raise nearly anything
         raise ArtefactError(f"{show(path)} is not a whole {what}: {first_line(error)}") from error
+
+
+@contextmanager
+def array_in(
+    archive: zipfile.ZipFile, name: str, dtype: DTypeLike, shape: tuple[int, ...]
+) -> Iterator[Callable[[bytes], object]]:
+    """Write an array into an .npz, of any size, as its numbers come: gives the function that takes their bytes.
+
+    The same numbers make the same file, however they are split: an archive that is written so names no time.
+    """
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        yield file.write

@@ -130,6 +130,29 @@ def atomic_together(*paths: Path) -> Iterator[list[Path]]:
             temporary.unlink(missing_ok=True)
 
 
+def create_once(path: Path, content: bytes) -> None:
+    """Write a file unless there is one: whole, and once, however many processes try at the same time.
+
+    Whoever needs to know which content it has reads it afterwards. Raises OutputError.
+    """
+    with _naming(path, (OSError, ValueError)), signals_held(lambda: None):
+        temporary = _create_beside(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return
+            except OSError:  # a file system without hard links: the last of them wins
+                if not path.exists():
+                    temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def _naming(path: Path, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
     """Name the file that an error is about."""

@@ -26,16 +26,22 @@ MODULES = [
     "bench/measure",
     "bench/process",
     "bench/worker",
+    "bulk/__init__",
+    "bulk/manifest",
+    "bulk/merge",
+    "bulk/shards",
     "cli/__init__",
     "cli/bench",
     "cli/bodies/__init__",
     "cli/bodies/bench",
     "cli/bodies/chain",
+    "cli/bodies/check",
     "cli/bodies/doctor",
     "cli/bodies/engine",
     "cli/bodies/export",
     "cli/bodies/importing",
     "cli/bodies/inspect",
+    "cli/bodies/merge",
     "cli/bodies/models",
     "cli/bodies/ncnn",
     "cli/bodies/outputs",
@@ -44,14 +50,17 @@ MODULES = [
     "cli/bodies/report",
     "cli/bodies/resume",
     "cli/bodies/run",
+    "cli/bodies/shards",
     "cli/bodies/sources",
     "cli/bodies/to_onnx",
     "cli/bodies/train",
     "cli/bodies/verify",
+    "cli/check",
     "cli/common",
     "cli/doctor",
     "cli/export",
     "cli/inspect",
+    "cli/merge",
     "cli/options",
     "cli/replay",
     "cli/resume",
@@ -243,8 +252,20 @@ def test_running_never_imports_torch(onnx_path: Path, tmp_path: Path) -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    """core ← engine ← runtime ← train ← importers ← export, doctor, bench, serve ← cli: imports go one way."""
-    order = ["core", "engine", "runtime", "train", "importers", "export", "doctor", "bench", "serve", "cli"]
+    """core ← engine ← runtime ← train ← importers ← export, doctor, bench, bulk, serve ← cli: imports go one way."""
+    order = [
+        "core",
+        "engine",
+        "runtime",
+        "train",
+        "importers",
+        "export",
+        "doctor",
+        "bench",
+        "bulk",
+        "serve",
+        "cli",
+    ]
     for path in (ROOT / "ddpm_deploy").rglob("*.py"):
         parts = path.relative_to(ROOT / "ddpm_deploy").parts
         stage = parts[0] if len(parts) > 1 else "core"

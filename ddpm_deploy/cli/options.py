@@ -54,6 +54,17 @@ def timesteps(text: str) -> tuple[int, ...]:
         raise click.BadParameter(f"{text!r} is not of the form 999,500,0") from error
 
 
+def part(text: str) -> tuple[int, int]:
+    """Read one part of some, as 3/16."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not of the form 3/16")
+    number, parts = int(match[1]), int(match[2])
+    if not 1 <= number <= parts:
+        raise click.BadParameter(f"{text!r}: parts are numbered from 1 to the last, as 1/16 to 16/16")
+    return number, parts
+
+
 class _ImageSize(click.ParamType[tuple[int, int]]):
     """Height and width: 48x64, or 32 for both."""
 

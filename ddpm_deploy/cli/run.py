@@ -4,7 +4,7 @@ import click
 
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
-from ddpm_deploy.cli.options import FilePath, Option, timesteps
+from ddpm_deploy.cli.options import FilePath, Option, flag, part, timesteps
 from ddpm_deploy.words import ASKED_SOLVERS, SPACINGS
 
 main = command(
@@ -23,6 +23,8 @@ main = command(
   ddpm-run pets.onnx --label cat --guidance 3  more like a cat, and less like any other class
   ddpm-run model.onnx --progress chain.gif     show how the images appear
   ddpm-run model.onnx --snapshot chain.npz     can be interrupted; ddpm-deploy resume finishes it
+  ddpm-run model.onnx --count 50000 --seed 0 -o shards/ --shards
+                                               again: goes on; ddpm-deploy merge joins them
   ddpm-run engine.plan                         an engine, on the GPU it was built for
   ddpm-run model.onnx --device cuda            builds the engine here the first time, and runs it
   ddpm-run model.ncnn                          in ncnn, on the CPU
@@ -78,6 +80,18 @@ main = command(
             "Save the unfinished chain to this .npz every minute and on Ctrl-C. All images must fit in one batch.",
             FilePath,
         ),
+        flag(
+            "--shards",
+            "Write the images in shards, .npz files in the folder --output, by as many processes as work there: a run "
+            "that was stopped goes on where it was. ddpm-deploy merge joins them, ddpm-deploy check looks for faults.",
+        ),
+        Option(
+            "--shard-size",
+            "Images of a shard.",
+            click.IntRange(min=1),
+            show_default="256, fewer for images over 256×256",
+        ),
+        Option("--shard", "Make one part of the shards only, as 3/16.", part),
         *options.WRITING,
         *options.PLACE,
     ],

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm_deploy.arrays import array_in
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DataError, OutputError, SettingError, first_line, plural
 from ddpm_deploy.files import atomic, make_folder, require_file, require_output, show
@@ -23,11 +24,12 @@ from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.version import __version__
 
 Pixels = NDArray[np.uint8]
-Writer = Callable[[Array], None]  # takes samples (k, C, H, W), in order
+Writer = Callable[[Array], object]  # takes samples (k, C, H, W), in order
 # What an .npz holds: arr_0 of uint8, as it is or grey in three equal channels; or samples, unrounded, in value_range or
 # in the units of the data.
 Form = Literal["uint8", "rgb", "float", "data"]
 
+LABELS: Final = "arr_1"  # of an .npz: the labels of its images, int64 (N,)
 PNG_KEY: Final = "ddpm_deploy"  # of the text in a PNG that says where it came from
 COLOURS: Final = (1, 3, 4)  # of images that a PNG can hold: grey, RGB, RGBA
 _LARGEST_GRID: Final = 4096  # images
@@ -54,6 +56,21 @@ def in_data_range(
     shares = (images.astype(np.float64) - value_lo) / (value_hi - value_lo)
     scaled: Array = (lo + shares * (hi - lo)).astype(np.float32)
     return scaled
+
+
+def stored_as(
+    form: Form, image_shape: tuple[int, int, int]
+) -> tuple[str, np.dtype[Any], tuple[int, int, int]]:
+    """What an .npz of a form holds: the name of the array, its type, and the shape of one image (C, H, W) in it.
+
+    Raises OutputError where images of so many channels have no such form.
+    """
+    channels, height, width = image_shape
+    if form == "rgb" and channels not in (1, 3):
+        raise OutputError(f"images of {channels} channels do not become RGB")
+    if form in ("uint8", "rgb"):
+        return "arr_0", np.dtype(np.uint8), (height, width, 3 if form == "rgb" else channels)
+    return "samples", np.dtype(np.float32), image_shape
 
 
 def grid(pixels: Pixels, columns: int | None = None) -> Pixels:
@@ -178,8 +195,7 @@ class Destination:
         require_output(self.path / "x" if self.path.is_dir() else self.path)
         channels = self.spec.image_shape[0]
         if suffix == ".npz":
-            if self.form == "rgb" and channels not in (1, 3):
-                raise OutputError(f"{name}: images of {channels} channels do not become RGB")
+            stored_as(self.form, self.spec.image_shape)  # or is refused
             return
         require("PIL.Image", "cpu")
         if self.form != "uint8":
@@ -291,22 +307,14 @@ class Destination:
     @contextmanager
     def _npz_writer(self) -> Iterator[Writer]:
         """An .npz written as the samples come, so that any number of them fits in memory."""
-        name = "arr_0" if self.form in ("uint8", "rgb") else "samples"
-        one = self._numbers(np.zeros((1, *self.spec.image_shape), np.float32))
-        shape = (self.request.count, *one.shape[1:])
-        header = {"descr": one.dtype.str, "fortran_order": False, "shape": shape}
+        name, dtype, shape = stored_as(self.form, self.spec.image_shape)
         labels = self.request.label_numbers(self.spec)
         with atomic(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-
-                def write(samples: Array) -> None:
-                    file.write(self._numbers(samples).tobytes())
-
-                yield write
+            with array_in(archive, name, dtype, (self.request.count, *shape)) as put:
+                yield lambda samples: put(self._numbers(samples).tobytes())
             if labels is not None:
-                with archive.open("arr_1.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, labels)
+                with array_in(archive, LABELS, labels.dtype, labels.shape) as put:
+                    put(labels.tobytes())
 
     def _numbers(self, samples: Array) -> NDArray[Any]:
         """Samples (k, C, H, W) as an .npz has them."""

@@ -74,7 +74,7 @@ def checked_outputs(
 
     first: the step that the chain starts at.
     """
-    form, output, progress = _form(options), options["output"], options["progress"]
+    form, output, progress = chosen_form(options), options["output"], options["progress"]
     read = [model.path, proof_path(model.path)]
     beside = [path for path in (snapshot, progress) if path]
     for path in beside:
@@ -93,7 +93,7 @@ def checked_outputs(
     return Outputs(destination, preview, snapshot, options["as_json"])
 
 
-def _form(options: ChainOptions) -> Form:
+def chosen_form(options: ChainOptions) -> Form:
     """What the .npz is to hold. Refuses options that exclude each other."""
     if options["in_data_range"] and not options["as_float"]:
         raise click.UsageError("--in-data-range is for unrounded images: pass --float too")
@@ -188,11 +188,12 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
     destination.require_own()
     together = min(request.count, sampler.max_batch(guided=bool(request.guidance)))
     batches, steps = -(-request.count // together), watch.steps - watch.first
-    forecast = time_call(sampler.network, request[:together].rows) * steps * request.count / together
     by = f" of {request.solver}" if request.solver != "ddpm" else ""
     count, chain = plural(request.count, "image"), f"{plural(watch.steps, 'step')}{by}"
     from_step = f" from step {watch.first}" if watch.first else ""
-    logger.info(f"{count} · {chain}{from_step} · about {duration(forecast)}{peak_memory()}")
+    logger.info(
+        f"{count} · {chain}{from_step} · about {duration(forecast(sampler, request, steps))}{peak_memory()}"
+    )
     if request.guidance:
         at_once = plural(together, "image")
         logger.info("guidance takes two rows of the batch for each image: %s at a time", at_once)
@@ -210,6 +211,12 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
         click.echo(json.dumps(_made(destination, seconds), indent=2))
     else:
         click.echo(f"{show(destination.path)}: {count}, {chain}, seed {request.seed}, in {duration(seconds)}")
+
+
+def forecast(sampler: Sampler, request: Request, steps: int) -> float:
+    """The seconds that so many steps of each image of a request will take."""
+    together = min(request.count, sampler.max_batch(guided=bool(request.guidance)))
+    return time_call(sampler.network, request[:together].rows) * steps * request.count / together
 
 
 def _made(destination: Destination, seconds: float) -> dict[str, Any]:

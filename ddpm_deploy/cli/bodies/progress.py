@@ -19,15 +19,17 @@ Advance = Callable[[int, str | None], None]  # steps more that are done, and a n
 
 
 def _logged(label: str, length: int) -> Advance:
-    """Progress where there is no terminal: a line in the log every 15 seconds."""
-    done, due = 0, time.monotonic() + _LOG_SECONDS
+    """Progress where there is no terminal: a line in the log every 15 seconds, with the time left."""
+    done, start = 0, time.monotonic()
+    due = start + _LOG_SECONDS
 
     def advance(steps: int, note: str | None) -> None:
         nonlocal done, due
         done += steps
         if time.monotonic() > due:
-            due = time.monotonic() + _LOG_SECONDS
-            logger.info("%s: %d of %d%s", label, done, length, f" · {note}" if note else "")
+            now = time.monotonic()
+            due, left = now + _LOG_SECONDS, duration((now - start) * (length - done) / max(done, 1))
+            logger.info("%s: %d of %d · %s left%s", label, done, length, left, f" · {note}" if note else "")
 
     return advance
 

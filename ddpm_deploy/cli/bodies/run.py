@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Unpack
 
+import click
+
 from ddpm_deploy.cli.bodies.chain import ChainOptions, Watch, checked_outputs, write_images
 from ddpm_deploy.cli.bodies.models import open_sampler
+from ddpm_deploy.cli.bodies.shards import Split, run_shards
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.request import Request
@@ -26,9 +29,14 @@ def run(
     timesteps: tuple[int, ...] | None,
     guidance: float | None,
     snapshot: Path | None,
+    shards: bool,
+    shard_size: int | None,
+    shard: tuple[int, int] | None,
     **options: Unpack[ChainOptions],
 ) -> None:
     """Sample images and write them."""
+    if not shards and (shard_size or shard):
+        raise click.UsageError("--shard-size and --shard are of a run in shards: pass --shards too")
     opened = open_model(model)
     request = Request(
         count=count,
@@ -42,6 +50,13 @@ def run(
         labels=labels,
         guidance=() if guidance is None else (guidance,),
     ).checked(opened.spec)
+    if shards:
+        if snapshot:
+            raise click.UsageError(
+                "--snapshot is not for --shards, which goes on with what is there: omit it"
+            )
+        run_shards(opened, request, Split(shard_size, shard or (1, 1), seed is not None), batch, options)
+        return
     outputs = checked_outputs(opened, request, options, snapshot)
     with open_sampler(opened, request, batch, options) as sampler:
         most = sampler.max_batch(guided=guidance is not None)

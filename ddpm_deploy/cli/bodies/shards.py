@@ -1,0 +1,212 @@
+"""ddpm-run --shards: many images, in shards that any number of processes make."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from ddpm_deploy.bulk.manifest import Manifest, default_shard_size, require_shard_folder
+from ddpm_deploy.bulk.shards import state, write_shard
+from ddpm_deploy.cli.bodies.chain import ChainOptions, chosen_form, forecast
+from ddpm_deploy.cli.bodies.models import open_sampler
+from ddpm_deploy.cli.bodies.progress import Advance, duration, peak_memory, progress, stage
+from ddpm_deploy.cli.common import logger
+from ddpm_deploy.doctor.backends import installed
+from ddpm_deploy.errors import OutputError, plural
+from ddpm_deploy.files import quoted, show
+from ddpm_deploy.model_file import ModelFile
+from ddpm_deploy.runtime.protocols import Array
+from ddpm_deploy.runtime.request import Request
+from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.version import __version__
+
+_RUNNING: Final = ("numpy", "onnxruntime", "tensorrt", "torch")  # what computes an image
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a run is split: images of a shard (None: not typed), the part that is to be made, as (3, 16), and whether
+    the seed was typed, or may be that of the run that is there."""
+
+    size: int | None
+    part: tuple[int, int]
+    own_seed: bool
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a process did: the shards that were its part, those of them that it made, and in what time."""
+
+    numbers: Sequence[int]
+    new: Sequence[int]
+    seconds: float
+
+
+def run_shards(
+    model: ModelFile, request: Request, split: Split, batch: int | None, options: ChainOptions
+) -> None:
+    """Make the shards of a run, or of a part of it, that are not there."""
+    if options["progress"] or options["force"]:
+        raise click.UsageError("--progress and --force are not for --shards: omit them")
+    folder = options["output"]
+    require_shard_folder(folder)
+    size = min(split.size or default_shard_size(model.spec), request.count)
+    planned = Manifest(spec=model.spec, request=request, shard_size=size, form=chosen_form(options))
+    numbers = planned.numbers(split.part)
+    with open_sampler(model, request, batch, options) as sampler:
+        # The raw weights of a checkpoint are another model than its file says.
+        mine = replace(planned, spec=sampler.spec, versions=_versions(sampler))
+        manifest = mine.joined(folder, own_seed=split.own_seed)
+        _tell_of_versions(mine, manifest)
+        made = _make(sampler, folder, manifest, numbers)
+    _tell(folder, manifest, split.part, made, options["as_json"])
+
+
+def _versions(sampler: Sampler) -> dict[str, str]:
+    """What this process runs: the packages that the backend imported, and where."""
+    device = sampler.network.device.name.partition(":")[0]
+    packages = {
+        name: version
+        for name, version in installed().items()
+        if (module := name.partition("-")[0]) in _RUNNING and module in sys.modules
+    }
+    return {"ddpm-deploy": __version__, "device": device, **packages}
+
+
+def _tell_of_versions(mine: Manifest, there: Manifest) -> None:
+    """Tell what may change the last bit of an image."""
+    if other := [
+        f"{name} {show(version)}, here {mine.versions.get(name, 'none')}"
+        for name, version in there.versions.items()
+        if mine.versions.get(name) != version
+    ]:
+        logger.warning(
+            "this run was begun with %s: pixels may differ by a level between the shards of the two",
+            "; ".join(other),
+        )
+
+
+def _make(sampler: Sampler, folder: Path, manifest: Manifest, numbers: Sequence[int]) -> _Made:
+    """Make those of the shards that are not there."""
+    with stage("checking", len(numbers)) as checked:
+        to_do = [number for number in numbers if not _is_there(folder, manifest, number, checked)]
+    most = sampler.max_batch(guided=bool(manifest.request.guidance))
+    steps = len(manifest.request.table_for(manifest.spec))
+    work = {number: steps * -(-manifest.part(number).count // most) for number in to_do}
+    _announce(sampler, manifest, numbers, to_do)
+    start = time.perf_counter()
+    new: list[int] = []
+    try:
+        with progress("sampling", sum(work.values())) as advance:
+            pace = _Pace(advance)
+            for number in to_do:
+                # Another process may have made it since.
+                if state(folder, manifest, number).condition == "whole":
+                    advance(work[number], None)
+                    continue
+                part = manifest.part(number)
+                pace.begin(part.count / work[number])
+                write_shard(folder, manifest, number, sampler.draw(part, pace))
+                new.append(number)
+    except KeyboardInterrupt:
+        there = len(numbers) - len(to_do) + len(new)
+        logger.info("%d of %s are there: the same command goes on", there, plural(len(numbers), "shard"))
+        raise
+    return _Made(numbers, new, time.perf_counter() - start)
+
+
+def _is_there(folder: Path, manifest: Manifest, number: int, checked: Any) -> bool:
+    """Whether a shard is whole; tells of one that is to be made again. Refuses one of another run."""
+    found, name = state(folder, manifest, number), manifest.shard_name(number)
+    if found.condition == "foreign":
+        raise OutputError(
+            f"{show(folder / name)} {found.says}: choose another folder, or move that file away"
+        )
+    if found.condition == "altered":
+        logger.warning("%s %s: it is made again", show(folder / name), found.says)
+    checked(1)
+    return found.condition == "whole"
+
+
+def _announce(sampler: Sampler, manifest: Manifest, numbers: Sequence[int], to_do: Sequence[int]) -> None:
+    """Say first what the work will cost."""
+    shards, there = plural(len(numbers), "shard"), len(numbers) - len(to_do)
+    if not to_do:
+        logger.info("%s, all of them there", shards)
+        return
+    steps = len(manifest.request.table_for(manifest.spec))
+    images = _images(manifest, to_do)
+    first = manifest.part(to_do[0])
+    seconds = forecast(sampler, first, steps) * images / first.count
+    logger.info(
+        f"{plural(images, 'image')} in {shards}{f', {there} of them there' if there else ''} · "
+        f"{plural(steps, 'step')} · about {duration(seconds)}{peak_memory()}"
+    )
+    if not manifest.spec.same_bits:
+        logger.info(
+            "this model's images may differ in the last bit with another --batch: give every process the same"
+        )
+
+
+class _Pace:
+    """The callback of a Sampler: moves the bar, and says how many images a second are made."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self._start = advance, time.monotonic()
+        self._images, self._a_step = 0.0, 0.0
+
+    def begin(self, images_a_step: float) -> None:
+        """Go on to a shard, of which each step makes so much."""
+        self._a_step = images_a_step
+
+    def passed(self, step: int) -> None:
+        """A step was taken."""
+        self._images += self._a_step
+        rate = self._images / max(time.monotonic() - self._start, 1e-6)
+        self._advance(1, f"{rate:.1f} images/s" if rate > 1 else f"{rate * 60:.1f} images/min")
+
+    def wants(self, step: int) -> bool:
+        """Nothing needs to be seen."""
+        return False
+
+    def __call__(self, step: int, x: Array, x0: Array) -> None:
+        """Nothing is looked at."""
+
+
+def _images(manifest: Manifest, numbers: Iterable[int]) -> int:
+    return sum(manifest.part(number).count for number in numbers)
+
+
+def _tell(folder: Path, manifest: Manifest, part: tuple[int, int], made: _Made, as_json: bool) -> None:
+    """Say what was made, and how to go on."""
+    request, new = manifest.request, _images(manifest, made.new)
+    if as_json:
+        content = {
+            "ddpm_deploy": __version__,
+            "output": os.fspath(folder),
+            "model": manifest.spec.provenance.digest,
+            **request.to_builtins(),
+            "shard_size": manifest.shard_size,
+            "shards": manifest.count,
+            "part": part,
+            "shards_made": len(made.new),
+            "shards_found": len(made.numbers) - len(made.new),
+            "seconds": made.seconds,
+            "images_per_second": new / made.seconds,
+        }
+        click.echo(json.dumps(content, indent=2))
+        return
+    of = f"part {part[0]} of {part[1]}, " if part != (1, 1) else ""
+    found = len(made.numbers) - len(made.new)
+    there = f" ({found} were there)" if found else ""
+    click.echo(
+        f"{show(folder)}: {of}{plural(_images(manifest, made.numbers), 'image')} in "
+        f"{plural(len(made.numbers), 'shard')}{there}, seed {request.seed}, in {duration(made.seconds)}"
+    )
+    logger.info("join them with: ddpm-deploy merge %s", quoted(folder))
