@@ -276,6 +276,7 @@ def test_asyncio_is_the_same_future() -> None:
         kept = asyncio.wrap_future(batcher.submit(Request(count=2, seed=1, steps=4)))
         await asyncio.sleep(0.01)
         dropped.cancel()
+        await asyncio.sleep(0.01)  # the loop tells the handle in its next turn
         network.permits.release(1 << 16)
         return await asyncio.wait_for(kept, LONG)
 
