@@ -60,7 +60,7 @@ def refused(result: Result, code: int, *parts: str) -> None:
 # --- the happy paths ------------------------------------------------------------------------------------
 
 
-COMMANDS = ["train", "export", "verify", "run", "resume", "replay", "inspect", "doctor", "bench"]
+COMMANDS = ["train", "export", "verify", "run", "resume", "replay", "evaluate", "inspect", "doctor", "bench"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -26,6 +26,7 @@ MODULES = [
     "bench/measure",
     "bench/process",
     "bench/worker",
+    "bound",
     "cli/__init__",
     "cli/bench",
     "cli/bodies/__init__",
@@ -33,6 +34,7 @@ MODULES = [
     "cli/bodies/chain",
     "cli/bodies/doctor",
     "cli/bodies/engine",
+    "cli/bodies/evaluate",
     "cli/bodies/export",
     "cli/bodies/importing",
     "cli/bodies/inspect",
@@ -50,6 +52,7 @@ MODULES = [
     "cli/bodies/verify",
     "cli/common",
     "cli/doctor",
+    "cli/evaluate",
     "cli/export",
     "cli/inspect",
     "cli/options",
@@ -70,6 +73,9 @@ MODULES = [
     "engine/layers",
     "engine/load",
     "errors",
+    "evaluate/__init__",
+    "evaluate/data",
+    "evaluate/likelihood",
     "exponential",
     "export/__init__",
     "export/bits",
@@ -243,8 +249,20 @@ def test_running_never_imports_torch(onnx_path: Path, tmp_path: Path) -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    """core ← engine ← runtime ← train ← importers ← export, doctor, bench, serve ← cli: imports go one way."""
-    order = ["core", "engine", "runtime", "train", "importers", "export", "doctor", "bench", "serve", "cli"]
+    """core ← engine ← runtime ← train ← importers ← export, evaluate, doctor, bench, serve ← cli: one way."""
+    order = [
+        "core",
+        "engine",
+        "runtime",
+        "train",
+        "importers",
+        "export",
+        "evaluate",
+        "doctor",
+        "bench",
+        "serve",
+        "cli",
+    ]
     for path in (ROOT / "ddpm_deploy").rglob("*.py"):
         parts = path.relative_to(ROOT / "ddpm_deploy").parts
         stage = parts[0] if len(parts) > 1 else "core"

@@ -36,6 +36,15 @@ TOLERANCES: Final = {
         4e-6, 1.7e-6, "L_t and L_hybrid, relative and absolute, t > 0; float32"
     ),
     "improved_diffusion_nll": Tolerance(8e-4, 4.1e-4, "relative, at t = 0, where it has a tanh for Φ"),
+    "improved_diffusion_bound": Tolerance(
+        4e-6, 1.7e-6, "terms of calc_bpd_loop and its errors of x̂0, relative and absolute, t > 0; float32"
+    ),
+    "bound_of_training": Tolerance(
+        1e-5, 1e-6, "terms of the bound in NumPy and in training, relative; float32"
+    ),
+    "bound_pt_onnx": Tolerance(
+        1e-5, 1e-6, "the bound of a trained network in PyTorch and ONNX Runtime, relative"
+    ),
     "diffusers_replay": Tolerance(8e-5, 3.9e-5, "our float32 chain on its noise, through Sampler"),
     "diffusers_pipeline": Tolerance(
         3e-5, 8.1e-6, "whole chains of its DDPMPipeline on our noise, images in [0, 1]"

@@ -1,5 +1,6 @@
 """ddpm-deploy evaluate: the bound of a model on images, as a table, as JSON and as a plot."""
 
+import itertools
 import json
 import math
 import time
@@ -30,6 +31,7 @@ from ddpm_deploy.words import Spacing
 _COUNT: Final = 1000  # images, where nothing else is said
 _TERMS: Final = 20  # of each image
 _LINES: Final = 20  # of the table, at most
+_SMALL: Final = 1e-3  # bits that four decimals do not show
 
 
 @dataclass(frozen=True)
@@ -119,26 +121,29 @@ def _as_text(of: _Evaluation) -> str:
     lines = [
         f"{of.model.name} on {show(of.data)}: {plural(found.images, 'image')}, chain of {plural(steps, 'step')}, "
         f"seed {of.seed}, in {duration(of.seconds)}",
+        f"{'':11}{'bits/dim':>10}",
+        f"  {'L':<9}{_shown(found.bound)}   the bound",
+        f"  {'L_T':<9}{_shown(found.prior)}   to send x_T",
+        f"  {'L_t':<9}{_shown(found.between)}   the {plural(steps - 1, 'step')} from there to the last",
+        f"  {'L_0':<9}{_shown(found.decoder)}   the last step, to the 256 values of a pixel",
         "",
-        f"{'bits/dim':>27}",
-        f"  L      {_shown(found.bound)}   the bound",
-        f"  L_T    {_shown(found.prior)}   to send x_T",
-        f"  L_t    {_shown(found.between)}   the {plural(steps - 1, 'step')} from there to the last",
-        f"  L_0    {_shown(found.decoder)}   the last step, to the 256 values of a pixel",
-        "",
-        f"  {'t':>11}  {'bits/dim':>18}{'':10}{'rate':>8}  {'distortion':>10}",
+        f"{'t':>11}{'bits/dim':>10}{'':11}{'rate':>10}{'distortion':>12}",
     ]
     for stratum in _merged(found.strata):
         ends = str(stratum.first) if stratum.steps == 1 else f"{stratum.first} … {stratum.last}"
-        lines.append(f"  {ends:>11}  {_shown(stratum.bits)}  {stratum.rate:8.4f}  {stratum.distortion:10.2f}")
+        lines.append(f"{ends:>11}{_shown(stratum.bits)}{stratum.rate:10.4f}{stratum.distortion:12.2f}")
     lines.append("rate: bits/dim sent so far; distortion: root mean squared error of x̂0, of 0 to 255")
     return "\n".join(lines)
 
 
 def _shown(estimate: Estimate) -> str:
     """Write an estimate with its standard error, if there is one."""
-    error = "" if math.isnan(estimate.error) else f"± {estimate.error:.4f}"
-    return f"{estimate.bits:18.4f} {error:9}"
+    error = "" if math.isnan(estimate.error) else f" ± {_number(estimate.error)}"
+    return f"{_number(estimate.bits):>10}{error:<11}"
+
+
+def _number(bits: float) -> str:
+    return f"{bits:.4f}" if abs(bits) >= _SMALL or not bits else f"{bits:.1e}"
 
 
 def _merged(strata: tuple[Stratum, ...]) -> list[Stratum]:
@@ -148,7 +153,7 @@ def _merged(strata: tuple[Stratum, ...]) -> list[Stratum]:
     bits = np.cumsum([stratum.bits.bits for stratum in strata[:-1]])
     number = np.ceil(_LINES * bits / bits[-1] - 1e-9)
     edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(strata) - 1]
-    joined = [_join(strata[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b]
+    joined = [_join(strata[a:b]) for a, b in itertools.pairwise(edges) if a < b]
     return [*joined, strata[-1]]
 
 
@@ -223,14 +228,15 @@ def _write_plot(of: _Evaluation, path: Path) -> None:
         ylabel="distortion (RMSE, 0 to 255)",
         title=f"{found.bound.bits:.3f} ± {found.bound.error:.3f} bits/dim",
     )
-    middle = strata[:-1]
-    if middle:
-        t = [(stratum.first + stratum.last) / 2 for stratum in middle]
+    if middle := strata[:-1]:
+        ends = np.array([(stratum.last, stratum.first) for stratum in middle], np.float64)
         each = [stratum.bits.bits / stratum.steps for stratum in middle]
         errors = [stratum.bits.error / stratum.steps for stratum in middle]
-        terms.errorbar(t, each, yerr=errors, fmt=".", markersize=3, elinewidth=0.8)
+        t = ends.mean(axis=1)
+        terms.errorbar(t, each, yerr=errors, xerr=np.abs(ends.T - t), fmt=".", markersize=3, elinewidth=0.8)
     terms.plot([strata[-1].last], [strata[-1].bits.bits], "s", color="C1", label=r"$L_0$, the decoder")
     terms.set(xlabel="t", ylabel="bits/dim of one step", title=r"$L_t$ by $t$", yscale="log", xscale="symlog")
+    terms.set_xlim(left=-0.3)
     terms.legend()
     for axes in (curve, terms):
         axes.grid(alpha=0.3)
