@@ -94,11 +94,11 @@ def mmse(schedule: Schedule, timesteps: NDArray[np.int64]) -> NDArray[np.float64
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("steps", [200, 23])
+@pytest.mark.parametrize("steps", [100, 23])
 def test_gaussian_data_have_a_bound_in_closed_form(schedule: str, variance: Variance, steps: int) -> None:
-    spec = spec_of(timesteps=200, schedule=SCHEDULES[schedule], variance=variance)
+    spec = spec_of(timesteps=100, schedule=SCHEDULES[schedule], variance=variance)
     process, terms = spec.make_schedule(), Terms(spec, ChainSettings(steps=steps, spacing="linspace"))
-    found = evaluated(GaussianNetwork(spec, 64, MEAN, STD), gaussian_images(256), terms)
+    found = evaluated(GaussianNetwork(spec, 64, MEAN, STD), gaussian_images(128), terms)
     here = process.alphas_cumprod[terms.table.timesteps]
     there = np.append(1.0, here[:-1])
     beta = 1 - here / there
@@ -112,16 +112,12 @@ def test_gaussian_data_have_a_bound_in_closed_form(schedule: str, variance: Vari
     np.testing.assert_allclose(squares_of(found), left, rtol=0.2)
     # L_0: the mean of p is off by an error of variance `left`; 1 in 10⁴ of the values is at an end of [-1, 1].
     at, weights = np.polynomial.hermite_e.hermegauss(60)
-    sigma = math.sqrt(q[1])
-    inside = [normal(1 / 255 - e, sigma) - normal(-1 / 255 - e, sigma) for e in at * math.sqrt(left[0])]
-    decoder = -(np.log2(inside) * weights).sum() / math.sqrt(2 * math.pi)
+    errors = at[:, None] * math.sqrt(left[0])
+    nats = _ln_likelihood(np.zeros_like(errors), errors, np.full_like(errors, math.log(q[1])), spec)
+    decoder = -(nats[:, 0] * weights).sum() / math.sqrt(2 * math.pi) / math.log(2)
     assert found.decoder.bits == pytest.approx(decoder, abs=4 * found.decoder.error)
     prior = 0.5 * (here[-1] * (MEAN**2 + STD**2) - here[-1] - math.log(1 - here[-1])) / math.log(2)
     assert found.prior.bits == pytest.approx(prior, abs=4 * found.prior.error + 1e-12)
-
-
-def normal(x: float, sigma: float) -> float:
-    return math.erfc(-x / sigma / math.sqrt(2)) / 2
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -179,7 +175,7 @@ def test_the_values_of_a_pixel_share_one_probability() -> None:
 def test_the_logarithm_of_the_normal_distribution_has_its_digits_far_out() -> None:
     special = pytest.importorskip("scipy.special")
     z = np.array([-1e4, -100.0, -38.0, -30.1, -29.9, -8.0, -1.0, 0.0, 3.0, 9.0])
-    np.testing.assert_allclose(_ln_normal(z), special.log_ndtr(z), rtol=1e-9)
+    np.testing.assert_allclose(_ln_normal(z), special.log_ndtr(z), rtol=1e-9, atol=1e-18)
 
 
 def test_improbable_pixels_cost_their_bits() -> None:
@@ -195,7 +191,7 @@ def test_improbable_pixels_cost_their_bits() -> None:
 
 @pytest.mark.parametrize("case", improved_diffusion.BOUNDS, ids=str)
 def test_bounds_are_those_of_improved_diffusion(case: tuple[str, Prediction, Variance, int, bool]) -> None:
-    """Except for L_0 to the rounding of float32; there it takes a tanh for the normal distribution."""
+    """To the rounding of its float32; L_0 with the normal distribution in place of its tanh."""
     schedule, prediction, variance, steps, clip = case
     spec = spec_of(schedule=SCHEDULES[schedule], prediction=prediction, variance=variance, clip=clip)
 
@@ -212,14 +208,16 @@ def test_bounds_are_those_of_improved_diffusion(case: tuple[str, Prediction, Var
     terms = Terms(spec, ChainSettings(steps=steps, spacing="openai"))
     found = evaluated(with_answer(spec, answer), improved_diffusion.bound_images(), terms)
     kept = [step for step in improved_diffusion.BOUND_STEPS if step < steps]
-    (*golden, prior), (*squares, bound) = np.load(improved_diffusion.FILE)[f"bound {case}"]
+    (*golden, prior, bound), (*squares, _, decoder) = np.load(improved_diffusion.FILE)[f"bound {case}"]
     limit = TOLERANCES["improved_diffusion_bound"].limit
     np.testing.assert_allclose(bits_of(found)[kept[1:]], golden[1:], rtol=limit, atol=limit)
-    np.testing.assert_allclose(squares_of(found)[kept], squares, rtol=limit)
-    assert found.prior.bits == pytest.approx(prior, abs=1e-6)
-    nll = TOLERANCES["improved_diffusion_nll"].limit
-    assert found.decoder.bits == pytest.approx(golden[0], rel=nll)
-    assert found.bound.bits == pytest.approx(bound, rel=nll)
+    # x̂0 = a·x + b·out has the rounding of both.
+    amplified = np.maximum(np.abs(terms.columns["a"]), np.abs(terms.columns["b"]))[kept]
+    rounding = np.sqrt(squares) * amplified * TOLERANCES["improved_diffusion_denoised"].limit
+    assert (np.abs(squares_of(found)[kept] - squares) <= rounding).all()
+    assert found.prior.bits == pytest.approx(prior, abs=limit)
+    assert found.decoder.bits == pytest.approx(decoder, rel=limit)
+    assert found.bound.bits == pytest.approx(bound, rel=TOLERANCES["improved_diffusion_decoder"].limit)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "mean"])
@@ -253,7 +251,8 @@ def test_terms_are_those_of_training(prediction: Prediction, variance: Variance)
         ).item()
         for t in range(30)
     ]
-    np.testing.assert_allclose(found, theirs, rtol=TOLERANCES["bound_of_training"].limit)
+    limit = TOLERANCES["bound_of_training"].limit
+    np.testing.assert_allclose(found, theirs, rtol=limit, atol=limit * 1e-3)
 
 
 # --- the estimate -----------------------------------------------------------------------------------
@@ -272,8 +271,8 @@ def test_the_parts_add_up() -> None:
         assert [stratum.first for stratum in found.strata] == sorted(
             (stratum.first for stratum in found.strata), reverse=True
         )
-        distortion = [stratum.distortion for stratum in found.strata]
-        assert distortion == sorted(distortion, reverse=True)
+        rates = [stratum.rate for stratum in found.strata]
+        assert rates == sorted(rates)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -343,7 +342,7 @@ def test_what_cannot_be_evaluated() -> None:
     with pytest.raises(SettingError, match="the model was trained with T = 20"):
         Terms(spec, ChainSettings(steps=21))
     with pytest.raises(BackendError, match="not finite"):
-        evaluated(with_answer(spec, lambda x, t: x / 0), gaussian_images(1))
+        evaluated(with_answer(spec, lambda x, t: x * np.float32(np.nan)), gaussian_images(1))
 
 
 def test_memory_does_not_grow_with_the_data() -> None:
@@ -359,7 +358,7 @@ def test_memory_does_not_grow_with_the_data() -> None:
         return found
 
     peak(64)
-    assert peak(1280) < 1.1 * peak(128)
+    assert peak(640) < 1.1 * peak(128)
 
 
 def test_the_constants_are_those_of_the_chain() -> None:
@@ -466,15 +465,19 @@ def test_pt_and_onnx_agree(checkpoint_path: Path, onnx_path: Path, pixels: Path)
     assert one["model"] == other["model"]
 
 
-def test_what_it_prints(onnx_path: Path, pixels: Path, tmp_path: Path) -> None:
+def test_what_it_prints(
+    onnx_path: Path, pixels: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ddpm_deploy")
     plot = tmp_path / "curve.png"
     said = call("evaluate", onnx_path, pixels, "--nll", "--count", 5, "--terms", 7, "--plot", plot)
     assert said.exit_code == 0, said.output
-    assert "5 images of 16" in said.stderr
-    assert "of 1000 terms of each" in said.stderr
+    assert "5 images of 16" in caplog.text
+    assert "of 1000 terms of each" in caplog.text
     words = said.stdout.split()
     assert {"L", "L_T", "L_t", "L_0", "rate", "distortion"} <= set(words)
-    assert Image.open(plot).size[0] > 800
+    with Image.open(plot) as picture:
+        assert picture.size[0] > 800
 
 
 def test_every_term_and_shorter_chains(onnx_path: Path, pixels: Path) -> None:

@@ -80,9 +80,9 @@ class _Peer:
     def __init__(self, checkout: str) -> None:
         sys.path.insert(0, checkout)
         import torch
-        from improved_diffusion import gaussian_diffusion, respace  # type: ignore[import-not-found]
+        from improved_diffusion import gaussian_diffusion, losses, respace  # type: ignore[import-not-found]
 
-        self.torch, self.module, self.respace = torch, gaussian_diffusion, respace
+        self.torch, self.module, self.respace, self.losses = torch, gaussian_diffusion, respace, losses
 
     def diffusion(
         self, schedule: str, steps: int, prediction: Prediction, variance: str, loss: str = "MSE"
@@ -134,7 +134,8 @@ class _Peer:
     ) -> NDArray[np.float64]:
         """What `calc_bpd_loop` finds of the tests' Gaussian network on our noise, in the mean over the images.
 
-        (2, k + 1): the terms of BOUND_STEPS, and last L_T; there the squared error of x̂0, and last the bound.
+        (2, k + 2): the terms of BOUND_STEPS, then L_T and the bound; there the squared error of x̂0, then 0 and L_0 with
+        the normal distribution in place of its tanh.
         """
         from ddpm_deploy.evaluate.likelihood import forward_noise
         from tests.test_solvers import SCHEDULES as OURS
@@ -147,17 +148,29 @@ class _Peer:
 
         diffusion = self.diffusion(schedule, steps, prediction, variance)
         indices = np.arange(BOUND_IMAGES)
+
+        def noise(t: int) -> Any:
+            return self.torch.from_numpy(forward_noise(0, indices, t, SHAPE[1:]).astype(np.float64))
+
         visited = iter(sorted(self.respace.space_timesteps(1000, [steps]), reverse=True))
-        self.module.th.randn_like = lambda x: self.torch.from_numpy(
-            forward_noise(0, indices, next(visited), SHAPE[1:]).astype(np.float64)
-        )
+        self.module.th.randn_like = lambda x: noise(next(visited))
         x0 = self.torch.from_numpy(bound_images() / 127.5 - 1)
         found = diffusion.calc_bpd_loop(model, x0, clip_denoised=clip)
         terms, squares, prior, total = (
             found[name].numpy().mean(axis=0) for name in ("vb", "xstart_mse", "prior_bpd", "total_bpd")
         )
         kept = [-1 - step for step in BOUND_STEPS if step < steps]  # its steps fall
-        return np.array([[*terms[kept], prior], [*squares[kept], total]])
+        exact = self._exact_decoder(diffusion, model, x0, noise(0), clip)
+        return np.array([[*terms[kept], prior, total], [*squares[kept], 0.0, exact]])
+
+    def _exact_decoder(self, diffusion: Any, model: Any, x0: Any, epsilon: Any, clip: bool) -> float:
+        """L_0 with the normal distribution."""
+        t = self.torch.zeros(len(x0), dtype=self.torch.long)
+        approximate = self.losses.approx_standard_normal_cdf
+        self.losses.approx_standard_normal_cdf = self.torch.special.ndtr
+        found = diffusion._vb_terms_bpd(model, x0, diffusion.q_sample(x0, t, epsilon), t, clip_denoised=clip)
+        self.losses.approx_standard_normal_cdf = approximate
+        return float(found["output"].mean())
 
 
 def main(checkout: str) -> None:
