@@ -69,6 +69,7 @@ COMMANDS = [
     "merge",
     "check",
     "replay",
+    "evaluate",
     "inspect",
     "doctor",
     "bench",

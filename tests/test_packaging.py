@@ -26,6 +26,7 @@ MODULES = [
     "bench/measure",
     "bench/process",
     "bench/worker",
+    "bound",
     "bulk/__init__",
     "bulk/manifest",
     "bulk/merge",
@@ -38,6 +39,7 @@ MODULES = [
     "cli/bodies/check",
     "cli/bodies/doctor",
     "cli/bodies/engine",
+    "cli/bodies/evaluate",
     "cli/bodies/export",
     "cli/bodies/importing",
     "cli/bodies/inspect",
@@ -58,6 +60,7 @@ MODULES = [
     "cli/check",
     "cli/common",
     "cli/doctor",
+    "cli/evaluate",
     "cli/export",
     "cli/inspect",
     "cli/merge",
@@ -79,6 +82,9 @@ MODULES = [
     "engine/layers",
     "engine/load",
     "errors",
+    "evaluate/__init__",
+    "evaluate/data",
+    "evaluate/likelihood",
     "exponential",
     "export/__init__",
     "export/bits",
@@ -252,7 +258,7 @@ def test_running_never_imports_torch(onnx_path: Path, tmp_path: Path) -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    """core ← engine ← runtime ← train ← importers ← export, doctor, bench, bulk, serve ← cli: imports go one way."""
+    """core ← engine ← runtime ← train ← importers ← export, evaluate, doctor, bench, bulk, serve ← cli."""
     order = [
         "core",
         "engine",
@@ -260,6 +266,7 @@ def test_arrows_point_one_way() -> None:
         "train",
         "importers",
         "export",
+        "evaluate",
         "doctor",
         "bench",
         "bulk",

@@ -20,6 +20,7 @@ _COMMANDS = (
     "merge",
     "check",
     "replay",
+    "evaluate",
     "inspect",
     "doctor",
     "bench",

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.special import log_ndtr, ndtr
 
+from ddpm_deploy.bound import EIGHT_BIT_STEPS, bound_table
 from ddpm_deploy.errors import SettingError
-from ddpm_deploy.schedule import posterior
 from ddpm_deploy.solvers import denoised_coefficients, prediction_coefficients
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.words import Loss
@@ -53,24 +53,16 @@ class Diffusion(nn.Module):
         schedule, every = spec.make_schedule(), np.arange(spec.timesteps)
         x0_share, epsilon_share = prediction_coefficients(spec.prediction, schedule, every)
         _, b = denoised_coefficients(spec.prediction, schedule, every)
-        k0, _, smallest = posterior(schedule.alphas_cumprod, schedule.alphas_cumprod_prev)
-        # β̃ is zero at t = 0, where its place is taken by that of t = 1, as in Ho's code.
-        smallest[0] = smallest[1] if spec.timesteps > 1 else schedule.betas[0]
-        large = np.append(smallest[0], schedule.betas[1:])
-        bounds = {
-            "fixed_small": (smallest, smallest),
-            "fixed_large": (large, large),
-            "learned_range": (smallest, schedule.betas),
-        }[spec.variance]
+        bound = bound_table(schedule, every, spec.variance)
         constants = {
-            "sqrt_alphas_cumprod": np.sqrt(schedule.alphas_cumprod),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - schedule.alphas_cumprod),
+            "sqrt_alphas_cumprod": bound.signal,
+            "sqrt_one_minus_alphas_cumprod": bound.noise,
             "x0_share": x0_share,
             "epsilon_share": epsilon_share,
-            "mean_scale": k0 * b,  # x̂0 = a·x + b·out, and k0 times that is in the mean
-            "ln_var_posterior": np.log(smallest),
-            "ln_var_min": np.log(bounds[0]),
-            "ln_var_max": np.log(bounds[1]),
+            "mean_scale": bound.k0 * b,  # x̂0 = a·x + b·out, and k0 times that is in the mean
+            "ln_var_posterior": bound.ln_var_posterior,
+            "ln_var_min": bound.ln_var_min,
+            "ln_var_max": bound.ln_var_max,
             "embedding": spec.embedding.table(spec.timesteps),
         }
         for name, values in constants.items():
@@ -119,7 +111,7 @@ class Diffusion(nn.Module):
     def _log_likelihood(self, x0: Tensor, error: Tensor, ln_var: Tensor) -> Tensor:
         """ln p(x_0 | x_1), each of the 256 values of a pixel a bin (Ho et al. 2020, equation 13)."""
         lo, hi = self._range
-        half_bin = (hi - lo) / 510
+        half_bin = (hi - lo) / EIGHT_BIT_STEPS / 2
         inverse = torch.exp(-0.5 * ln_var)
         # The normal distribution is even: left of its mean, small probabilities keep their digits.
         inside = ndtr((half_bin - error.abs()) * inverse) - ndtr((-half_bin - error.abs()) * inverse)

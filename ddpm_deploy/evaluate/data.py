@@ -1,0 +1,115 @@
+"""The 8-bit images that a model is evaluated on, read as they are needed."""
+
+import logging
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.errors import DataError, SettingError, first_line, plural
+from ddpm_deploy.files import show
+from ddpm_deploy.runtime.images import Pixels
+from ddpm_deploy.runtime.protocols import Array, Labels
+from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.train.data import Source, find_images
+from ddpm_deploy.train.data.pixels import Seen, fit
+from ddpm_deploy.train.data.source import EIGHT_BITS
+
+logger = logging.getLogger(__name__)
+
+_NO_DECODER: Final = (
+    "the term L_0 counts the 256 values of 8-bit images, so that there is no bits/dim of others"
+)
+_WHOLE: Final = ("8 bits", "16 bits", "32 bits")  # what may hold whole numbers from 0 to 255
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images of a source, each as the model takes them.
+
+    labels: (N,), of a conditional model. resize: whether images of another size are scaled and cropped.
+    """
+
+    source: Source
+    spec: ModelSpec
+    labels: Labels | None
+    resize: bool
+
+    @property
+    def count(self) -> int:
+        """Images that there are."""
+        return self.source.count
+
+    def read(self, indices: NDArray[np.int64]) -> Pixels:
+        """Some of them, (n, C, H, W) uint8. Raises DataError naming one that cannot be evaluated."""
+        return np.stack([self._read(int(i)) for i in indices])
+
+    def _read(self, i: int) -> Pixels:
+        channels, height, width = self.spec.image_shape
+        name = self.source.name(i)
+        try:
+            with self.source.load(i) as image:
+                values, seen = fit(image, (height, width), channels, deep=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders of a broken file raise nearly anything
+            raise DataError(f"{name} cannot be read: {first_line(error)}") from error
+        if seen.size != seen.wanted and not self.resize:
+            had = "×".join(map(str, seen.size))
+            raise DataError(
+                f"{name} is {had}, and the model's images are {height}×{width}: pass --resize to scale and crop as "
+                "ddpm-train does"
+            )
+        _require_eight_bits(name, values, seen)
+        return values.astype(np.uint8)
+
+
+def _require_eight_bits(name: str, values: Array | Pixels, seen: Seen) -> None:
+    """Raise DataError unless an image has whole numbers from 0 to 255."""
+    what = "colours of 16 bits" if seen.is_cut else seen.depth
+    if seen.is_cut or seen.depth not in _WHOLE:
+        raise DataError(f"{name} holds {what}, and not 8 bits: {_NO_DECODER}")
+    low, high = EIGHT_BITS
+    if values.min() < low or values.max() > high or (values != np.rint(values)).any():
+        raise DataError(f"{name} has values from {values.min():.7g} to {values.max():.7g}: {_NO_DECODER}")
+
+
+def open_images(data: str, spec: ModelSpec, *, array: str = "", resize: bool = False) -> Images:
+    """Find the images that `data` names, as ddpm-train does, with their labels where the model has classes.
+
+    Raises DataError where there are none or they have other channels; SettingError where the model is not of 8-bit
+    images.
+    """
+    if spec.data_range != EIGHT_BITS:
+        low, high = spec.data_range
+        raise SettingError(f"this model is of images from {low:.7g} to {high:.7g}: {_NO_DECODER}")
+    source, labels = _labelled(data, spec, array)
+    source.require_channels(spec.image_shape[0])
+    return Images(source, spec, labels, resize)
+
+
+def _labelled(data: str, spec: ModelSpec, array: str) -> tuple[Source, Labels | None]:
+    """The images, and their classes by the model's numbers."""
+    if not spec.num_classes:
+        return find_images(data, array=array), None
+    try:
+        source = find_images(data, labels=True, array=array)
+    except DataError as error:
+        source = find_images(data, array=array)  # unless it is something else that is wrong
+        if not spec.null_class:
+            raise
+        logger.warning("%s: its images are taken as of no class", first_line(error))
+        return source, np.full(source.count, spec.num_classes)
+    assert source.labels is not None
+    if source.class_names and spec.class_names:
+        unknown = [name for name in source.class_names if name not in spec.class_names]
+        if unknown:
+            raise DataError(f"{show(data)} has the class {show(unknown[0])}, which the model does not know")
+        return source, np.array([spec.class_names.index(name) for name in source.class_names])[source.labels]
+    if source.labels.max() >= spec.num_classes:
+        raise DataError(
+            f"{show(data)} has labels up to {source.labels.max()}, and the model knows "
+            f"{plural(spec.num_classes, 'class')}"
+        )
+    return source, source.labels
