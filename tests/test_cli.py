@@ -60,7 +60,7 @@ def refused(result: Result, code: int, *parts: str) -> None:
 # --- the happy paths ------------------------------------------------------------------------------------
 
 
-COMMANDS = ["train", "export", "verify", "run", "resume", "replay", "inspect", "doctor"]
+COMMANDS = ["train", "export", "verify", "run", "serve", "resume", "replay", "inspect", "doctor"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

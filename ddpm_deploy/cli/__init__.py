@@ -11,7 +11,7 @@ import click
 from ddpm_deploy.cli.common import Command
 from ddpm_deploy.version import __version__
 
-_COMMANDS = ("train", "export", "verify", "run", "resume", "replay", "inspect", "doctor")
+_COMMANDS = ("train", "export", "verify", "run", "serve", "resume", "replay", "inspect", "doctor")
 
 
 class _LazyGroup(Command, click.Group):
