@@ -65,6 +65,7 @@ COMMANDS = [
     "export",
     "verify",
     "run",
+    "serve",
     "resume",
     "merge",
     "check",

@@ -16,6 +16,7 @@ _COMMANDS = (
     "export",
     "verify",
     "run",
+    "serve",
     "resume",
     "merge",
     "check",

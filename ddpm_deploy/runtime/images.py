@@ -1,5 +1,6 @@
 """Images: [-1, 1] to uint8, grids, and the files that hold them."""
 
+import io
 import itertools
 import json
 import math
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import IO, Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -100,10 +101,18 @@ def to_pillow(pixels: Pixels) -> Any:
 
 def save_png(pixels: Pixels, path: Path, text: Mapping[str, Any]) -> None:
     """Write one (H, W, C) image, C = 1, 3 or 4, with `text` as JSON under the key "ddpm_deploy"."""
+    content = png(pixels, text)
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def png(pixels: Pixels, text: Mapping[str, Any]) -> bytes:
+    """What `save_png` writes."""
     info = require("PIL.PngImagePlugin", "cpu").PngInfo()
     info.add_text(PNG_KEY, json.dumps(dict(text)))
-    with atomic(path) as temporary:
-        to_pillow(pixels).save(temporary, pnginfo=info)
+    file = io.BytesIO()
+    to_pillow(pixels).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
 
 
 @dataclass(frozen=True)
@@ -274,17 +283,16 @@ class Destination:
         if not self._suffix:
             yield self._folder_writer()
         elif self._suffix == ".npz":
-            with self._npz_writer() as write:
+            with (
+                atomic(self.path) as temporary,
+                npz_writer(temporary, self.request, self.spec, self.form) as write,
+            ):
                 yield write
         else:
             batches: list[Pixels] = []
             yield lambda samples: batches.append(self._pixels(samples))
-            save_png(grid(np.concatenate(batches)), self.path, self._origin(self.request, is_grid=True))
-
-    def _origin(self, request: Request, *, is_grid: bool) -> dict[str, Any]:
-        if request.table is not None:  # a caller's own cannot be told
-            return {}
-        return Origin(self.spec.provenance.digest, request, is_grid).to_text()
+            text = origin_text(self.spec, self.request, is_grid=True)
+            save_png(grid(np.concatenate(batches)), self.path, text)
 
     def _pixels(self, samples: Array) -> Pixels:
         return to_uint8(samples, self.spec.value_range)
@@ -296,7 +304,7 @@ class Destination:
         def write(samples: Array) -> None:
             for pixels, place in zip(self._pixels(samples), places, strict=False):
                 request = self.request[place : place + 1]
-                text = self._origin(request, is_grid=False)
+                text = origin_text(self.spec, request, is_grid=False)
                 path = self.path / _picture_name(request)
                 if path.exists():  # another run may have begun after this one
                     self._require_own(path)
@@ -304,30 +312,39 @@ class Destination:
 
         return write
 
-    @contextmanager
-    def _npz_writer(self) -> Iterator[Writer]:
-        """An .npz written as the samples come, so that any number of them fits in memory."""
-        name, dtype, shape = stored_as(self.form, self.spec.image_shape)
-        labels = self.request.label_numbers(self.spec)
-        with atomic(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            with array_in(archive, name, dtype, (self.request.count, *shape)) as put:
-                yield lambda samples: put(self._numbers(samples).tobytes())
-            if labels is not None:
-                with array_in(archive, LABELS, labels.dtype, labels.shape) as put:
-                    put(labels.tobytes())
 
-    def _numbers(self, samples: Array) -> NDArray[Any]:
-        """Samples (k, C, H, W) as an .npz has them."""
-        match self.form:
-            case "uint8":
-                return self._pixels(samples)
-            case "rgb":
-                pixels = self._pixels(samples)
-                return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
-            case "float":
-                return samples
-            case "data":
-                return in_data_range(samples, self.spec.data_range, self.spec.value_range)
+def origin_text(spec: ModelSpec, request: Request, *, is_grid: bool) -> dict[str, Any]:
+    """What a PNG of a request says of where it came from; nothing of a table of a caller's own, which has no form."""
+    if request.table is not None:
+        return {}
+    return Origin(spec.provenance.digest, request, is_grid).to_text()
+
+
+@contextmanager
+def npz_writer(target: Path | IO[bytes], request: Request, spec: ModelSpec, form: Form) -> Iterator[Writer]:
+    """An .npz written as the samples come, so that any number fits in memory; `Destination` says what it holds."""
+    name, dtype, shape = stored_as(form, spec.image_shape)
+    labels = request.label_numbers(spec)
+    with zipfile.ZipFile(target, "w") as archive:
+        with array_in(archive, name, dtype, (request.count, *shape)) as put:
+            yield lambda samples: put(_numbers(samples, spec, form).tobytes())
+        if labels is not None:
+            with array_in(archive, LABELS, labels.dtype, labels.shape) as put:
+                put(labels.tobytes())
+
+
+def _numbers(samples: Array, spec: ModelSpec, form: Form) -> NDArray[Any]:
+    """Samples (k, C, H, W) as an .npz has them."""
+    match form:
+        case "uint8":
+            return to_uint8(samples, spec.value_range)
+        case "rgb":
+            pixels = to_uint8(samples, spec.value_range)
+            return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+        case "float":
+            return samples
+        case "data":
+            return in_data_range(samples, spec.data_range, spec.value_range)
 
 
 def _picture_name(request: Request) -> str:

@@ -18,7 +18,7 @@ Label = int | str
 Labels = NDArray[np.int64]
 Guidance = float | Sequence[float] | NDArray[Any]
 
-_MOST_GUIDANCE: Final = 1000.0  # of either sign; useful are some 1 to 10
+MOST_GUIDANCE: Final = 1000.0  # of either sign; useful are some 1 to 10
 _END: Final = 2**64  # of seeds and sample indices
 _FRESH_BITS: Final = 53  # of a fresh seed: what every reader of JSON keeps exactly
 
@@ -77,9 +77,9 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 "guidance needs a model that knows the null class: train with --labels and --label-dropout"
             )
         for scale in self.guidance:
-            if not abs(scale) <= _MOST_GUIDANCE:  # nor NaN
+            if not abs(scale) <= MOST_GUIDANCE:  # nor NaN
                 raise SettingError(
-                    f"guidance must be from {-_MOST_GUIDANCE:.0f} to {_MOST_GUIDANCE:.0f}, not {scale}"
+                    f"guidance must be from {-MOST_GUIDANCE:.0f} to {MOST_GUIDANCE:.0f}, not {scale}"
                 )
         labels = tuple(spec.label(label) for label in self.labels)
         request = msgspec.structs.replace(self, seed=seed, labels=labels)

@@ -35,17 +35,17 @@ def open_network(model: ModelFile, max_batch: int | None = None, **place: Unpack
     return load_network(model, settings, backend=place["backend"])
 
 
-def require_runnable(model: ModelFile, place: Place) -> None:
-    """Refuse a damaged file, and --weights of one that has no choice of them."""
-    model.require_intact()
-    if place["weights"] and model.kind != "checkpoint":
-        raise SettingError(
-            f"{model.name} has the weights that it was exported with: --weights is for a checkpoint"
-        )
-
-
 def open_sampler(model: ModelFile, request: Request, batch: int | None, place: Place) -> Sampler:
     """Load a model to sample a request, `batch` images at the same time (None: as many as are best)."""
     require_runnable(model, place)
     rows = min(batch, request.count) * (2 if request.guidance else 1) if batch else None
     return Sampler(open_network(model, rows, **place))
+
+
+def require_runnable(model: ModelFile, place: Place) -> None:
+    """Refuse a damaged model, and a choice of weights where there is none."""
+    model.require_intact()
+    if place["weights"] and model.kind != "checkpoint":
+        raise SettingError(
+            f"{model.name} has the weights that it was exported with: --weights is for a checkpoint"
+        )

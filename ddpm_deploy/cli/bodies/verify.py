@@ -52,7 +52,7 @@ def verify(
             raise click.UsageError(
                 "a proof has its own count, steps, seed and timesteps: omit --count, --steps, --seed and --all"
             )
-        candidates, trajectory = opened, _proven(opened[0], proof)
+        candidates, trajectory = opened, proven(opened[0], proof)
         reference = show(proof or "its proof")
     else:
         if proof:
@@ -89,7 +89,7 @@ def _opened(path: Path, backend: Backend | None) -> ModelFile:
     return model
 
 
-def _proven(model: ModelFile, proof: Path | None) -> Trajectory:
+def proven(model: ModelFile, proof: Path | None) -> Trajectory:
     """The chains recorded in a model's proof."""
     path = proof or proof_path(model.path)
     if not (proof or path.exists()):

@@ -1,0 +1,130 @@
+"""A process of its own for one model: uvicorn, which waits for nobody for ever, and finishes what it took before it
+goes."""
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Final
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ddpm_deploy.errors import SettingError
+from ddpm_deploy.serve.service import Service
+from ddpm_deploy.serve.settings import HEAD_SECONDS, WRITE_SECONDS
+
+logger = logging.getLogger(__name__)
+
+_KEEP_ALIVE: Final = 30  # seconds that a connection may be without a request
+_CLOSING: Final = 5  # seconds in which answers are read, once all are written
+_MOST_HEAD: Final = 1 << 14  # bytes
+
+
+class Protocol(H11Protocol):
+    """HTTP of one connection, with an end to waiting: for the head of its first request, and for a reader who reads
+    nothing. (uvicorn itself has one for the time between two requests, and bodies have theirs in `bodies`.)"""
+
+    _timer: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Somebody connected."""
+        super().connection_made(transport)
+        self._wait(HEAD_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        """Some of a request came."""
+        known = self.scope
+        super().data_received(data)
+        if self.scope is not known:  # a whole head
+            self._wait(None)
+        elif self._timer is None and self.conn.trailing_data[0] and self._idle:
+            self._wait(HEAD_SECONDS)  # a part of the next
+
+    @property
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def pause_writing(self) -> None:
+        """More was written than is read."""
+        super().pause_writing()
+        self._wait(WRITE_SECONDS)
+
+    def resume_writing(self) -> None:
+        """It was read."""
+        super().resume_writing()
+        self._wait(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is over."""
+        self._wait(None)
+        super().connection_lost(exc)
+
+    def _wait(self, seconds: float | None) -> None:
+        """Give up after so many seconds; None: do not."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+
+
+class Server(uvicorn.Server):
+    """Serves until a signal; then it takes no more requests, and ends when those that it took are done and were had, or
+    after `patience` seconds; at a second signal at once."""
+
+    def __init__(self, app: FastAPI, service: Service, patience: float, connections: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=_CLOSING,
+            limit_concurrency=connections,
+            h11_max_incomplete_event_size=_MOST_HEAD,
+        )
+        super().__init__(config)
+        self._service, self._patience = service, patience
+        self._until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came. It is not raised again at the end: an end that was asked for is no failure."""
+        if self._until is not None:
+            self.should_exit = self.force_exit = True
+            return
+        logger.info("finishing what was taken, for at most %.0f s (again: stop at once)", self._patience)
+        self._until = time.monotonic() + self._patience
+        self._service.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to end."""
+        if self._until is not None and (self._service.drained or time.monotonic() > self._until):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at an address, before anything long begins. Raises SettingError where it cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        found = socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SettingError(f"{host}:{port} cannot be listened at: {reason}") from error
+    # asyncio sets it for sockets whose protocol it sees, and those of create_server do not say theirs: without it, the
+    # body of an answer waits some 40 ms for the other side to confirm the head. Connections inherit it.
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with found:
+        yield found
+
+
+def url_of(found: socket.socket) -> str:
+    """Where a browser finds it."""
+    host, port = found.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

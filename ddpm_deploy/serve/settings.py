@@ -1,0 +1,44 @@
+"""What whoever runs a service decides: its limits, who may use it, and for how long results are kept."""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from ddpm_deploy.errors import SettingError
+
+MOST_PREVIEWS: Final = 32  # looks at one image on its way
+WRITE_SECONDS: Final = 30.0  # in which a client takes something of what is sent to it
+BODY_SECONDS: Final = 10.0  # in which a body arrives, once its head has
+HEAD_SECONDS: Final = 10.0  # in which a head arrives, once somebody connected
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one service. Raises SettingError for a value out of its range.
+
+    name: of the model, in answers and paths. max_count: images of one request. max_steps: of its chain (None: as the
+    model has them). max_body: bytes of a request. timeout: seconds from a request to its images. keep_seconds,
+    keep_bytes: for how long, and in how much memory, the images of requests that nobody waits for are kept.
+    api_keys: one of which a caller must show; none: anybody may ask. allow_origins: other sites whose pages may ask, as
+    https://example.org.
+    """
+
+    name: str = "ddpm"
+    max_count: int = 64
+    max_steps: int | None = None
+    max_body: int = 1 << 16
+    timeout: float = 600.0
+    keep_seconds: float = 600.0
+    keep_bytes: int = 1 << 28
+    api_keys: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_count", "max_steps", "max_body", "timeout", "keep_seconds", "keep_bytes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SettingError(f"{name} must be more than 0, not {value!r}")
+        if not self.name or "/" in self.name:
+            raise SettingError(f"the name of a model stands in paths: {self.name!r} cannot")
+        if any(not key.strip() or not key.isascii() for key in self.api_keys):
+            raise SettingError("an API key is empty, or has other characters than ASCII: choose another")
