@@ -40,6 +40,7 @@ class Way:
 
 
 PAPER: Final = Way("ddpm", 1000, "leading")
+BEST: Final = Way("sde-dpmpp-2m", 20, "linspace")  # what `spec.FAST` is
 # Each solver by the spacing that it is best with here, of those that its authors or its users take.
 WAYS: Final = (
     PAPER,
@@ -55,8 +56,11 @@ WAYS: Final = (
 
 def draw(real: Real, sampler: Sampler, way: Way, seed: int) -> Pixels:
     """Its images of a seed, (count, 1, H, W); from the file, where it was drawn before from the same model."""
-    digest = sampler.spec.provenance.digest[:12]
-    path = _DRAWN / f"{real.name}-{digest}-{way.solver}-{way.steps}-{way.spacing}-{seed}-{real.count}.npy"
+    spec = sampler.spec
+    model = f"{real.name}-{spec.provenance.digest[:12]}" + (
+        "" if spec.precision == "fp32" else f"-{spec.precision}"
+    )
+    path = _DRAWN / f"{model}-{way.solver}-{way.steps}-{way.spacing}-{seed}-{real.count}.npy"
     if not path.exists():
         guidance = GUIDANCE if sampler.spec.null_class else None
         images = sampler.sample(
