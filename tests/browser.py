@@ -27,10 +27,10 @@ _KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "ArrowDown": (40, 
 
 
 class Page:
-    """One tab. trouble: what it complained of: exceptions, and refused by its policy."""
+    """One tab. trouble: what it complained of: exceptions, answers that are errors, what its policy forbids."""
 
-    def __init__(self, browser: "Browser", session: str) -> None:
-        self._browser, self._session = browser, session
+    def __init__(self, browser: "Browser", session: str, context: str) -> None:
+        self._browser, self._session, self._context = browser, session, context
         self.trouble: list[str] = []
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -88,11 +88,32 @@ class Page:
         """A click of the mouse in the middle of an element."""
         box = f"document.querySelector({selector!r})"
         self.js(f"{box}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        x, y, width, height = self.js(f"(({{x, y, width, height}}) => [x, y, width, height])({box}.getBoundingClientRect())")
+        x, y, width, height = self.js(
+            f"(({{x, y, width, height}}) => [x, y, width, height])({box}.getBoundingClientRect())"
+        )
         assert width * height > 0, f"{selector} is not seen"
         at = {"x": x + width / 2, "y": y + height / 2, "button": "left", "clickCount": 1}
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, **at)
+
+    def saves_to(self, folder: Path) -> None:
+        """Where its downloads go."""
+        self._browser.send(
+            "Browser.setDownloadBehavior",
+            behavior="allow",
+            browserContextId=self._context,
+            downloadPath=str(folder),
+        )
+
+    def connect(self, online: bool) -> None:
+        """Give it a network, or take it away."""
+        self.send(
+            "Network.emulateNetworkConditions",
+            offline=not online,
+            latency=0,
+            downloadThroughput=-1,
+            uploadThroughput=-1,
+        )
 
     def picture(self) -> bytes:
         """What is seen, as a PNG."""
@@ -133,7 +154,7 @@ class Browser:
     def _heard(self, event: dict[str, Any]) -> None:
         """Note what a page complains of."""
         page = self._pages.get(event.get("sessionId", ""))
-        if page and event["method"] in ("Runtime.exceptionThrown", "Audits.issueAdded", "Log.entryAdded"):
+        if page and event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
             page.trouble.append(json.dumps(event["params"]))
 
     @contextmanager
@@ -142,8 +163,8 @@ class Browser:
         context = self.send("Target.createBrowserContext")["browserContextId"]
         target = self.send("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        page = self._pages[session] = Page(self, session)
-        for domain in ("Page", "Runtime", "Log"):
+        page = self._pages[session] = Page(self, session, context)
+        for domain in ("Page", "Runtime", "Log", "Network"):
             page.send(f"{domain}.enable")
         page.look()
         try:

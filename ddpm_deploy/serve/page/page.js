@@ -3,13 +3,14 @@
 const PREVIEWS = 16; // looks at one image on its way
 const FEW_PREVIEWS = 2; // for those whom flickering pictures trouble
 const TRIES = 5; // to find a lost connection again: 1, 2, 4 … seconds apart
+const SILENCE = 40; // seconds without a word on a stream, on which the server says every 15 that it is there
 const SMALL = 96; // pixels, under which an image is shown with its pixels as squares
 
 const $ = (id) => document.getElementById(id);
 const sleep = (seconds) => new Promise((wake) => setTimeout(wake, 1000 * seconds));
 
 let model = null; // what /v1/model said
-let run = null; // the request that is shown, under way or over: { id, request, stop, over }
+let run = null; // the request that is shown, under way or over: { id, request, stop, over, tries }
 
 // --- the server ---------------------------------------------------------------------------------------------
 
@@ -53,19 +54,37 @@ function sentence(text) {
   return text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 }
 
-/** The server-sent events of an answer: { name, data }. (EventSource cannot show an API key.) */
+function broken() {
+  return new Problem("The connection to the server broke.", { lost: true });
+}
+
+/** The next part of a stream; as its end, where it breaks or is silent for too long. */
+async function heard(reader) {
+  let timer;
+  const silence = new Promise((end) => {
+    timer = setTimeout(() => end({ done: true }), 1000 * SILENCE);
+  });
+  const part = reader.read().catch(() => ({ done: true }));
+  return Promise.race([part, silence]).finally(() => clearTimeout(timer));
+}
+
+/** The server-sent events of an answer, { name, data }, until it breaks off. (EventSource cannot show an API key.) */
 async function* eventsOf(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const parts = (text + value).split("\n\n");
-    text = parts.pop();
-    for (const part of parts) {
-      const found = /^event: (.*)\ndata: (.*)$/.exec(part);
-      if (found) yield { name: found[1], data: JSON.parse(found[2]) };
+  try {
+    for (;;) {
+      const { value, done } = await heard(reader);
+      if (done) throw broken();
+      const parts = (text + value).split("\n\n");
+      text = parts.pop();
+      for (const part of parts) {
+        const found = /^event: (.*)\ndata: (.*)$/.exec(part);
+        if (found) yield { name: found[1], data: JSON.parse(found[2]) };
+      }
     }
+  } finally {
+    reader.cancel().catch(() => {});
   }
 }
 
@@ -120,55 +139,53 @@ function chosen() {
 /** Ask for images, watch them, and show them. */
 async function make() {
   forget(run);
-  const mine = { id: null, request: null, stop: new AbortController(), over: false };
+  const mine = { id: null, request: null, stop: new AbortController(), over: false, tries: 0 };
   run = mine;
   begin();
   try {
     if (!model) await open();
     const body = chosen();
-    showTiles(body.count);
     const headers = { "Content-Type": "application/json", Prefer: "respond-async" };
     const accepted = await ask("v1/samples", { method: "POST", headers, body: JSON.stringify(body) });
     ({ id: mine.id, request: mine.request } = await accepted.json());
-    await follow(mine);
-    await finish(mine);
+    showTiles(mine.request.count);
+    await patiently(mine, follow);
+    await patiently(mine, finish);
   } catch (error) {
-    if (mine.stop.signal.aborted) say("Cancelled.");
-    else tell(error);
+    say(mine.stop.signal.aborted ? "Cancelled." : "Not done.");
+    if (!mine.stop.signal.aborted) tell(error);
     forget(mine);
   } finally {
     end(mine);
   }
 }
 
-/** Watch a request until it is done. Throws a Problem where it fails, or the server is lost for good. */
-async function follow(mine) {
-  for (let tries = 0; ; ) {
+/** Do something that needs the server, and again where the connection is lost. Throws a Problem where it is lost for good. */
+async function patiently(mine, action) {
+  for (mine.tries = 0; ; ) {
     try {
-      for await (const { name, data } of await watch(mine)) {
-        tries = 0;
-        if (name === "done") return;
-        if (name === "failed") throw new Problem(sentence(data.error.message));
-        if (name === "cancelled") throw new Problem("The server called this off.");
-        showProgress(data);
-      }
-      throw new Problem("The connection to the server broke.", { lost: true });
+      return await action(mine);
     } catch (error) {
       mine.stop.signal.throwIfAborted();
-      const problem = error instanceof TypeError ? new Problem("The connection to the server broke.", { lost: true }) : error;
-      if (!problem.lost || tries === TRIES) throw problem;
+      if (!error.lost || mine.tries === TRIES) throw error;
       say("The connection to the server is lost. Looking for it again …");
-      await sleep(2 ** tries++);
+      await sleep(2 ** mine.tries++);
     }
   }
 }
 
-async function watch(mine) {
-  const signal = mine.stop.signal;
-  signal.throwIfAborted();
+/** Watch a request until it is done. */
+async function follow(mine) {
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const looks = Math.min(still ? FEW_PREVIEWS : PREVIEWS, model.limits.previews);
-  return eventsOf(await ask(`v1/samples/${mine.id}/events?previews=${looks}`, { signal }));
+  const answer = await ask(`v1/samples/${mine.id}/events?previews=${looks}`, { signal: mine.stop.signal });
+  for await (const { name, data } of eventsOf(answer)) {
+    mine.tries = 0;
+    if (name === "done") return;
+    if (name === "failed") throw new Problem(sentence(data.error.message));
+    if (name === "cancelled") throw new Problem("The server called this off.");
+    showProgress(data);
+  }
 }
 
 /** Show the finished images, and offer them. */
@@ -246,7 +263,6 @@ function tell(error) {
   $("error").textContent = error?.message ?? "";
   if (!error) return;
   if (!(error instanceof Problem)) console.error(error);
-  if (run) say("Not done.");
   const wrong = error.status === 401 ? $("key") : $("form").elements.namedItem(error.param ?? "");
   if (error.status === 401) $("key-field").hidden = false;
   wrong?.setAttribute("aria-invalid", "true");
@@ -277,6 +293,7 @@ function showTiles(count) {
     return item;
   });
   $("images").replaceChildren(...made);
+  $("images").scrollIntoView({ block: "nearest" }); // on a phone they are below the form
 }
 
 /** Put a picture, a PNG in base64, into its place. */
@@ -313,7 +330,10 @@ $("cancel").addEventListener("click", cancel);
 $("downloads").addEventListener("click", ({ target }) => {
   if (target.dataset.format) saveAll(target.dataset.format);
 });
-addEventListener("pagehide", () => forget(run));
+addEventListener("pagehide", () => {
+  cancel();
+  forget(run);
+});
 
 try {
   await open();
