@@ -129,6 +129,7 @@ MODULES = [
     "serve/openai",
     "serve/openapi",
     "serve/pace",
+    "serve/page/__init__",
     "serve/refusals",
     "serve/results",
     "serve/samples",
@@ -166,7 +167,8 @@ MODULES = [
     "version",
     "words",
 ]
-DATA = ["doctor/gaussian.onnx", "py.typed", "runtime/device/step.cu"]
+PAGE = ["serve/page/index.html", "serve/page/page.css", "serve/page/page.js"]
+DATA = ["doctor/gaussian.onnx", "py.typed", "runtime/device/step.cu", *PAGE]
 HEAVY = (
     "torch",
     "onnx",

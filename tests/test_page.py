@@ -305,10 +305,10 @@ def test_a_connection_that_is_lost_is_told_and_found_again(page: Page) -> None:
         opened(page, live)
         page.click("#make")
         page.until("document.querySelectorAll('#images li').length === 4")
-        page.connect(False)
+        status(page, "Waiting for room")
         break_off(live)
         status(page, "The connection to the server is lost.")
-        page.connect(True)
+        status(page, "Waiting for room")
         live.network.go.set()
         status(page, "Done")
         assert page.js("document.querySelectorAll('#images a').length") == 4

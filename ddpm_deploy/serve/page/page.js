@@ -293,7 +293,8 @@ function showTiles(count) {
     return item;
   });
   $("images").replaceChildren(...made);
-  $("images").scrollIntoView({ block: "nearest" }); // on a phone they are below the form
+  const heading = $("images-heading");
+  if (heading.getBoundingClientRect().top > innerHeight / 2) heading.scrollIntoView(); // on a phone, below the form
 }
 
 /** Put a picture, a PNG in base64, into its place. */
