@@ -19,10 +19,10 @@ from ddpm_deploy import Sampler, to_uint8
 from ddpm_deploy.runtime.images import grid
 from tests.browser import CHROMIUM, Browser, Page, browser
 from tests.test_guidance import Labelled
-from tests.test_serve import Held, Live, pixels, serving, until
+from tests.test_serve import Held, Live, mounted, pixels, serving, until
 
 FILES = Path(__file__).parent.parent / "ddpm_deploy" / "serve" / "page"
-NAMES = ("naught", "one", "an incomprehensibilitiesandcounterrevolutionaries")
+NAMES = ("naught", "<b>one</b>", "an incomprehensibilitiesandcounterrevolutionaries")
 
 
 class Slow(Labelled):
@@ -124,6 +124,18 @@ def test_it_is_served_with_a_strict_policy_and_asks_nothing_of_other_sites() -> 
         assert not any(path.startswith("/page") for path in live.ask("GET", "/openapi.json").json()["paths"])
 
 
+def test_its_policy_holds_in_a_browser(page: Page, slow: Live) -> None:
+    opened(page, slow)
+    assert page.trouble == []
+    put = "document.body.append(Object.assign(document.createElement('{}'), {{{}}}))"
+    page.js(put.format("script", "textContent: 'window.ran = true'"))
+    page.js(put.format("img", "src: 'page.css', onerror: () => { window.refused = true }"))
+    page.until("window.refused")
+    assert page.js("window.ran") is None
+    assert len(page.trouble) >= 2
+    assert all("Content Security Policy" in one for one in page.trouble)
+
+
 # --- by mouse -----------------------------------------------------------------------------------------------
 
 
@@ -143,7 +155,7 @@ def test_a_click_and_the_images_appear_out_of_noise(page: Page, slow: Live) -> N
     wanted = right(count=3, solver="ddpm", steps=20, seed=2**64 - 1, labels=1)
     np.testing.assert_array_equal(shown(page), wanted)
     assert not {early, later} & set(page.js("[...document.querySelectorAll('img')].map((i) => i.src)"))
-    assert page.js("document.querySelector('#images img').alt") == "Image 1: one"
+    assert page.js("document.querySelector('#images img').alt") == "Image 1: <b>one</b>"
     assert page.trouble == []
 
 
@@ -172,6 +184,16 @@ def test_images_that_are_no_pictures_are_saved_as_arrays(page: Page) -> None:
         status(page, "Done")
         assert page.js("document.querySelectorAll('#images li, #all-png:not([hidden])').length") == 0
         assert page.js("!document.querySelector('#all-npz').hidden")
+
+
+def test_it_works_within_another_application(page: Page) -> None:
+    with mounted() as url:
+        page.open(url)  # without the slash at its end
+        page.until("document.querySelector('#about').textContent.startsWith('The model')")
+        page.click("#make")
+        status(page, "Done")
+        assert page.trouble == []
+        page.open("about:blank")
 
 
 # --- by keyboard --------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ async function ask(path, { headers = {}, ...options } = {}) {
 async function refusal(answer) {
   let told = { message: `The server answered ${answer.status}` };
   try {
-    told = (await answer.json()).error;
+    told = (await answer.json()).error ?? told;
   } catch {
     // Not our server's words: of something between it and us.
   }
