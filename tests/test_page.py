@@ -235,12 +235,23 @@ def test_cancel_frees_the_server(page: Page) -> None:
         page.js("document.querySelector('#make').focus()")
         page.press("Enter")
         page.until("document.querySelectorAll('#images li').length === 4")
+        page.js(
+            "window.said = []; new MutationObserver(() => said.push(document.querySelector('#status').textContent))"
+            ".observe(document.querySelector('#status'), {childList: true})"
+        )
         page.press("Enter")  # again: nothing more is asked
         page.press("Tab")
         assert focused(page) == "cancel"
         page.press("Enter")
         status(page, "Cancelled.")
         assert focused(page) == "make"
+        assert set(page.js("said")) <= {
+            "Waiting for room on the server …",
+            "At work: 0 % done.",
+            "Cancelled.",
+        }
+        asked = page.js("performance.getEntriesByType('resource').map((one) => one.name)")
+        assert sum(name.endswith("/v1/samples") for name in asked) == 1
         until(lambda: len(live.service.results) == 0)
         live.network.go.set()
         live.idle()
