@@ -26,6 +26,9 @@ help:
 	@# The oldest CuPy that the extras allow, which the tests run as well, where there is one for this machine.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/oldest --upgrade \
 		'cupy-cuda13x==14.0.1' || echo "no CuPy for this machine: its tests are skipped"
+	@# axe-core, by which the tests look for barriers in the page: of its wheel the script alone is used.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'axe-playwright-python==0.1.8' \
+		|| echo "no axe-core: its tests are skipped"
 	@touch $@
 
 demo: $(DEMO)/samples.png

@@ -160,6 +160,7 @@ MODULES = [
     "serve/openai",
     "serve/openapi",
     "serve/pace",
+    "serve/page/__init__",
     "serve/refusals",
     "serve/results",
     "serve/samples",
@@ -197,7 +198,8 @@ MODULES = [
     "version",
     "words",
 ]
-DATA = ["doctor/gaussian.ncnn", "doctor/gaussian.onnx", "py.typed", "runtime/device/step.cu"]
+PAGE = ["serve/page/index.html", "serve/page/page.css", "serve/page/page.js"]
+DATA = ["doctor/gaussian.ncnn", "doctor/gaussian.onnx", "py.typed", "runtime/device/step.cu", *PAGE]
 HEAVY = (
     "torch",
     "onnx",

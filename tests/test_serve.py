@@ -609,9 +609,10 @@ def test_before_it_is_ready_it_says_so() -> None:
             thread.join(LONG)
 
 
-def test_it_may_be_mounted_in_another_application() -> None:
-    network = Labelled()
-    with Batcher(network) as batcher, listening("127.0.0.1", 0) as listener:
+@contextmanager
+def mounted() -> Iterator[str]:
+    """Where the service is found that is a part of somebody else's application."""
+    with Batcher(Labelled()) as batcher, listening("127.0.0.1", 0) as listener:
         outer = FastAPI()
         outer.mount("/pictures", create_app(batcher))
         running = uvicorn.Server(uvicorn.Config(outer, log_config=None, lifespan="off"))
@@ -619,17 +620,22 @@ def test_it_may_be_mounted_in_another_application() -> None:
         thread.start()
         try:
             until(lambda: running.started)
-            url = url_of(listener) + "/pictures"
-            accepted = httpx.post(url + "/v1/samples", json={"seed": 3}, headers={"Prefer": "respond-async"})
-            where = accepted.headers["location"]
-            assert where.startswith("/pictures/v1/samples/")
-            until(lambda: httpx.get(url_of(listener) + where + "?format=png").status_code == 200)
-            png = httpx.get(url_of(listener) + where + "?format=png")
-            np.testing.assert_array_equal(pixels(png.content), grid(wanted(seed=3)))
-            assert httpx.post(url + "/v1/samples", json={"steps": 99}).json()["error"]["param"] == "steps"
+            yield url_of(listener) + "/pictures"
         finally:
             running.should_exit = True
             thread.join(LONG)
+
+
+def test_it_may_be_mounted_in_another_application() -> None:
+    with mounted() as url:
+        accepted = httpx.post(url + "/v1/samples", json={"seed": 3}, headers={"Prefer": "respond-async"})
+        where = accepted.headers["location"]
+        assert where.startswith("/pictures/v1/samples/")
+        where = url.removesuffix("/pictures") + where
+        until(lambda: httpx.get(where + "?format=png").status_code == 200)
+        png = httpx.get(where + "?format=png")
+        np.testing.assert_array_equal(pixels(png.content), grid(wanted(seed=3)))
+        assert httpx.post(url + "/v1/samples", json={"steps": 99}).json()["error"]["param"] == "steps"
 
 
 # --- OpenAI's -----------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ app.mount("/images", create_app(batcher))  # in a FastAPI or Starlette applicati
 
 import hmac
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
@@ -18,12 +17,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ddpm_deploy.serve import inference, openai, samples
+from ddpm_deploy.serve import inference, openai, page, samples
 from ddpm_deploy.serve.batcher import Batcher
 from ddpm_deploy.serve.bodies import GoneError
 from ddpm_deploy.serve.openapi import error_answers
@@ -32,7 +30,6 @@ from ddpm_deploy.serve.service import Service
 from ddpm_deploy.serve.settings import Settings
 from ddpm_deploy.version import __version__
 
-PAGE: Final = Path(__file__).parent / "page"
 _SAFE: Final = ("GET", "HEAD", "OPTIONS")
 _GONE: Final = 499  # nobody reads it: the log alone has it
 
@@ -60,8 +57,7 @@ def app_of(service: Service) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "Prefer", "X-API-Key"],
             expose_headers=["Location", "Retry-After", "X-Seed", "Preference-Applied"],
         )
-    if (PAGE / "index.html").exists():
-        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    app.include_router(page.router())
     return app
 
 
