@@ -12,6 +12,7 @@ the weights are in memory once, and one file is enough to run.
 import hashlib
 import io
 import itertools
+import os
 import zipfile
 from collections.abc import Iterator
 from functools import cached_property
@@ -44,8 +45,9 @@ class NcnnFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        size = path.stat().st_size
         with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            self._state, size = _state(status), status.st_size
             file.seek(max(0, size - _LARGEST_ZIP))
             end = file.read()
         with zipfile.ZipFile(io.BytesIO(end)) as archive:
@@ -60,6 +62,14 @@ class NcnnFile:
         if self.weights % 4:
             raise ValueError("its weights are no whole float32 numbers")
         self.param, self.spec = param.decode("ascii"), spec
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file by its name is still the one that was read: not replaced, and not written to."""
+        try:
+            return _state(self._path.stat()) == self._state
+        except OSError:
+            return False
 
     @cached_property
     def intact(self) -> bool:
@@ -103,6 +113,10 @@ class NcnnFile:
         with self._path.open("rb") as file:
             for start in range(0, self.weights, _PART):
                 yield file.read(min(_PART, self.weights - start))
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def input_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

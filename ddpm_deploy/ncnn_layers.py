@@ -23,6 +23,7 @@ _MOST_NUMBERS: Final = 1 << 28  # of one blob, or one weight
 _LARGEST_SIDE: Final = 1 << 20
 _ARRAY: Final = -23300  # minus its number is the key of a parameter that is a list
 _MOST_AXES: Final = 4
+_SIZES: Final = ((0,), (1, 0), (2, 1, 0), (2, 11, 1, 0))  # the keys of a shape of so many axes
 DIRECT: Final = 64  # parameter 31 of a convolution: not by Winograd's algorithm
 
 # What BinaryOp and UnaryOp compute, by number.
@@ -83,7 +84,7 @@ def as_text(layers: Sequence[Layer]) -> str:
 
 def parse(text: str) -> list[Layer]:
     """The layers of a .param. Raises ValueError where it is none, or has what we do not write."""
-    lines = text.splitlines()
+    lines = text.removesuffix("\n").split("\n")  # no other character ends a line of ncnn's
     if len(lines) < 3 or lines[0] != _MAGIC:
         raise ValueError("it does not begin as a .param does")
     layers = [_parsed(line) for line in lines[2:]]
@@ -253,8 +254,10 @@ def _same(given: _Given) -> Outcome:
 
 
 def _sized(given: _Given) -> Shape:
-    """The shape that 2, 11, 1 and 0 say: c, d, h and w."""
-    return tuple(given.whole(key, 1) for key in (2, 11, 1, 0) if key in given.params)
+    """The shape that 2, 11, 1 and 0 say: c, d, h and w. Of another choice of them ncnn makes another shape."""
+    keys = tuple(key for key in (2, 11, 1, 0) if key in given.params)
+    given.require(keys in _SIZES)
+    return tuple(given.whole(key, 1) for key in keys)
 
 
 def _memory(given: _Given) -> Outcome:
@@ -392,7 +395,7 @@ def _crop(given: _Given) -> Outcome:
     for start, end, axis in zip(starts, ends, axes, strict=True):
         given.require(0 <= start < end <= shape[axis] and axis >= 0)
         shape[axis] = end - start
-    given.require(len(set(axes)) == len(axes))
+    given.require(0 < len(set(axes)) == len(axes))
     return Outcome([tuple(shape)])
 
 
@@ -420,7 +423,8 @@ def _reduction(given: _Given) -> Outcome:
     shape, axes = given.shape(), given.many(3)
     given.require(given.whole(0) in REDUCTIONS.values() and given.whole(1) == 0)
     given.require(given.whole(4) == 1 == given.whole(5))  # dimensions are kept; the axes do not count a batch
-    given.require(len(set(axes)) == len(axes) and all(0 <= axis < len(shape) for axis in axes))
+    # Of no axes, ncnn sums one axis up all the same.
+    given.require(0 < len(set(axes)) == len(axes) and all(0 <= axis < len(shape) for axis in axes))
     return Outcome([tuple(1 if axis in axes else side for axis, side in enumerate(shape))])
 
 

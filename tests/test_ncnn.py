@@ -24,6 +24,7 @@ from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.errors import ArtefactError, BackendError, DependencyError, SettingError
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.ncnn_file import NcnnFile, describe
+from ddpm_deploy.ncnn_layers import Layer, outcome
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
 from ddpm_deploy.runtime.network import ask
 from ddpm_deploy.runtime.proof import proof_path
@@ -259,6 +260,7 @@ def edited(path: Path, folder: Path, edit: Callable[[str], str]) -> Path:
         ("(Swish .*)", r"\1 31=64"),
         (r"(Convolution .*)", r"\1 31=1"),
         (r"(?s)\n[^\n]*prediction.*", "\n"),
+        (r"\n(Swish)", "\x1c" + r"\1"),  # which ends a line for Python, and not for ncnn
     ],
 )
 def test_layers_that_lie_never_reach_ncnn(
@@ -274,6 +276,40 @@ def test_layers_that_lie_never_reach_ncnn(
         ArtefactError, match=r"has layers that cannot be run: .*; export it again with ddpm-export"
     ):
         NcnnNetwork(model)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer("Reduction", "r", ("x",), ("y",), {0: 0, 1: 0, 3: (), 4: 1, 5: 1}),  # makes 1 of 8 there
+        Layer("Crop", "c", ("x",), ("y",), {9: (), 10: (), 11: ()}),
+        Layer("Reshape", "r", ("x",), ("y",), {2: 8, 0: 1}),
+        Layer("Reshape", "r", ("x",), ("y",), {1: 8}),
+    ],
+    ids=str,
+)
+def test_a_layer_of_which_ncnn_makes_another_shape_is_refused(layer: Layer) -> None:
+    with pytest.raises(ValueError, match="has a parameter out of its range"):
+        outcome(layer, [(8,)])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 3), (3, 3)])
+def test_another_file_in_its_place_is_not_mixed_in(
+    ncnn_path: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    """Each Net is loaded when it is first needed: by then a model may have been exported anew."""
+    path, there, spec = tmp_path / "m.ncnn", NcnnFile(ncnn_path), open_model(ncnn_path).spec
+    path.write_bytes(ncnn_path.read_bytes())
+    with Sampler.load(path, threads=2) as sampler:
+        wanted = sampler.sample(after, steps=3, seed=1)
+    with Sampler.load(path, threads=2) as sampler, Sampler.load(path, threads=2) as late:
+        sampler.sample(before, steps=3, seed=1)
+        (tmp_path / "other").write_bytes(bytes(there.weights))
+        describe(tmp_path / "other", spec, there.param)
+        (tmp_path / "other").replace(path)
+        np.testing.assert_array_equal(sampler.sample(after, steps=3, seed=1), wanted)
+        with pytest.raises(BackendError, match=r"another file is in the place of .*: load the model again"):
+            late.sample(1, steps=3)
 
 
 def test_weights_of_another_type_or_length_are_refused(ncnn_path: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from types import ModuleType
 from typing import Any, Final, Self
@@ -39,7 +39,8 @@ class NcnnNetwork(HostNetwork):
 
     As many images as there are threads are computed at the same time, one a thread, by a Net of one thread; those that
     are left over one after another, by a Net of all threads. Both give the same bits, and each is loaded when it is
-    first needed, as it holds the weights.
+    first needed, as it holds the weights. Where another file is in the model's place by then, the one that there is
+    does it all.
 
     Raises ArtefactError where the file is not sound, DependencyError or BackendError where ncnn cannot be used here.
     """
@@ -49,7 +50,7 @@ class NcnnNetwork(HostNetwork):
         model.ncnn.require_sound(model.spec)
         self._ncnn = require_ncnn()
         super().__init__(model.spec, max_batch)
-        self._model, self._param = model, model.ncnn.param
+        self._model, self._file = model, model.ncnn
         self._threads = threads or cpu_threads()
         self._nets: dict[int, Any] = {}  # by their number of threads
         self._crew = ThreadPoolExecutor(self._threads, "crew")
@@ -66,15 +67,15 @@ class NcnnNetwork(HostNetwork):
     def predict(self, batch: int) -> None:
         """Predict for the leading rows."""
         together = batch // self._threads * self._threads if self._threads > 1 else 0
-        if together:
-            one = self._net(1)
+        one = self._net(1) if together else None
+        if one is None:
+            together = 0
+        else:
             rows = iter(range(together))  # of which each thread takes the next
-            share = [self._crew.submit(self._predict_rows, one, rows) for _ in range(self._threads)]
-            for done in share:
-                done.result()
+            _finish([self._crew.submit(self._predict_rows, one, rows) for _ in range(self._threads)])
         if together < batch:
-            all_ = self._net(self._threads)
-            _leader().submit(self._predict_rows, all_, iter(range(together, batch))).result()
+            all_ = self._net(self._threads) or self._nets[1]
+            _finish([_leader().submit(self._predict_rows, all_, iter(range(together, batch)))])
 
     def _predict_rows(self, net: Any, rows: Any) -> None:
         for row in rows:
@@ -95,8 +96,12 @@ class NcnnNetwork(HostNetwork):
             np.copyto(self.memory[self.spec.output.name][row], np.asarray(prediction))
 
     def _net(self, threads: int) -> Any:
+        """The Net of so many threads; None where another file is in the model's place, and there is another Net."""
         if threads not in self._nets:
-            self._nets[threads] = _leader().submit(self._load, threads).result()
+            net = _leader().submit(self._load, threads).result()
+            if net is None:
+                return None
+            self._nets[threads] = net
         return self._nets[threads]
 
     def _load(self, threads: int) -> Any:
@@ -105,7 +110,14 @@ class NcnnNetwork(HostNetwork):
         net.opt.num_threads = threads
         for name, value in _OPTIONS.items():
             setattr(net.opt, name, value)
-        if net.load_param_mem(self._param) or net.load_model(str(self._model.path)):
+        failed = net.load_param_mem(self._file.param) or net.load_model(str(self._model.path))
+        if not self._file.in_place:  # its weights may be another model's
+            if self._nets:
+                return None
+            raise BackendError(
+                f"another file is in the place of {self._model.name} since it was opened: load the model again"
+            )
+        if failed:
             raise BackendError(f"ncnn cannot load {self._model.name}: it may be out of memory")
         return net
 
@@ -115,6 +127,15 @@ class NcnnNetwork(HostNetwork):
         self._crew.shutdown()
         self._nets.clear()
         self.memory = {}
+
+
+def _finish(started: "list[Future[None]]") -> None:
+    """Wait for all, whatever happens to one of them or here: none goes on to write where the next call does."""
+    try:
+        for future in started:
+            future.result()
+    finally:
+        wait(started)
 
 
 @cache
