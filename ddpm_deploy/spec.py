@@ -394,7 +394,12 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
     def _timesteps(self, schedule: Schedule, settings: ChainSettings) -> NDArray[np.int64]:
         """That a chain of completed settings visits."""
         if settings.timesteps is not None:
-            return np.array(settings.timesteps, np.int64)
+            try:
+                return np.array(settings.timesteps, np.int64)
+            except OverflowError as error:
+                raise SettingError(
+                    f"timesteps must fall from at most {self.timesteps - 1} to 0 or more"
+                ) from error
         own, steps = self.sampling, settings.steps or 0
         timesteps = spaced(settings.spacing or own.spacing, schedule, steps)
         if steps < self.timesteps and settings.spacing == own.spacing:

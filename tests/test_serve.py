@@ -351,6 +351,9 @@ def test_a_bad_field_is_named(live: Live, body: dict[str, Any], param: str, part
         b'{"labels": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
         b'{"a": ' * 9_000 + b"1" + b"}" * 9_000,
         b"count=4",
+        b'{"\\ud800": 1}',
+        b'{"timesteps": [' + b"9" * 90 + b"]}",
+        b'{"deadline": 1' + b"0" * 400 + b"}",
     ],
     ids=lambda body: body[:24].decode(errors="replace"),
 )
@@ -402,7 +405,16 @@ def test_images_that_no_picture_holds_come_as_npz() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_count", 0), ("timeout", float("nan")), ("name", "a/b"), ("api_keys", ("",)), ("api_keys", ("é",))],
+    [
+        ("max_count", 0),
+        ("timeout", float("nan")),
+        ("name", "a/b"),
+        ("api_keys", ("",)),
+        ("api_keys", ("é",)),
+        ("allow_origins", ("https://a.example/",)),
+        ("allow_origins", ("a.example",)),
+        ("allow_origins", ("https://A.example",)),
+    ],
 )
 def test_settings_are_checked(name: str, value: Any) -> None:
     with pytest.raises(SettingError):
@@ -484,7 +496,33 @@ def test_a_client_that_trickles_is_let_go(monkeypatch: pytest.MonkeyPatch) -> No
             with suppress(ConnectionResetError):
                 while connection.recv(100):
                     pass
+        for answered in (b"POST /nowhere", b"GET /health"):  # and nobody reads its body
+            asked = answered + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n"
+            with closing(live.connect(asked)) as connection, suppress(ConnectionError):
+                assert connection.recv(4096)
+                end = time.monotonic() + LONG
+                while time.monotonic() < end:
+                    connection.sendall(b"x")
+                    time.sleep(0.02)
+                pytest.fail("it reads on")
         assert live.post({"steps": 1}).status_code == 200
+
+
+def test_a_slow_reader_who_goes_on_reading_gets_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "WRITE_SECONDS", 0.3)
+    large = tiny_spec((3, 256, 256), timesteps=20)
+    with serving(ArrayNetwork(large, 8)) as live:
+        asked = json.dumps({"parameters": {"count": 24, "steps": 1, "binary_data_output": True}}).encode()
+        head_of = head("/v2/models/ddpm/infer", len(asked), "Connection: close\r\n")
+        with closing(socket.socket()) as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            slow.connect(("127.0.0.1", int(live.url.rsplit(":", 1)[1])))
+            slow.sendall(head_of + asked)
+            got = 0
+            while found := slow.recv(1 << 16):
+                got += len(found)
+                time.sleep(0.004)
+        assert got > 24 * 3 * 256 * 256 * 4
 
 
 def test_slow_readers_stall_nobody_and_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,6 +584,7 @@ def test_pages_of_other_sites_may_not_ask_unless_they_are_named() -> None:
     with serving() as live:
         told(live.post({}, Origin="https://evil.example"), 403)
         told(live.post({}, Origin="null"), 403)
+        told(live.post({}, Origin="http://["), 403)
         own = live.post({"steps": 1}, Origin=live.url)
         assert own.status_code == 200
         assert "access-control-allow-origin" not in own.headers
@@ -711,6 +750,13 @@ def test_tritons_own_client(live: Live) -> None:
         for bad in ({"count": np.array([0])}, {"stepps": np.array([1])}, {"count": np.array([1, 2])}):
             with pytest.raises(triton.InferenceServerException, match="count|stepps"):
                 client.infer("toy", inputs(triton, bad, True))
+        assert client.is_model_ready("toy", "1")
+        assert client.get_model_metadata("toy", "1")["versions"] == ["1"]
+        answer = client.infer("toy", [], model_version="1", parameters={"seed": 4, "steps": 3})
+        np.testing.assert_array_equal(to_uint8(answer.as_numpy("images")), wanted(seed=4, steps=3))
+        for nowhere in (client.get_model_config, client.load_model, client.get_inference_statistics):
+            with pytest.raises(triton.InferenceServerException, match="Not Found"):
+                nowhere("toy")
         with pytest.raises(triton.InferenceServerException, match="no model"):
             client.infer("resnet", inputs(triton, {"count": np.array([1])}, True))
 
@@ -748,6 +794,8 @@ COUNT = {"name": "count", "shape": [1], "datatype": "INT64"}
         ({"inputs": [COUNT | {"data": ["1"]}]}, None),
         ({"parameters": {"priority": 3}}, None),
         ({"parameters": {"timeout": 1}}, None),
+        ({"parameters": {"timeout": 10**400}}, None),
+        ({"parameters": {"timesteps": [10**30]}}, None),
         ({"outputs": [{"name": "logits"}]}, None),
         ({"outputs": [{"name": "images", "parameters": {"classification": 3}}]}, None),
     ],
@@ -859,6 +907,39 @@ def test_a_second_signal_ends_it_at_once(model: Path) -> None:
         assert running.poll() is None
         running.send_signal(signal.SIGINT)
         assert running.wait(LONG) == 0
+
+
+@heard
+@pytest.mark.parametrize(
+    ("numbers", "patience"),
+    [((signal.SIGTERM,), "0.3"), ((signal.SIGTERM, signal.SIGINT), "1000"), ((signal.SIGHUP,), "0.3")],
+)
+def test_who_waits_too_long_is_told(model: Path, numbers: tuple[signal.Signals, ...], patience: str) -> None:
+    asked = [
+        ("/v1/samples", {"count": 4096}, 503, "going down"),
+        ("/v1/images/generations", {"n": 4096, "stream": True}, 200, "going down"),
+        ("/v2/models/gaussian/infer", {"parameters": {"count": 4096}}, 503, "going down"),
+    ]
+    with process(model, "--max-count", "4096", "--drain-seconds", patience) as (running, url):
+        answers: dict[str, Any] = {}
+
+        def ask(path: str, body: dict[str, Any]) -> None:
+            answers[path] = httpx.post(url + path, json=body, timeout=LONG)
+
+        waiting = [threading.Thread(target=ask, args=each[:2]) for each in asked]
+        for thread in waiting:
+            thread.start()
+        until(lambda: b"ddpm_queue_requests 3.0" in httpx.get(url + "/metrics").content)
+        for number in numbers:
+            running.send_signal(number)
+            time.sleep(0.2)
+        assert running.wait(LONG) == 0
+        assert "Traceback" not in running.stderr.read()
+        for thread in waiting:
+            thread.join(LONG)
+        for path, _, status, part in asked:
+            assert answers[path].status_code == status
+            assert part in answers[path].text
 
 
 def test_answers_do_not_wait_for_one_another_on_the_way() -> None:

@@ -21,6 +21,7 @@ from ddpm_deploy.spec import ModelSpec
 Body = TypeVar("Body")
 Whole = int | str  # a number of up to 64 bits: as text too, since JavaScript rounds what is over 2^53
 Format = Literal["png", "npz", "json"]
+_MOST_DIGITS: Final = 100
 _WHOLE: Final = re.compile(r"[0-9]{1,20}", re.ASCII)
 
 
@@ -81,13 +82,14 @@ def parse(body: bytes, kind: type[Body]) -> Body:
     Raises RefusedError, naming the field.
     """
     try:
-        fields = json.loads(body, object_pairs_hook=_once, parse_constant=_no_number)
+        fields = json.loads(body, object_pairs_hook=_once, parse_constant=_no_number, parse_int=_integer)
     except (ValueError, RecursionError) as error:
-        raise RefusedError(
-            400, f"the body is not JSON as it should be: {first_line(error)}", "not_json"
-        ) from error
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise RefusedError(400, f"the body is not JSON as it should be: {what}", "not_json") from error
     try:
         return msgspec.convert(fields, kind)
+    except UnicodeEncodeError as error:
+        raise invalid("a key has half of a surrogate pair, which is no text") from error
     except (msgspec.ValidationError, RecursionError) as error:
         raise invalid(first_line(error), _field_in(first_line(error))) from error
 
@@ -102,6 +104,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(word: str) -> Any:
     raise ValueError(f"{word} is no number")
+
+
+def _integer(digits: str) -> int:
+    """A whole number. Its text is what an error shows, and Python reads no more than some thousand digits."""
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits, more than any field takes")
+    return int(digits)
 
 
 def _field_in(message: str) -> str | None:

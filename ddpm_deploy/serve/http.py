@@ -10,7 +10,6 @@ app.mount("/images", create_app(batcher))  # in a FastAPI or Starlette applicati
 import hmac
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Final
-from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -114,7 +113,7 @@ def require_site(settings: Settings) -> Callable[..., None]:
         origin = http.headers.get("origin")
         if origin is None or http.method in _SAFE or origin in settings.allow_origins:
             return
-        if "*" not in settings.allow_origins and urlsplit(origin).netloc != http.headers.get("host"):
+        if "*" not in settings.allow_origins and origin.partition("://")[2] != http.headers.get("host"):
             raise RefusedError(
                 403, f"pages of {origin[:100]} may not ask this server: see --allow-origin", "foreign_origin"
             )
@@ -126,10 +125,10 @@ def require_site(settings: Settings) -> Callable[..., None]:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error in one form."""
+    """Every error in the form that its route has for them."""
 
     async def refused(http: Request, error: Exception) -> Response:
-        return answer_of(refusal_of(error))
+        return answer_of(refusal_of(error), http)
 
     async def gone(http: Request, error: Exception) -> Response:
         return Response(status_code=_GONE)
@@ -137,14 +136,14 @@ def _add_errors(app: FastAPI) -> None:
     async def of_framework(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = "not_found" if error.status_code == 404 else "invalid_request"
-        return answer_of(
-            RefusedError(error.status_code, str(error.detail), code, headers=error.headers or {})
-        )
+        refusal = RefusedError(error.status_code, str(error.detail), code, headers=error.headers or {})
+        return answer_of(refusal, http)
 
     async def invalid(http: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        return answer_of(RefusedError(422, str(first["msg"]), "invalid_value", str(first["loc"][-1])))
+        refusal = RefusedError(422, str(first["msg"]), "invalid_value", str(first["loc"][-1]))
+        return answer_of(refusal, http)
 
     handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
         RefusedError: refused,
@@ -157,8 +156,11 @@ def _add_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, handler)
 
 
-def answer_of(refusal: RefusedError) -> Response:
-    """A refusal as an answer."""
+def answer_of(refusal: RefusedError, http: Request) -> Response:
+    """A refusal as an answer, in the form of whatever was asked."""
+    path = http.scope["path"].removeprefix(http.scope.get("root_path", ""))
+    if path == "/v2" or path.startswith("/v2/"):
+        return inference.answer_of(refusal)
     return JSONResponse(
         refusal.to_builtins(), status_code=refusal.status, headers=dict(refusal.headers) or None
     )

@@ -6,14 +6,12 @@ The inputs are the fields of a request, each a tensor of its values; they may st
 import asyncio
 import json
 import math
-from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 
 from ddpm_deploy.errors import first_line
@@ -30,6 +28,9 @@ from ddpm_deploy.version import __version__
 
 ROUTE: Final = "/v2/models/{name}/infer"
 _VERSION: Final = "1"
+_VERSIONED: Final = (
+    f"/v2/models/{{name}}/versions/{_VERSION}"  # the same, as clients ask that name the version
+)
 _HEADER: Final = "Inference-Header-Content-Length"
 _SIZE: Final = "binary_data_size"
 _MOST_VALUES: Final = 1 << 16
@@ -89,26 +90,16 @@ class InferBody(msgspec.Struct, kw_only=True):
     parameters: dict[str, Any] = {}
 
 
-class _Route(APIRoute):
-    """A route whose errors are as this protocol has them: {"error": "…"}."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def told(http: Request) -> Response:
-            try:
-                return await handle(http)
-            except RefusedError as refusal:
-                named = f" ({refusal.param})" if refusal.param else ""
-                fields = {"error": f"{refusal.message}{named}"}
-                return JSONResponse(fields, status_code=refusal.status, headers=dict(refusal.headers))
-
-        return told
+def answer_of(refusal: RefusedError) -> Response:
+    """A refusal as this protocol has it: {"error": "…"}."""
+    named = f" ({refusal.param})" if refusal.param else ""
+    fields = {"error": f"{refusal.message}{named}"}
+    return JSONResponse(fields, status_code=refusal.status, headers=dict(refusal.headers))
 
 
 def router(service: Service, guarded: list[Any]) -> APIRouter:
     """The routes over one service; all but those of health are guarded."""
-    routes = APIRouter(tags=["Open Inference Protocol"], route_class=_Route)
+    routes = APIRouter(tags=["Open Inference Protocol"])
 
     @routes.get("/v2/health/live", summary="Whether the process answers")
     async def live() -> Response:
@@ -124,23 +115,23 @@ def router(service: Service, guarded: list[Any]) -> APIRouter:
         fields = {"name": "ddpm-deploy", "version": __version__, "extensions": ["binary_tensor_data"]}
         return JSONResponse(fields)
 
+    @routes.get(_VERSIONED, summary="The model's tensors", dependencies=guarded)
     @routes.get("/v2/models/{name}", summary="The model's tensors", dependencies=guarded)
     async def model(name: str) -> Response:
         _require_model(name, service)
         return JSONResponse(_metadata(service))
 
+    @routes.get(_VERSIONED + "/ready", summary="Whether requests are taken", dependencies=guarded)
     @routes.get("/v2/models/{name}/ready", summary="Whether requests are taken", dependencies=guarded)
     async def model_ready(name: str) -> Response:
         _require_model(name, service)
         service.require_ready()
         return JSONResponse({"name": name, "ready": True})
 
-    @routes.post(
-        ROUTE,
-        summary="Sample images",
-        dependencies=guarded,
-        openapi_extra={"requestBody": body_of(InferBody)},
-    )
+    asked = {"requestBody": body_of(InferBody)}
+
+    @routes.post(_VERSIONED + "/infer", summary="Sample images", dependencies=guarded, openapi_extra=asked)
+    @routes.post(ROUTE, summary="Sample images", dependencies=guarded, openapi_extra=asked)
     async def infer(name: str, http: Request) -> Response:
         _require_model(name, service)
         service.require_ready()

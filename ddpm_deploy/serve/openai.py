@@ -18,7 +18,7 @@ from ddpm_deploy.serve.feed import Feed
 from ddpm_deploy.serve.handle import Handle
 from ddpm_deploy.serve.openapi import body_of, error_answers
 from ddpm_deploy.serve.refusals import RefusedError, invalid, refusal_of
-from ddpm_deploy.serve.service import Service
+from ddpm_deploy.serve.service import Service, called_off
 from ddpm_deploy.spec import ModelSpec
 
 ROUTE: Final = "/v1/images/generations"
@@ -156,6 +156,8 @@ async def _events(service: Service, handle: Handle, looks: int) -> AsyncIterator
                 {**about, "partial_image_index": next(counts[look.index]), "image_index": look.index},
                 png,
             )
+        if handle.cancelled():
+            raise called_off()
         images = await asyncio.wrap_future(handle)
         for i, png in enumerate(await asyncio.to_thread(_pictures, images, handle, service.spec)):
             yield _event("completed", {**about, "usage": _USAGE, "image_index": i}, png)

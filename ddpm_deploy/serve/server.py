@@ -1,7 +1,9 @@
 """A process of its own for one model: uvicorn, which waits for nobody for ever, and finishes what it took before it
 goes."""
 
+import asyncio
 import logging
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -25,49 +27,65 @@ _MOST_HEAD: Final = 1 << 14  # bytes
 
 
 class Protocol(H11Protocol):
-    """HTTP of one connection, with an end to waiting: for the head of its first request, and for a reader who reads
-    nothing. (uvicorn itself has one for the time between two requests, and bodies have theirs in `bodies`.)"""
+    """HTTP of one connection, with an end to waiting: for the head of its first request, for what comes after an answer
+    and is no whole head, and for a reader who reads nothing. (uvicorn itself has one for the silence between two
+    requests, and bodies have theirs in `bodies`.)"""
 
-    _timer: Any = None
+    _head: asyncio.TimerHandle | None = None
+    _reader: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Somebody connected."""
         super().connection_made(transport)
-        self._wait(HEAD_SECONDS)
+        transport.set_write_buffer_limits(high=0)  # what is not read is paused for, however little
+        self._head = self.loop.call_later(HEAD_SECONDS, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         """Some of a request came."""
         known = self.scope
         super().data_received(data)
         if self.scope is not known:  # a whole head
-            self._wait(None)
-        elif self._timer is None and self.conn.trailing_data[0] and self._idle:
-            self._wait(HEAD_SECONDS)  # a part of the next
-
-    @property
-    def _idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
+            _cancel(self._head)
+            self._head = None
+        elif self._head is None and (self.cycle is None or self.cycle.response_complete):
+            # A part of the next, or a body that was answered unread. It ended uvicorn's own wait.
+            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
         """More was written than is read."""
         super().pause_writing()
-        self._wait(WRITE_SECONDS)
+        self._await_reader(self.transport.get_write_buffer_size())
+
+    def _await_reader(self, left: int) -> None:
+        """Give up on a reader who takes nothing of so many bytes."""
+
+        def look() -> None:
+            now = self.transport.get_write_buffer_size()
+            if now < left:
+                self._await_reader(now)
+            else:
+                self.transport.abort()
+
+        self._reader = self.loop.call_later(WRITE_SECONDS, look)
 
     def resume_writing(self) -> None:
         """It was read."""
         super().resume_writing()
-        self._wait(None)
+        _cancel(self._reader)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is over."""
-        self._wait(None)
+        _cancel(self._head)
+        _cancel(self._reader)
         super().connection_lost(exc)
 
-    def _wait(self, seconds: float | None) -> None:
-        """Give up after so many seconds; None: do not."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: what a stranger asks for is no fault of this server, nor of what is installed."""
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 class Server(uvicorn.Server):
@@ -95,7 +113,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came. It is not raised again at the end: an end that was asked for is no failure."""
         if self._until is not None:
-            self.should_exit = self.force_exit = True
+            if sig != signal.SIGHUP:  # a terminal that closes may send several
+                self.should_exit = self.force_exit = True
             return
         logger.info("finishing what was taken, for at most %.0f s (again: stop at once)", self._patience)
         self._until = time.monotonic() + self._patience
@@ -105,6 +124,8 @@ class Server(uvicorn.Server):
         """Ten times a second: whether to end."""
         if self._until is not None and (self._service.drained or time.monotonic() > self._until):
             self.should_exit = True
+        if self.should_exit:  # those who still wait are told so, while there is somebody to tell them
+            self._service.call_off()
         return await super().on_tick(counter)
 
 

@@ -15,7 +15,7 @@ from ddpm_deploy.serve.batcher import Batcher, Status
 from ddpm_deploy.serve.bodies import GoneError, SamplesBody, to_request
 from ddpm_deploy.serve.handle import Handle
 from ddpm_deploy.serve.metrics import Metrics
-from ddpm_deploy.serve.refusals import busy, invalid, refusal_of, unready
+from ddpm_deploy.serve.refusals import RefusedError, busy, invalid, refusal_of, unready
 from ddpm_deploy.serve.results import Results
 from ddpm_deploy.serve.settings import Settings
 from ddpm_deploy.spec import ModelSpec
@@ -43,6 +43,11 @@ class Service:
     def drain(self) -> None:
         """Take no more requests; those that were taken are done."""
         self._draining = True
+
+    def call_off(self) -> None:
+        """End all that was taken and is not over."""
+        for handle in list(self._live):
+            handle.cancel()
 
     @property
     def live(self) -> int:
@@ -130,13 +135,18 @@ class Service:
             return waiting.result()
         except asyncio.CancelledError:
             if waiting.cancelled():  # by somebody else: the server that goes down
-                raise unready("this was called off") from None
+                raise called_off() from None
             raise
         except DdpmDeployError as error:
             raise refusal_of(error) from error
         finally:
             gone.cancel()
             handle.cancel()
+
+
+def called_off() -> RefusedError:
+    """What is said of a request that the server ended, as it goes down."""
+    return unready("this server is going down, and this request was called off: ask another")
 
 
 async def until_gone(http: HttpRequest) -> None:

@@ -1,6 +1,7 @@
 """What whoever runs a service decides: its limits, who may use it, and for how long results are kept."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +11,7 @@ MOST_PREVIEWS: Final = 32  # looks at one image on its way
 WRITE_SECONDS: Final = 30.0  # in which a client takes something of what is sent to it
 BODY_SECONDS: Final = 10.0  # in which a body arrives, once its head has
 HEAD_SECONDS: Final = 10.0  # in which a head arrives, once somebody connected
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,8 @@ class Settings:
             raise SettingError(f"the name of a model stands in paths: {self.name!r} cannot")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise SettingError("an API key is empty, or has other characters than ASCII: choose another")
+        for origin in self.allow_origins:  # browsers send exactly this
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise SettingError(
+                    f"{origin!r} is no origin: write it as https://example.org, in lower case and without a path"
+                )

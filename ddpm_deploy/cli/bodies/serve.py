@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from ddpm_deploy.serve.http import app_of
 from ddpm_deploy.serve.server import Server, listening, url_of
 from ddpm_deploy.serve.service import Service
 from ddpm_deploy.serve.settings import Settings
+from ddpm_deploy.signals import handled
 from ddpm_deploy.words import Proof
 
 _KEY: Final = "DDPM_SERVE_API_KEY"
@@ -72,7 +74,8 @@ def serve(
         logger.info("%s at %s", opened.name, url_of(listener))
         try:
             opening.start()
-            server.run(sockets=[listener])
+            with handled([signal.SIGHUP], server.handle_exit):  # the others are uvicorn's own
+                server.run(sockets=[listener])
         finally:
             opening.end()
             network.close()
