@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,38 @@ def signals_held(stop: Callable[[], None], says: str = "") -> Iterator[None]:
     finally:
         if received:
             signal.raise_signal(received[0])
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Raise a KeyboardInterrupt again that Python dropped, as it does where one comes while an object is deleted.
+
+    Signals reach the main thread alone: in another this does nothing.
+    """
+    before = sys.unraisablehook
+    pending: list[threading.Timer] = []
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        number = next((n for n in _ENDING if callable(signal.getsignal(n))), None)
+        if number is None or not isinstance(dropped.exc_value, KeyboardInterrupt):
+            before(dropped)
+            return
+        # Not from here, where it would be dropped again.
+        again = threading.Timer(0.01, signal.pthread_kill, [threading.get_ident(), number])
+        again.daemon = True
+        pending.append(again)
+        again.start()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for again in pending:
+            again.cancel()
 
 
 @contextmanager

@@ -44,7 +44,7 @@ from tests.test_cli import call, refused
 MODEL = Path(__file__).parent.parent / "ddpm_deploy" / "doctor" / "gaussian.onnx"
 SETTINGS = ("--steps", 2, "--seed", 7, "--count", 22)
 RUN = (*SETTINGS, "--shards", "--shard-size", 4)  # six shards, the last of two images
-SLOWER = ("--float", "--steps", 12, "--count", 220, "--shard-size", 40)  # six shards too
+SLOWER = ("--float", "--steps", 12, "--count", 440, "--shard-size", 80)  # six shards too
 NAMES = [f"{i:06d}-{min(i + 3, 21):06d}.npz" for i in range(0, 22, 4)]
 
 

@@ -96,6 +96,26 @@ def test_a_command_cleans_up_before_it_ends(number: signal.Signals) -> None:
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
+class Interrupted:
+    """Ctrl-C comes while it is deleted."""
+
+    def __del__(self) -> None:
+        """Send it."""
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_an_object_is_deleted_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        Interrupted()
+        time.sleep(20)
+
+    before, start = sys.unraisablehook, time.monotonic()
+    result = CliRunner().invoke(Command("x", callback=run), [])
+    assert time.monotonic() - start < 10
+    assert (result.exit_code, sys.unraisablehook) == (130, before)
+    assert "Exception ignored" not in result.output + capfd.readouterr().err
+
+
 def held() -> Any:
     return signals_held(nothing)
 

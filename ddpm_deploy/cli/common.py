@@ -11,7 +11,7 @@ import click
 
 from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import DdpmDeployError
-from ddpm_deploy.signals import handled
+from ddpm_deploy.signals import handled, interrupts_kept
 from ddpm_deploy.version import __version__
 
 logger = logging.getLogger("ddpm_deploy")
@@ -69,7 +69,8 @@ class Command(click.Command):
             raise KeyboardInterrupt
 
         # SIGTERM and SIGHUP end the work as Ctrl-C does, so that no temporary file stays behind.
-        with one_line_errors(ctx.command_path), handled([signal.SIGTERM, signal.SIGHUP], interrupt):
+        ends = handled([signal.SIGTERM, signal.SIGHUP], interrupt)
+        with one_line_errors(ctx.command_path), ends, interrupts_kept():
             return super().invoke(ctx)
 
 
