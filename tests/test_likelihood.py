@@ -419,6 +419,14 @@ def test_whole_numbers_in_a_larger_type_are_8_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(images.read(np.array([0]))[0], pixels)
 
 
+def test_images_of_other_channels_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = tiny_spec((1, 8, 8))
+    open_images(saved(tmp_path / "grey.npz", images=np.zeros((4, 8, 8), np.uint8)), spec)
+    assert not caplog.text
+    open_images(saved(tmp_path / "colour.npz", images=np.zeros((4, 8, 8, 3), np.uint8)), spec)
+    assert "have 3 channels and are evaluated as the model takes them, with 1" in caplog.text
+
+
 def test_labels_are_found_by_their_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, value in (("dog", 9), ("cat", 5)):
         (tmp_path / "pets" / name).mkdir(parents=True)

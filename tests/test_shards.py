@@ -240,6 +240,25 @@ def test_merging_takes_a_few_megabytes(tmp_path: Path) -> None:
     assert peak < 10e6
 
 
+def test_names_of_versions_are_shown_in_one_line(folder: Path) -> None:
+    fields = json.loads((folder / NAME).read_text())
+    fields["versions"]["x\n\x1b[31m"] = "1"
+    (folder / NAME).write_text(json.dumps(fields))
+    said = call("run", MODEL, *RUN, "-o", folder)
+    assert said.exit_code == 0
+    assert "x\\n\\x1b[31m 1, here none" in said.stderr
+
+
+def test_merging_says_what_helps_with_a_shard_of_other_samples(folder: Path, tmp_path: Path) -> None:
+    (folder / NAMES[0]).write_bytes((folder / NAMES[1]).read_bytes())
+    said = call("merge", folder, "-o", tmp_path / "m.npz")
+    assert said.exit_code == 1
+    assert "move that file away" in said.output
+    (folder / NAMES[0]).unlink()
+    run(folder)
+    assert call("merge", folder, "-o", tmp_path / "m.npz").exit_code == 0
+
+
 # --- faults ----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpm_deploy.arrays import array_in
 from ddpm_deploy.bulk.manifest import Manifest
-from ddpm_deploy.bulk.shards import opened_shard
+from ddpm_deploy.bulk.shards import ForeignError, opened_shard
 from ddpm_deploy.errors import DataError, first_line, plural
 from ddpm_deploy.files import atomic, show
 from ddpm_deploy.runtime.images import LABELS
@@ -62,6 +62,11 @@ def _copy(folder: Path, manifest: Manifest, number: int, put: Callable[[bytes], 
             for piece in shard.pieces():
                 put(piece)
             return shard.digest
+    except ForeignError as error:
+        raise DataError(
+            f"{show(folder / manifest.shard_name(number))} {first_line(error)}: move that file away, and the same "
+            "ddpm-run --shards makes the one that belongs there"
+        ) from error
     except (FileNotFoundError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{show(folder / manifest.shard_name(number))} {first_line(error)}: the same ddpm-run --shards makes it "

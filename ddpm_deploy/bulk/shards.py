@@ -45,7 +45,7 @@ class State:
     digest: str = ""
 
 
-class _ForeignError(ValueError):
+class ForeignError(ValueError):
     """A whole shard, and of another run."""
 
 
@@ -82,7 +82,7 @@ def state(folder: Path, manifest: Manifest, number: int) -> State:
             return State("whole", digest=shard.digest)
     except FileNotFoundError:
         return State("missing", "is not there")
-    except _ForeignError as error:
+    except ForeignError as error:
         return State("foreign", str(error))
     except (ValueError, OSError) as error:
         return State("altered", first_line(error))
@@ -151,9 +151,9 @@ def _unsealed(file: BinaryIO, wanted: tuple[str, int, int], most: int) -> str:
     if seal != _sha256(file, size - _SEAL):
         raise ValueError("was altered: its SHA-256 is not what it was sealed with")
     if run != wanted[0]:
-        raise _ForeignError("is of another run")
+        raise ForeignError("is of another run")
     if (int(first), int(count)) != wanted[1:]:
-        raise _ForeignError(f"holds other samples: {count} from {first} on")
+        raise ForeignError(f"holds other samples: {count} from {first} on")
     return seal
 
 

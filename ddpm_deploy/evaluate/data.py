@@ -85,7 +85,14 @@ def open_images(data: str, spec: ModelSpec, *, array: str = "", resize: bool = F
         low, high = spec.data_range
         raise SettingError(f"this model is of images from {low:.7g} to {high:.7g}: {_NO_DECODER}")
     source, labels = _labelled(data, spec, array)
-    source.require_channels(spec.image_shape[0])
+    channels, own = spec.image_shape[0], source.channels()
+    source.require_channels(channels)
+    if own != channels:
+        logger.warning(
+            "the images have %s and are evaluated as the model takes them, with %d: bits/dim are of those",
+            plural(own, "channel"),
+            channels,
+        )
     return Images(source, spec, labels, resize)
 
 

@@ -82,7 +82,7 @@ def _versions(sampler: Sampler) -> dict[str, str]:
 def _tell_of_versions(mine: Manifest, there: Manifest) -> None:
     """Tell what may change the last bit of an image."""
     if other := [
-        f"{name} {show(version)}, here {mine.versions.get(name, 'none')}"
+        f"{show(name)} {show(version)}, here {mine.versions.get(name, 'none')}"
         for name, version in there.versions.items()
         if mine.versions.get(name) != version
     ]:
