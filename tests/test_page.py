@@ -353,7 +353,7 @@ def test_a_connection_that_is_lost_is_told_and_found_again(page: Page) -> None:
 # --- for everybody ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "dark"), [(360, True), (360, False), (1100, True), (1100, False)])
+@pytest.mark.parametrize(("width", "dark"), [(360, True), (1100, False)])
 def test_it_fits_a_phone_and_has_no_barriers(page: Page, slow: Live, width: int, dark: bool) -> None:
     found = importlib.util.find_spec("axe_playwright_python")  # of it the script alone is used
     if found is None or found.origin is None:

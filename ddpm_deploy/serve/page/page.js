@@ -46,7 +46,8 @@ async function refusal(answer) {
     // Not our server's words: of something between it and us.
   }
   const seconds = Number(answer.headers.get("Retry-After"));
-  const later = seconds > 0 && !/again in/.test(told.message) ? ` Try again in ${seconds} second${seconds === 1 ? "" : "s"}.` : "";
+  const said = /again in/.test(told.message); // by the sentence itself
+  const later = seconds > 0 && !said ? ` Try again in ${seconds} s.` : "";
   return new Problem(sentence(told.message) + later, { status: answer.status, param: told.param });
 }
 
@@ -68,7 +69,7 @@ async function heard(reader) {
   return Promise.race([part, silence]).finally(() => clearTimeout(timer));
 }
 
-/** The server-sent events of an answer, { name, data }, until it breaks off. (EventSource cannot show an API key.) */
+/** The server-sent events of an answer, { name, data }, until it breaks. (EventSource cannot show an API key.) */
 async function* eventsOf(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -160,7 +161,7 @@ async function make() {
   }
 }
 
-/** Do something that needs the server, and again where the connection is lost. Throws a Problem where it is lost for good. */
+/** Do something that needs the server, and again where the connection is lost. Throws a Problem where it stays so. */
 async function patiently(mine, action) {
   for (mine.tries = 0; ; ) {
     try {
