@@ -303,7 +303,7 @@ def test_deadlines() -> None:
 
 @pytest.mark.parametrize("place", ["host", "device"])
 def test_previews(place: str) -> None:
-    inner = GaussianNetwork(SPEC, 4, 0.3, 0.5)
+    inner = Gated(4)
     network: Any = inner if place == "host" else DeviceNetwork(inner, HostDevice(seed=1))
     request = Request(count=6, seed=5, steps=12)
     wanted: dict[tuple[int, int], Array] = {}
@@ -311,9 +311,11 @@ def test_previews(place: str) -> None:
         for step, _, x0 in sampler.stream(6, seed=5, steps=12):
             wanted.update({(k, step): image for k, image in enumerate(x0)})
     with Batcher(network) as batcher:
+        inner.hold()
         handle, seen = batcher.submit(request), list[Preview]()
         batcher.submit(Request(seed=0, steps=17))
         handle.watch(seen.append, looks=4)
+        inner.permits.release(1 << 20)
         handle.result(LONG)
         assert list(handle.previews()) == []  # that is over
     assert len({(look.index, look.step) for look in seen}) == len(seen)

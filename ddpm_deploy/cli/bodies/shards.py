@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.version import __version__
 
-_RUNNING: Final = ("numpy", "onnxruntime", "tensorrt", "torch")  # what computes an image
+_PACKAGES: Final = {"network": "torch"}  # of a backend whose module is not called as its package
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,11 @@ def run_shards(
 
 
 def _versions(sampler: Sampler) -> dict[str, str]:
-    """What this process runs: the packages that the backend imported, and where."""
+    """What makes the images: this program, NumPy and the backend's package, and where it runs."""
     device = sampler.network.device.name.partition(":")[0]
-    packages = {
-        name: version
-        for name, version in installed().items()
-        if (module := name.partition("-")[0]) in _RUNNING and module in sys.modules
-    }
+    backend = type(sampler.network).__module__.rpartition(".")[2]
+    makers = {"numpy", _PACKAGES.get(backend, backend)}
+    packages = {name: version for name, version in installed().items() if name.partition("-")[0] in makers}
     return {"ddpm-deploy": __version__, "device": device, **packages}
 
 
