@@ -84,6 +84,12 @@ def gated(max_batch: int = 4, **keywords: Any) -> Iterator[tuple[Gated, Batcher]
             network.permits.release(1 << 20)
 
 
+def together(batcher: Batcher, *requests: Request) -> list[Any]:
+    """Submit requests of which the batcher's thread sees all or none."""
+    with batcher._changed:
+        return [batcher.submit(request) for request in requests]
+
+
 def until(true: Callable[[], bool]) -> None:
     end = time.monotonic() + LONG
     while not true():
@@ -232,7 +238,7 @@ def test_one_joins_at_the_next_step_and_leaves_when_it_is_done() -> None:
 
 def test_the_queue_is_bounded() -> None:
     with gated(max_batch=2, max_queue=3) as (network, batcher):
-        running = [batcher.submit(Request(seed=i, steps=10)) for i in range(2)]
+        running = together(batcher, *(Request(seed=i, steps=10) for i in range(2)))
         until(lambda: batcher.status().running == 2)
         waiting = [batcher.submit(Request(seed=i, steps=10)) for i in range(2, 5)]
         with pytest.raises(
@@ -252,8 +258,7 @@ def test_the_queue_is_bounded() -> None:
 
 def test_cancel_frees_the_rows_at_the_next_step() -> None:
     with gated(max_batch=2) as (network, batcher):
-        first = batcher.submit(Request(count=1, seed=0))
-        guest = batcher.submit(Request(count=1, seed=1, steps=30))
+        first, guest = together(batcher, Request(seed=0), Request(seed=1, steps=30))
         network.allow(3)
         waiting = batcher.submit(Request(seed=2, steps=2))
         assert batcher.status().waiting == 1
@@ -355,7 +360,7 @@ def test_a_watcher_that_raises_ends_its_request_alone() -> None:
 def test_a_network_that_fails_once() -> None:
     """All in flight fail, those who wait go on."""
     with gated(max_batch=2) as (network, batcher):
-        running = [batcher.submit(Request(seed=i)) for i in range(2)]
+        running = together(batcher, *(Request(seed=i) for i in range(2)))
         network.allow(3)
         waiting = batcher.submit(Request(seed=2, steps=5))
         network.fails = RuntimeError("out of memory")
@@ -395,7 +400,7 @@ def test_a_network_that_never_worked() -> None:
 @pytest.mark.parametrize("drain", [True, False])
 def test_closing(drain: bool) -> None:
     with gated(max_batch=2) as (network, batcher):
-        handles = [batcher.submit(Request(seed=i, steps=8)) for i in range(6)]
+        handles = together(batcher, *(Request(seed=i, steps=8) for i in range(6)))
         network.allow(2)
         threading.Timer(0.05, network.permits.release, [1000]).start()
         batcher.close(drain=drain)
