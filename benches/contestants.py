@@ -1,6 +1,7 @@
 """What our backends are timed against, each in a process of its own (`ddpm_deploy.bench.worker`)."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -107,15 +108,15 @@ class Pipeline:
         return (time.perf_counter() - start) / max(steps, 1)
 
 
-class _Bare:
+class _Bare(ABC):
     """An engine called with the same inputs again and again, with no chain around it."""
 
     def __init__(self, path: str) -> None:
         self.spec = open_model(path).spec
 
+    @abstractmethod
     def call(self, batch: int) -> Callable[[Feeds], object]:
         """What takes inputs of a batch."""
-        raise NotImplementedError
 
     def turn(self, batch: int, steps: int) -> float:
         """Calls."""

@@ -8,9 +8,9 @@ with Sampler.load("model.onnx") as sampler:
 Importing this is cheap: each name below is imported when it is first used, and none brings in torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ddpm_deploy.lazy import lazily
 from ddpm_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -62,26 +62,19 @@ __all__ = [
     "to_uint8",
 ]
 
-_HOMES = {
-    "ModelSpec": "ddpm_deploy.spec",
-    "Network": "ddpm_deploy.runtime.protocols",
-    "Request": "ddpm_deploy.runtime.request",
-    "Sampler": "ddpm_deploy.runtime.sampler",
-    "Schedule": "ddpm_deploy.schedule",
-    "Snapshot": "ddpm_deploy.runtime.snapshot",
-    "StepTable": "ddpm_deploy.solvers",
-    "in_data_range": "ddpm_deploy.runtime.images",
-    "to_uint8": "ddpm_deploy.runtime.images",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES.get(name, "ddpm_deploy.errors")), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        **{name: "ddpm_deploy.errors" for name in __all__ if name.endswith("Error")},
+        "ModelSpec": "ddpm_deploy.spec",
+        "Network": "ddpm_deploy.runtime.protocols",
+        "Request": "ddpm_deploy.runtime.request",
+        "Sampler": "ddpm_deploy.runtime.sampler",
+        "Schedule": "ddpm_deploy.schedule",
+        "Snapshot": "ddpm_deploy.runtime.snapshot",
+        "StepTable": "ddpm_deploy.solvers",
+        "__version__": "ddpm_deploy.version",
+        "in_data_range": "ddpm_deploy.runtime.images",
+        "to_uint8": "ddpm_deploy.runtime.images",
+    },
+)

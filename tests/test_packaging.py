@@ -114,6 +114,7 @@ MODULES = [
     "importers/template",
     "importers/told",
     "importers/weights",
+    "lazy",
     "machine",
     "model_file",
     "ncnn_file",

@@ -4,8 +4,7 @@ import click
 
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
-from ddpm_deploy.cli.options import FilePath, Option, flag, timesteps
-from ddpm_deploy.words import SPACINGS
+from ddpm_deploy.cli.options import FilePath, Option, flag
 
 main = command(
     "evaluate",
@@ -42,17 +41,8 @@ main = command(
         ),
         flag("--all every", "Evaluate every step of the chain, for each image."),
         options.steps("all the model's"),
-        Option(
-            "--spacing",
-            "Which timesteps a chain with fewer steps visits.",
-            click.Choice(SPACINGS),
-            show_default="the model's own: leading, unless it was imported",
-        ),
-        Option(
-            "--timesteps",
-            "The timesteps to visit, falling, as 999,850,600,300,0: in place of --steps and --spacing.",
-            timesteps,
-        ),
+        options.SPACING,
+        options.TIMESTEPS,
         Option(
             "--seed",
             "Seed of the noise and of the steps that are drawn: the same seed gives the same figures.",

@@ -159,6 +159,17 @@ WEIGHTS: Final = Option(
     show_default="ema",
 )
 PLACE: Final = (DEVICE, BACKEND, PRECISION, WEIGHTS, THREADS)
+SPACING: Final = Option(
+    "--spacing",
+    "Which timesteps a chain with fewer steps visits.",
+    click.Choice(words.SPACINGS),
+    show_default="the model's own: leading, unless it was imported",
+)
+TIMESTEPS: Final = Option(
+    "--timesteps",
+    "The timesteps to visit, falling, as 999,850,600,300,0: in place of --steps and --spacing.",
+    timesteps,
+)
 BATCH: Final = Option(
     "--batch",
     "Images to sample at the same time.",

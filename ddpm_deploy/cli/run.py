@@ -4,8 +4,8 @@ import click
 
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
-from ddpm_deploy.cli.options import FilePath, Option, flag, part, timesteps
-from ddpm_deploy.words import ASKED_SOLVERS, SPACINGS
+from ddpm_deploy.cli.options import FilePath, Option, flag, part
+from ddpm_deploy.words import ASKED_SOLVERS
 
 main = command(
     "run",
@@ -58,17 +58,8 @@ main = command(
         Option(
             "--eta", "Amount of noise that ddim adds at each step.", click.FloatRange(0, 1), show_default="0"
         ),
-        Option(
-            "--spacing",
-            "Which timesteps a chain with fewer steps visits.",
-            click.Choice(SPACINGS),
-            show_default="the model's own: leading, unless it was imported",
-        ),
-        Option(
-            "--timesteps",
-            "The timesteps to visit, falling, as 999,850,600,300,0: in place of --steps and --spacing.",
-            timesteps,
-        ),
+        options.SPACING,
+        options.TIMESTEPS,
         Option(
             "--guidance",
             "Scale of classifier-free guidance: 1 changes nothing, 3 follows the class more closely. It needs a "

@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from ddpm_deploy.ncnn_file import describe as describe_ncnn
 from ddpm_deploy.onnx_file import entry, seal
 from ddpm_deploy.runtime.backends.ncnn import NcnnNetwork, require_ncnn
 from ddpm_deploy.runtime.backends.onnxruntime import OrtNetwork
-from ddpm_deploy.runtime.parity import Comparison, Trajectory, judge, record, spot_check
+from ddpm_deploy.runtime.parity import Comparison, StepErrors, Trajectory, judge, record, spot_check
 from ddpm_deploy.runtime.proof import as_proof, proof_path, write_proof
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.spec import ISLANDS_KEY, SPEC_KEY, ModelSpec
@@ -364,6 +364,21 @@ def _require_parity(
         with stages(f"checking in {target.runner}", len(proof.timesteps) + proof.steps) as progress:
             comparison = judge(proof, candidate, progress)
         candidate.close()
+    _require_agreement(network, proof, comparison, checks, path)
+    return comparison
+
+
+def _require_agreement(
+    network: nn.Module,
+    proof: Trajectory,
+    comparison: Comparison,
+    checks: Mapping[int, StepErrors],
+    path: Path,
+) -> None:
+    """Raise ParityError where the exported network differs from PyTorch by more than is allowed.
+
+    checks: by batch size.
+    """
     refused = f"{show(path)} was not written: the exported network differs from PyTorch"
     for batch, check in checks.items():
         if not check.within:
@@ -380,12 +395,11 @@ def _require_parity(
             comparison.tolerance.psnr,
             comparison.worst.relative_rms,
         )
-        return comparison
-    if not comparison.within:
+    elif not comparison.within:
         worst = comparison.worst
         hint = (
             ": a predicted mean passes its rounding on at every step; export it in fp32, or train ε, v or x0"
-            if spec.prediction == "mean"
+            if proof.spec.prediction == "mean"
             else ""
         )
         raise ParityError(
@@ -393,7 +407,6 @@ def _require_parity(
             f"({worst.limit:.0e} is allowed), the images by {comparison.psnr.min():.0f} dB PSNR "
             f"({comparison.tolerance.psnr:.0f} is asked){hint}"
         )
-    return comparison
 
 
 def _amplifies(network: nn.Module, proof: Trajectory, comparison: Comparison) -> bool:

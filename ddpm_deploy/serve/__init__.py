@@ -10,8 +10,9 @@ with Sampler.load("model.onnx") as sampler, Batcher(sampler) as batcher:
 Importing this is cheap: each name below is imported when it is first used. None needs a web server.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ddpm_deploy.lazy import lazily
 
 if TYPE_CHECKING:
     from ddpm_deploy.serve.batcher import Batcher, Status
@@ -19,21 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Batcher", "Handle", "Preview", "Status"]
 
-_HOMES = {
-    "Batcher": "ddpm_deploy.serve.batcher",
-    "Handle": "ddpm_deploy.serve.handle",
-    "Preview": "ddpm_deploy.serve.handle",
-    "Status": "ddpm_deploy.serve.batcher",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "Batcher": "ddpm_deploy.serve.batcher",
+        "Handle": "ddpm_deploy.serve.handle",
+        "Preview": "ddpm_deploy.serve.handle",
+        "Status": "ddpm_deploy.serve.batcher",
+    },
+)

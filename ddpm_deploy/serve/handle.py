@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Condition
+from threading import Condition, Lock
 from typing import Final, Protocol
 
 import msgspec
@@ -65,6 +65,7 @@ class Handle(Future[Array]):
         self.request = request
         self._steps = steps
         self._asks: tuple[Job, Keeper] | None = (job, keeper)  # as long as it is not done
+        self._watching = Lock()
         self.watchers: tuple[tuple[Watcher, frozenset[int]], ...] = ()  # and the steps that each wants
 
     def cancel(self) -> bool:
@@ -106,7 +107,8 @@ class Handle(Future[Array]):
         steps = np.linspace(0, self._steps - 1, looks + 1).round().astype(int)[:-1].tolist()
         asks = self._asks
         if asks:
-            self.watchers = (*self.watchers, (watcher, frozenset(steps)))
+            with self._watching:  # two may ask at the same time
+                self.watchers = (*self.watchers, (watcher, frozenset(steps)))
             job, keeper = asks
             keeper.attend(job)
 

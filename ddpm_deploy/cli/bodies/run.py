@@ -35,8 +35,7 @@ def run(
     **options: Unpack[ChainOptions],
 ) -> None:
     """Sample images and write them."""
-    if not shards and (shard_size or shard):
-        raise click.UsageError("--shard-size and --shard are of a run in shards: pass --shards too")
+    _require_one_way(shards=shards, of_shards=bool(shard_size or shard), snapshot=snapshot is not None)
     opened = open_model(model)
     request = Request(
         count=count,
@@ -51,10 +50,6 @@ def run(
         guidance=() if guidance is None else (guidance,),
     ).checked(opened.spec)
     if shards:
-        if snapshot:
-            raise click.UsageError(
-                "--snapshot is not for --shards, which goes on with what is there: omit it"
-            )
         run_shards(opened, request, Split(shard_size, shard or (1, 1), seed is not None), batch, options)
         return
     outputs = checked_outputs(opened, request, options, snapshot)
@@ -67,3 +62,11 @@ def run(
             )
         watch = Watch(sampler, opened, request, outputs)
         write_images(sampler.draw(request, watch), watch)
+
+
+def _require_one_way(*, shards: bool, of_shards: bool, snapshot: bool) -> None:
+    """Refuse options of a run in shards without one, and a snapshot of one."""
+    if of_shards and not shards:
+        raise click.UsageError("--shard-size and --shard are of a run in shards: pass --shards too")
+    if shards and snapshot:
+        raise click.UsageError("--snapshot is not for --shards, which goes on with what is there: omit it")
