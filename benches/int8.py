@@ -274,8 +274,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", choices=[*_REAL], default=[*_REAL])
-    names: Any = parser.parse_args().names
+    parser.add_argument("names", nargs="*", choices=[*_REAL, "all"], default="all")
+    asked: Any = parser.parse_args().names
+    names = [*_REAL] if "all" in asked else asked
     logging.disable(logging.WARNING)  # of what quantization would have preferred
     with tempfile.TemporaryDirectory() as folder:
         parts = [_measure(_REAL[name](), Path(folder)) for name in names]
