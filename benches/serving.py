@@ -1,21 +1,27 @@
 """Continuous batching against one request at a time and static batches: Poisson arrivals on one Sampler, and simulated.
 
-    python -m benches.serving pace MODEL          s(B)
-    python -m benches.serving saturation MODEL    throughput with a queue that never ends, and the batcher's own cost
-    python -m benches.serving latency MODEL LOAD  50th and 95th percentile at a share of the best throughput
+    python -m benches.serving all DIGITS CIFAR10 FOLDER    everything, and its picture: a quarter of an hour
+    python -m benches.serving pace MODEL                   s(B), and what a simulator makes of it
+    python -m benches.serving saturation MODEL             throughput with an endless queue, the batcher's own cost
+    python -m benches.serving latency MODEL LOAD …         50th and 95th percentile at shares of the best throughput
 
-Each takes under 90 seconds. A model of long steps is simulated by the s(B) that is measured here.
+A model of long steps is simulated by the s(B) that is measured here, and run for a while with shorter requests.
 """
 
+import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benches.serving_picture import write_picture
 from benches.simulated import POLICIES, Arrival, Full, saturation, simulate, traffic
 from benches.table import HEAD, Row
 from ddpm_deploy import Request, Sampler
@@ -25,12 +31,32 @@ from ddpm_deploy.serve.pace import time_step
 
 CAPACITY: Final = 16
 SIZES: Final = (1, 2, 4, 8, 16)
+LOADS: Final = (0.3, 0.5, 0.7, 0.9)  # of the best throughput, at which arrivals are real
 _ROUNDS, _WINDOW = 3, 5.0  # of each policy with an endless queue, and seconds
 _ARRIVALS: Final = 240
 _LONGEST: Final = 15.0  # seconds of arrivals: one at a time takes three times as long for them
+_LONG_STEPS: Final = (
+    50,
+    60,
+    60.0,
+)  # a model of long steps: most steps of a request, requests, seconds of arrivals
 _WAITING: Final = 200  # requests of a queue that does not end within the window
 _SIMULATED: Final = 2000, 5  # requests, seeds
-_LOADS: Final = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+_SIMULATED_LOADS: Final = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+# Images a second of 1,000 steps by batch, of the cifar10 network in fp16: docs/gpu.md, where it was run on an H200.
+_H200: Final = {1: 0.51, 64: 8.3, 256: 9.8}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy at one arrival rate: percentiles in seconds, and the simulator's for the same arrivals."""
+
+    policy: str
+    load: float
+    p50: float
+    p95: float
+    told_p50: float
+    told_p95: float
 
 
 def measure_pace(sampler: Sampler, rounds: int = 5) -> NDArray[np.float64]:
@@ -45,34 +71,33 @@ def pace_rows(sampler: Sampler, rounds: int) -> Iterator[Row]:
     table = measure_pace(sampler, rounds)
     text = ", ".join(f"{size}: {table[size] * 1e3:.2f}" for size in SIZES)
     yield Row("s(B) in ms", f"{text} (16 rows yield {16 * table[1] / table[16]:.2f}×)")
-    yield from simulated_rows(table)
+    yield from simulated_rows(simulated_p95(table))
 
 
-def simulated_rows(table: NDArray[np.float64]) -> Iterator[Row]:
-    """95th percentiles in seconds at every load, over all seeds."""
+def simulated_p95(table: NDArray[np.float64]) -> dict[str, list[float]]:
+    """Seconds by policy, at each of _SIMULATED_LOADS, means of several seeds."""
     count, seeds = _SIMULATED
-    for load in _LOADS:
-        policies = {**POLICIES, "full": Full}
-        p95 = dict.fromkeys(policies, 0.0)
-        for name, policy in policies.items():
-            seconds = [
-                simulate(policy, table, traffic(load * saturation(table), count, seed))
-                for seed in range(seeds)
-            ]
-            p95[name] = float(np.mean([np.percentile(each, 95) for each in seconds]))
-        best = min(p95["one at a time"], p95["static batches"])
-        share = p95["continuous"] / best
-        text = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in p95.items())
-        yield Row(
-            f"simulated p95 at {load:.0%} of saturation",
-            f"{text}: {share:.2f}× the best of the others",
-            "≤ 1.1",
-            share <= 1.1,
-        )
+
+    def p95(policy: type[Admission], load: float) -> float:
+        rate = load * saturation(table)
+        runs = [simulate(policy, table, traffic(rate, count, seed)) for seed in range(seeds)]
+        return float(np.mean([np.percentile(run, 95) for run in runs]))
+
+    policies = {**POLICIES, "full": Full}
+    return {name: [p95(policy, load) for load in _SIMULATED_LOADS] for name, policy in policies.items()}
+
+
+def simulated_rows(told: dict[str, list[float]]) -> Iterator[Row]:
+    """95th percentiles at every load, and the share of the best of the others."""
+    for i, load in enumerate(_SIMULATED_LOADS):
+        share = told["continuous"][i] / min(told["one at a time"][i], told["static batches"][i])
+        text = ", ".join(f"{name} {seconds[i]:.3g} s" for name, seconds in told.items())
+        what = f"simulated p95 at {load:.0%} of saturation"
+        yield Row(what, f"{text}: {share:.2f}× the best of the others", "≤ 1.1", share <= 1.1)
 
 
 def _endless(sampler: Sampler, policy: type[Admission]) -> tuple[float, float]:
-    """Image steps a second with a queue that does not end, and the share of the time that is not the chain's own."""
+    """Image steps a second with a queue that does not end, and the share of the time outside the chain."""
     requests = [Request(seed=i, steps=arrival.steps) for i, arrival in enumerate(traffic(1.0, _WAITING, 0))]
     with Batcher(sampler, CAPACITY, len(requests), admission=policy) as batcher:
         spent = _timed(batcher)
@@ -85,16 +110,21 @@ def _endless(sampler: Sampler, policy: type[Admission]) -> tuple[float, float]:
 
 
 def _timed(batcher: Batcher) -> list[float]:
-    """Adds up the seconds that a batcher's chain takes for its steps."""
+    """Adds up the seconds that a batcher spends in its chain: starting images, steps, reading them."""
     chain: Any = batcher._chain
-    step, spent = chain.step, [0.0]
+    spent = [0.0]
 
-    def timed() -> None:
-        start = time.perf_counter()
-        step()
-        spent[0] += time.perf_counter() - start
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            start = time.perf_counter()
+            found = call(*given)
+            spent[0] += time.perf_counter() - start
+            return found
 
-    chain.step = timed
+        return run
+
+    for name in ("start", "step", "images", "broken", "compact"):
+        setattr(chain, name, timed(getattr(chain, name)))
     return spent
 
 
@@ -148,10 +178,20 @@ def saturation_rows(sampler: Sampler) -> Iterator[Row]:
 
 
 def _serve(
-    sampler: Sampler, policy: type[Admission], arrivals: list[Arrival]
+    sampler: Sampler, policy: type[Admission], arrivals: Sequence[Arrival]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Seconds from each arrival to its image, in real time; and s(B) as it was in that time."""
-    ended = np.zeros(len(arrivals))
+    """Seconds from each arrival to its image, in real time; and s(B) as it was in that time.
+
+    Sizes that did not come are as the batcher takes them to be, as much slower or faster as their neighbours were.
+    """
+    ended, steps = np.zeros(len(arrivals)), defaultdict[int, list[float]](list)
+
+    class Noted(policy):  # type: ignore[misc, valid-type]
+        """It, and what each step took."""
+
+        def stepped(self, seconds: float) -> None:
+            steps[self.rows].append(seconds)
+            super().stepped(seconds)
 
     def note(index: int) -> Any:
         def done(_: object) -> None:
@@ -159,47 +199,106 @@ def _serve(
 
         return done
 
-    with Batcher(sampler, CAPACITY, len(arrivals), admission=policy) as batcher:
+    with Batcher(sampler, CAPACITY, len(arrivals), admission=Noted) as batcher:
         start = time.perf_counter()
         for i, arrival in enumerate(arrivals):
             time.sleep(max(0.0, start + arrival.at - time.perf_counter()))
             batcher.submit(Request(seed=i, steps=arrival.steps)).add_done_callback(note(i))
-    return ended - start - [arrival.at for arrival in arrivals], batcher.pace
+        told = batcher.pace
+    sizes = sorted(steps)
+    slower = np.interp(range(CAPACITY + 1), sizes, [np.mean(steps[size]) / told[size] for size in sizes])
+    return ended - start - [arrival.at for arrival in arrivals], told * slower
 
 
-def latency_rows(sampler: Sampler, load: float) -> Iterator[Row]:
-    """Percentiles at one arrival rate, beside the simulator's for the same arrivals and the s(B) of their time."""
-    table = measure_pace(sampler)
-    rate = load * saturation(table)
-    arrivals = traffic(rate, min(_ARRIVALS, int(_LONGEST * rate)), seed=1)
-    p95 = {}
+def latencies(sampler: Sampler, load: float, arrivals: Sequence[Arrival]) -> Iterator[Point]:
+    """Of each policy, at one arrival rate."""
     for name, policy in POLICIES.items():
-        real, found = _serve(sampler, policy, arrivals)
-        simulated = simulate(policy, found, arrivals)
-        p50, p95[name] = np.percentile(real, [50, 95])
-        told = np.percentile(simulated, [50, 95])
+        real, table = _serve(sampler, policy, arrivals)
+        told = simulate(policy, table, arrivals)
+        yield Point(name, load, *np.percentile(real, [50, 95]), *np.percentile(told, [50, 95]))
+
+
+def latency_rows(points: Sequence[Point], rate: float) -> Iterator[Row]:
+    """Percentiles at one arrival rate, beside the simulator's for the same arrivals and the s(B) of their time."""
+    for point in points:
         yield Row(
-            f"{name} at {load:.0%} of saturation ({rate:.1f} requests/s)",
-            f"p50 {p50:.3f} s, p95 {p95[name]:.3f} s (simulated {told[0]:.3f}, {told[1]:.3f}: "
-            f"off by {told[0] / p50 - 1:+.0%}, {told[1] / p95[name] - 1:+.0%})",
+            f"{point.policy} at {point.load:.0%} of saturation ({rate:.1f} requests/s)",
+            f"p50 {point.p50:.3f} s, p95 {point.p95:.3f} s (simulated {point.told_p50:.3f}, {point.told_p95:.3f}: "
+            f"off by {point.told_p50 / point.p50 - 1:+.0%}, {point.told_p95 / point.p95 - 1:+.0%})",
         )
-    share = p95["continuous"] / p95["static batches"]
+    p95 = {point.policy: point.p95 for point in points}
+    share, load = p95["continuous"] / p95["static batches"], points[0].load
     asked = ("≤ 0.85", share <= 0.85) if load == 0.7 else ("", None)
     yield Row(f"p95 ÷ that of static batches at {load:.0%}", f"{share:.2f}", *asked)
+
+
+def _arrivals(table: NDArray[np.float64], load: float) -> tuple[float, list[Arrival]]:
+    """Requests a second, and the requests."""
+    rate = load * saturation(table)
+    return rate, traffic(rate, min(_ARRIVALS, int(_LONGEST * rate)), seed=1)
+
+
+def _long_arrivals(table: NDArray[np.float64], load: float) -> tuple[float, list[Arrival]]:
+    """The same of a model whose steps are long: requests of fewer steps."""
+    most, count, seconds = _LONG_STEPS
+    rate = load * saturation(table, most)
+    return rate, traffic(rate, min(count, int(seconds * rate)), 1, most)
+
+
+def h200() -> NDArray[np.float64]:
+    """s(B) of the cifar10 network there, for B up to 64; between what was measured it lies on a line."""
+    seconds = [batch / (1000 * rate) for batch, rate in _H200.items()]
+    return np.interp(np.arange(65), [*_H200], seconds)
+
+
+def everything(digits: str, cifar10: str, folder: str) -> Iterator[Row]:
+    """Both models, the projection, and the picture of all."""
+    panels = []
+    with Sampler.load(digits, max_batch=CAPACITY) as sampler:
+        yield from saturation_rows(sampler)
+        points = []
+        for load in LOADS:
+            rate, arrivals = _arrivals(measure_pace(sampler), load)
+            found = list(latencies(sampler, load, arrivals))
+            yield from latency_rows(found, rate)
+            points += found
+        table = measure_pace(sampler)
+        panels.append(("digits, two cores", table, points))
+    with Sampler.load(cifar10, max_batch=CAPACITY) as sampler:
+        table = measure_pace(sampler, 3)
+        rate, arrivals = _long_arrivals(table, 0.7)
+        yield from latency_rows(list(latencies(sampler, 0.7, arrivals)), rate)
+        panels.append(("cifar10, two cores (simulated)", table, []))
+    panels.append(("cifar10, fp16, on an H200 (projected)", h200(), []))
+    drawn = []
+    for name, table, points in panels:
+        told = simulated_p95(table)
+        yield Row(name, f"s(1) {table[1] * 1e3:.2f} ms, s({len(table) - 1}) {table[-1] * 1e3:.2f} ms")
+        yield from simulated_rows(told)
+        drawn.append(
+            {"name": name, "loads": _SIMULATED_LOADS, "told": told, "points": [*map(asdict, points)]}
+        )
+    Path(folder, "serving.json").write_text(json.dumps(drawn))
+    write_picture(drawn, Path(folder, "serving-latency.png"))
+
+
+def _parts(part: str, model: str, rest: list[str]) -> Iterator[Row]:
+    with Sampler.load(model, max_batch=CAPACITY) as sampler:
+        if part == "pace":
+            yield from pace_rows(sampler, int(rest[0]) if rest else 5)
+        elif part == "saturation":
+            yield from saturation_rows(sampler)
+        for load in map(float, rest if part == "latency" else ()):
+            rate, arrivals = _arrivals(measure_pace(sampler), load)
+            yield from latency_rows(list(latencies(sampler, load, arrivals)), rate)
 
 
 def main() -> None:
     """One part, as rows of a table."""
     part, model, *rest = sys.argv[1:]
-    with Sampler.load(model, max_batch=CAPACITY) as sampler:
-        rows = {
-            "pace": lambda: pace_rows(sampler, int(rest[0]) if rest else 5),
-            "saturation": lambda: saturation_rows(sampler),
-            "latency": lambda: latency_rows(sampler, float(rest[0])),
-        }[part]()
-        print(HEAD, end="")
-        for row in rows:
-            print(row.markdown(), flush=True)
+    print(HEAD, end="")
+    for row in everything(model, *rest) if part == "all" else _parts(part, model, rest):
+        print(row.markdown(), flush=True)
 
 
 if __name__ == "__main__":

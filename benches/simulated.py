@@ -66,20 +66,18 @@ class _Known(Pace):
         """Learn nothing."""
 
 
-def traffic(rate: float, count: int, seed: int) -> list[Arrival]:
-    """Poisson arrivals, so many a second; steps from FEWEST to MOST, their logarithm uniform."""
+def traffic(rate: float, count: int, seed: int, most: int = MOST) -> list[Arrival]:
+    """Poisson arrivals, so many a second; steps from FEWEST to `most`, their logarithm uniform."""
     rng = np.random.default_rng(seed)
-    steps = np.exp(rng.uniform(math.log(FEWEST), math.log(MOST), count)).round().astype(int)
+    steps = np.exp(rng.uniform(math.log(FEWEST), math.log(most), count)).round().astype(int)
     at = rng.exponential(1 / rate, count).cumsum()
     return [Arrival(*pair) for pair in zip(at.tolist(), steps.tolist(), strict=True)]
 
 
-MEAN_STEPS: Final = (MOST - FEWEST) / math.log(MOST / FEWEST)
-
-
-def saturation(table: NDArray[np.float64]) -> float:
-    """Requests a second at which a server of this s(B) would have no time left, whatever its policy."""
-    return float((np.arange(1, len(table)) / table[1:]).max() / MEAN_STEPS)
+def saturation(table: NDArray[np.float64], most: int = MOST) -> float:
+    """Requests a second of `traffic` at which a server of this s(B) would have no time left, whatever its policy."""
+    mean_steps = (most - FEWEST) / math.log(most / FEWEST)
+    return float((np.arange(1, len(table)) / table[1:]).max() / mean_steps)
 
 
 def simulate(
