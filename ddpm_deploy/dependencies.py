@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Final
 
 from ddpm_deploy.errors import DependencyError, one_line
+from ddpm_deploy.signals import signals_held
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,13 @@ ONE_ONNXRUNTIME: Final = (
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or raise DependencyError with the pip line of the extra that brings it."""
+    """Import `module`, or raise DependencyError with the pip line of the extra that brings it.
+
+    A signal waits until it is done: half an import would look like a broken package.
+    """
     try:
-        found = importlib.import_module(module)
+        with signals_held(lambda: None):
+            found = importlib.import_module(module)
         getattr(found, _HAS.get(module, "__name__"))
         return found
     except (Exception, SystemExit) as error:  # a broken package may raise anything

@@ -26,11 +26,12 @@ def command(
     params: Sequence[click.Parameter],
     needs: Sequence[str] = (),
     extra: str = "",
+    interrupted: str = "no file was left half-written",
 ) -> click.Command:
     """Declare a command, with -v, -q and --version; what it does is the function of its name in `cli.bodies`.
 
     summary: its line in the help of the group. about: the first paragraphs of its own help. needs: packages without
-    which the body cannot be imported; extra: brings them.
+    which the body cannot be imported; extra: brings them. interrupted: what is said where a signal ends it.
     """
 
     def run_body(**values: Any) -> Any:
@@ -40,6 +41,7 @@ def command(
 
     made = Command(
         name,
+        interrupted=interrupted,
         callback=run_body,
         params=[*params, *_LOGGING],
         help=about,
@@ -51,13 +53,17 @@ def command(
 
 
 class Command(click.Command):
-    """A click command whose errors are one line."""
+    """A click command whose errors are one line. interrupted: as of `command`."""
+
+    def __init__(self, *arguments: Any, interrupted: str = "", **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.interrupted = interrupted
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
         """Parse the command line."""
         parent = extra.get("parent")
         path = f"{parent.command_path} {info_name}" if parent else info_name
-        with one_line_errors(path or ""):
+        with one_line_errors(path or "", self.interrupted):
             return super().make_context(info_name, args, *rest, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -70,7 +76,7 @@ class Command(click.Command):
 
         # SIGTERM and SIGHUP end the work as Ctrl-C does, so that no temporary file stays behind.
         ends = handled([signal.SIGTERM, signal.SIGHUP], interrupt)
-        with one_line_errors(ctx.command_path), ends, interrupts_kept():
+        with one_line_errors(ctx.command_path, self.interrupted), ends, interrupts_kept():
             return super().invoke(ctx)
 
 
@@ -85,7 +91,7 @@ class Refusal(click.ClickException):
 
 
 @contextmanager
-def one_line_errors(command: str) -> Iterator[None]:
+def one_line_errors(command: str, interrupted: str = "") -> Iterator[None]:
     """Turn an error that a user can cause into a Refusal: exit 2 for the command line itself, 1 for all else."""
     try:
         yield
@@ -94,7 +100,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     except click.UsageError as error:
         raise Refusal(f"{error.format_message()} (see {command} --help)", 2) from error
     except KeyboardInterrupt as error:
-        raise Refusal("interrupted: no file was left half-written", 130) from error
+        raise Refusal(f"interrupted: {interrupted}" if interrupted else "interrupted", 130) from error
     except BrokenPipeError:  # `| head` closed our output: click ends quietly
         raise
     except (DdpmDeployError, OSError) as error:

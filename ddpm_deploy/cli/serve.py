@@ -24,6 +24,7 @@ main = command(
 """,
     needs=("fastapi", "uvicorn", "prometheus_client"),
     extra="serve",
+    interrupted="no request was taken yet",
     params=[
         options.MODEL,
         Option("--host", "Address to listen at; 0.0.0.0 is every one of this machine.", default="127.0.0.1"),
@@ -75,6 +76,12 @@ main = command(
             "--allow-origin allow_origins",
             "A site whose pages may ask, as https://example.org; give several to allow each.",
             multiple=True,
+        ),
+        Option(
+            "--allow-host allow_hosts",
+            "A name by which this server may be called, as images.example.org; give several to allow each.",
+            multiple=True,
+            show_default="any; without keys at a local address, localhost and IP addresses alone",
         ),
         Option(
             "--proof",

@@ -68,7 +68,7 @@ def proof_of(model: ModelFile, path: Path) -> Trajectory:
     if theirs != mine:
         raise ArtefactError(
             f"{show(path)} is the proof of another model: its weights are {theirs[:12]}…, and {model.name} has "
-            f"{mine[:12]}…"
+            f"{mine[:12]}…: export it again, which writes its own, or take that file away"
         )
     return proof
 

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from typing import Any, Final
+from typing import Final, TypedDict
 
 from ddpm_deploy.runtime.images import COLOURS, grid, npz_writer, origin_text, png, to_uint8
 from ddpm_deploy.runtime.protocols import Array
@@ -23,6 +23,29 @@ _ALSO: Final[dict[str, Format]] = {
     "application/*": "json",
 }
 _KINDS: Final[dict[str, Format]] = {media: kind for kind, media in MEDIA.items()} | _ALSO
+
+
+class RequestFields(TypedDict):
+    """A request as it was done: `POST /v1/samples` takes it as it is. Its numbers of 64 bits are text."""
+
+    count: int
+    steps: int | None
+    solver: str | None
+    eta: float | None
+    spacing: str | None
+    timesteps: list[int] | None
+    seed: str
+    first_index: str
+    labels: list[int]
+    guidance: list[float]
+
+
+class PictureFields(TypedDict):
+    """One image: its sample index, its label, and a PNG in base64."""
+
+    index: str
+    label: int | None
+    png: str
 
 
 def wanted(accept: str | None, default: Format) -> Format:
@@ -85,14 +108,15 @@ def as_text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def request_fields(request: Request) -> dict[str, Any]:
-    """A request as JSON that also JavaScript reads exactly: its numbers of 64 bits are text."""
+def request_fields(request: Request) -> RequestFields:
+    """A request as JSON that also JavaScript reads exactly."""
     fields = request.to_builtins()
-    return fields | {"seed": str(request.seed), "first_index": str(request.first_index)}
+    exact: RequestFields = {**fields, "seed": str(request.seed), "first_index": str(request.first_index)}  # type: ignore[typeddict-item]  # of plain dicts mypy knows no keys
+    return exact
 
 
-def picture_fields(images: Array, request: Request, spec: ModelSpec) -> list[dict[str, Any]]:
-    """The images of a request as JSON: each with its sample index, its label and a PNG."""
+def picture_fields(images: Array, request: Request, spec: ModelSpec) -> list[PictureFields]:
+    """The images of a request as JSON."""
     labels = request.label_numbers(spec)
     return [
         {

@@ -39,6 +39,7 @@ State = Literal["open", "draining", "closed", "failed"]
 _COUNTS: Final = ("submitted", "refused", "completed", "cancelled", "failed")
 _MOST_PRIORITY: Final = 1000  # of either sign
 _LONGEST: Final = 1e9  # seconds of a deadline
+_WATCH: Final = 32  # steps after which all that runs is looked at: on a GPU a look waits for the device
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,17 @@ class Batcher:
         if self._watched or self._looks:
             self._look()
         self._finish()
+        if self._admission.step % _WATCH == 0:
+            self._drop_broken()
+
+    def _drop_broken(self) -> None:
+        """End requests whose numbers are not finite: nothing to wait for comes of them."""
+        if not self._seats:
+            return
+        slots = np.array(list(self._seats))
+        broken = slots[self._chain.broken(slots)].tolist()
+        for job in {self._seats[slot].ticket.owner for slot in broken}:
+            self._drop(job, not_finite())
 
     def _close_holes(self) -> None:
         """A batch is as wide as its highest slot."""

@@ -2,6 +2,7 @@
 that is at fault."""
 
 import asyncio
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -126,16 +127,23 @@ def to_request(
 
     names: what the caller calls a field, where that is something else. Raises RefusedError, naming the field.
     """
-    names = names or {}
     try:
         request = _within(_request(body), settings)
         return request.checked(spec)
     except RefusedError as refusal:
-        refusal.param = names.get(refusal.param or "", refusal.param)
-        raise
+        raise renamed(refusal, names or {}) from None
     except SettingError as error:
-        culprit = _culprit(request, spec, str(error))
-        raise invalid(str(error), names.get(culprit or "", culprit)) from error
+        said = invalid(str(error), _culprit(request, spec, str(error)))
+        raise renamed(said, names or {}) from error
+
+
+def renamed(refusal: RefusedError, names: Mapping[str, str]) -> RefusedError:
+    """The same of a field by the name that the caller knows, also where the message begins with it."""
+    own = refusal.param or ""
+    if (theirs := names.get(own)) is None:
+        return refusal
+    message = re.sub(rf"^{own}\b", theirs, refusal.message)
+    return dataclasses.replace(refusal, message=message, param=theirs)
 
 
 def _request(body: SamplesBody) -> Request:

@@ -6,7 +6,8 @@ The inputs are the fields of a request, each a tensor of its values; they may st
 import asyncio
 import json
 import math
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -20,21 +21,30 @@ from ddpm_deploy.runtime.images import to_uint8
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request as Asked
 from ddpm_deploy.serve.bodies import SamplesBody, parse, read_body
-from ddpm_deploy.serve.openapi import body_of
+from ddpm_deploy.serve.openapi import (
+    SAMPLING,
+    Answers,
+    answer,
+    binary,
+    body_of,
+    error_answers,
+    header_of,
+    headers,
+    media,
+)
 from ddpm_deploy.serve.refusals import RefusedError, invalid
 from ddpm_deploy.serve.service import Service
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.version import __version__
 
-ROUTE: Final = "/v2/models/{name}/infer"
+_MODEL: Final = "/v2/models/{name}"
+ROUTE: Final = f"{_MODEL}/infer"
 _VERSION: Final = "1"
-_VERSIONED: Final = (
-    f"/v2/models/{{name}}/versions/{_VERSION}"  # the same, as clients ask that name the version
-)
+_VERSIONED: Final = f"{_MODEL}/versions/{_VERSION}"  # the same, as clients ask that name the version
 _HEADER: Final = "Inference-Header-Content-Length"
 _SIZE: Final = "binary_data_size"
 _MOST_VALUES: Final = 1 << 16
-_TYPES: Final[dict[str, Any]] = {
+TYPES: Final[dict[str, Any]] = {
     "BOOL": np.bool_,
     "INT8": np.int8,
     "INT16": np.int16,
@@ -48,9 +58,9 @@ _TYPES: Final[dict[str, Any]] = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
-_NAMES: Final = {np.dtype(kind): name for name, kind in _TYPES.items()}
+_NAMES: Final = {np.dtype(kind): name for name, kind in TYPES.items()}
 # What a request takes, and whether of one value or of several. Labels may be BYTES too, by name.
-_INPUTS: Final[dict[str, tuple[str, list[int]]]] = {
+INPUTS: Final[dict[str, tuple[str, list[int]]]] = {
     "count": ("INT64", [1]),
     "steps": ("INT64", [1]),
     "solver": ("BYTES", [1]),
@@ -64,7 +74,7 @@ _INPUTS: Final[dict[str, tuple[str, list[int]]]] = {
 }
 
 
-class InputTensor(msgspec.Struct, kw_only=True):
+class InputTensor(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """One tensor that is sent. data: its values in C order, nested or not; or parameters has binary_data_size."""
 
     name: str
@@ -74,14 +84,14 @@ class InputTensor(msgspec.Struct, kw_only=True):
     data: list[Any] | None = None
 
 
-class OutputWanted(msgspec.Struct, kw_only=True):
+class OutputWanted(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """One tensor that is wanted. parameters: binary_data, whether in binary."""
 
     name: str
     parameters: dict[str, Any] = {}
 
 
-class InferBody(msgspec.Struct, kw_only=True):
+class InferBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What infer takes. parameters: fields of a request by name; timeout, in microseconds; binary_data_output."""
 
     inputs: list[InputTensor] = []
@@ -90,48 +100,171 @@ class InferBody(msgspec.Struct, kw_only=True):
     parameters: dict[str, Any] = {}
 
 
+class InferError(TypedDict):
+    """An answer that is an error."""
+
+    error: str
+
+
+class Live(TypedDict):
+    """The process answers."""
+
+    live: Literal[True]
+
+
+class Ready(TypedDict):
+    """Requests are taken."""
+
+    ready: Literal[True]
+
+
+class ModelReady(TypedDict):
+    """Requests for a model are taken."""
+
+    name: str
+    ready: Literal[True]
+
+
+class ServerMetadata(TypedDict):
+    """The server. extensions: to the protocol, that it speaks."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(TypedDict):
+    """A tensor. shape: -1 where it depends on the request."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(TypedDict):
+    """The model and its tensors."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class BinarySize(TypedDict):
+    """Of a tensor behind the JSON: how many bytes."""
+
+    binary_data_size: int
+
+
+class OutputTensor(TypedDict):
+    """One tensor that is answered. data: its values in C order; or parameters, of one that stands behind the JSON."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: NotRequired[BinarySize]
+    data: NotRequired[list[float]]
+
+
+class InferAnswer(TypedDict):
+    """The outputs. id: as it was asked."""
+
+    model_name: str
+    model_version: str
+    id: NotRequired[str]
+    outputs: list[OutputTensor]
+
+
+def errors(*statuses: int) -> Answers:
+    """Answers that are errors, as this protocol has them."""
+    return error_answers(*statuses, kind=InferError)
+
+
 def answer_of(refusal: RefusedError) -> Response:
     """A refusal as this protocol has it: {"error": "…"}."""
     named = f" ({refusal.param})" if refusal.param else ""
-    fields = {"error": f"{refusal.message}{named}"}
+    fields = InferError(error=f"{refusal.message}{named}")
     return JSONResponse(fields, status_code=refusal.status, headers=dict(refusal.headers))
 
 
-def router(service: Service, guarded: list[Any]) -> APIRouter:
-    """The routes over one service; all but those of health are guarded."""
-    routes = APIRouter(tags=["Open Inference Protocol"])
+def router(service: Service, guards: Mapping[str, Any]) -> APIRouter:
+    """The routes over one service. guards: what all but those of health have besides: dependencies and answers."""
+    whole = APIRouter(tags=["Open Inference Protocol"])
+    whole.include_router(_health(service))
+    whole.include_router(_models(service), **guards)
+    whole.include_router(_infer(service), **guards)
+    return whole
 
-    @routes.get("/v2/health/live", summary="Whether the process answers")
+
+def _health(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get(
+        "/v2/health/live",
+        summary="Whether the process answers",
+        responses=answer(200, "It does", media(Live)),
+    )
     async def live() -> Response:
-        return JSONResponse({"live": True})
+        return JSONResponse(Live(live=True))
 
-    @routes.get("/v2/health/ready", summary="Whether requests are taken")
+    @routes.get(
+        "/v2/health/ready",
+        summary="Whether requests are taken",
+        responses={**answer(200, "They are", media(Ready)), **errors(503)},
+    )
     async def ready() -> Response:
         service.require_ready()
-        return JSONResponse({"ready": True})
+        return JSONResponse(Ready(ready=True))
 
-    @routes.get("/v2", summary="The server", dependencies=guarded)
+    return routes
+
+
+def _models(service: Service) -> APIRouter:
+    routes = APIRouter()
+    described = {
+        "summary": "The model's tensors",
+        "responses": {**answer(200, "The model", media(ModelMetadata)), **errors(404)},
+    }
+    asked_after = {
+        "summary": "Whether requests are taken",
+        "responses": {**answer(200, "They are", media(ModelReady)), **errors(404, 503)},
+    }
+
+    @routes.get("/v2", summary="The server", responses=answer(200, "The server", media(ServerMetadata)))
     async def server() -> Response:
-        fields = {"name": "ddpm-deploy", "version": __version__, "extensions": ["binary_tensor_data"]}
+        fields: ServerMetadata = {
+            "name": "ddpm-deploy",
+            "version": __version__,
+            "extensions": ["binary_tensor_data"],
+        }
         return JSONResponse(fields)
 
-    @routes.get(_VERSIONED, summary="The model's tensors", dependencies=guarded)
-    @routes.get("/v2/models/{name}", summary="The model's tensors", dependencies=guarded)
     async def model(name: str) -> Response:
         _require_model(name, service)
         return JSONResponse(_metadata(service))
 
-    @routes.get(_VERSIONED + "/ready", summary="Whether requests are taken", dependencies=guarded)
-    @routes.get("/v2/models/{name}/ready", summary="Whether requests are taken", dependencies=guarded)
     async def model_ready(name: str) -> Response:
         _require_model(name, service)
         service.require_ready()
-        return JSONResponse({"name": name, "ready": True})
+        return JSONResponse(ModelReady(name=name, ready=True))
 
-    asked = {"requestBody": body_of(InferBody)}
+    for path, endpoint, about in (("", model, described), ("/ready", model_ready, asked_after)):
+        for whose in (_MODEL, _VERSIONED):
+            routes.add_api_route(whose + path, endpoint, methods=["GET"], **about)  # type: ignore[arg-type]  # of a plain dict mypy knows no keys
+    return routes
 
-    @routes.post(_VERSIONED + "/infer", summary="Sample images", dependencies=guarded, openapi_extra=asked)
-    @routes.post(ROUTE, summary="Sample images", dependencies=guarded, openapi_extra=asked)
+
+def _infer(service: Service) -> APIRouter:
+    routes = APIRouter()
+    mixed = binary("application/octet-stream")
+    length = header_of(
+        _HEADER,
+        "Bytes of the JSON, where tensors in binary stand behind it",
+        {"type": "integer", "minimum": 0},
+    )
+    told = headers({_HEADER: "Bytes of the JSON, of an answer in binary"}, always=False)
+
     async def infer(name: str, http: Request) -> Response:
         _require_model(name, service)
         service.require_ready()
@@ -141,6 +274,18 @@ def router(service: Service, guarded: list[Any]) -> APIRouter:
         images = await service.images(http, handle)
         return await asyncio.to_thread(_answer, body, wanted, images, handle.request, service)
 
+    for path in (ROUTE, _VERSIONED + "/infer"):
+        routes.add_api_route(
+            path,
+            infer,
+            methods=["POST"],
+            summary="Sample images",
+            openapi_extra={**body_of(InferBody, also=mixed), "parameters": [length]},
+            responses={
+                **answer(200, "The outputs", {**media(InferAnswer), **mixed}, told),
+                **errors(404, *SAMPLING),
+            },
+        )
     return routes
 
 
@@ -150,24 +295,28 @@ def _require_model(name: str, service: Service) -> None:
         raise RefusedError(404, f"there is no model {show(name[:100])}: this is {own}", "model_not_found")
 
 
-def _metadata(service: Service) -> dict[str, Any]:
-    """The model and its tensors, -1 where a shape depends on the request."""
-    inputs = [{"name": n, "datatype": kind, "shape": shape} for n, (kind, shape) in _INPUTS.items()]
+def _metadata(service: Service) -> ModelMetadata:
+    inputs = [TensorMetadata(name=n, datatype=kind, shape=shape) for n, (kind, shape) in INPUTS.items()]
     one = Asked(seed=0).checked(service.spec)
     found = {
         name: _output(name, np.zeros((1, *service.spec.image_shape), np.float32), one, service.spec)
-        for name in _outputs(service.spec)
+        for name in outputs_of(service.spec)
     }
     outputs = [
-        {
-            "name": name,
-            "datatype": _NAMES[array.dtype],
-            "shape": [1] if name == "seed" else [-1, *array.shape[1:]],
-        }
+        TensorMetadata(
+            name=name,
+            datatype=_NAMES[array.dtype],
+            shape=[1] if name == "seed" else [-1, *array.shape[1:]],
+        )
         for name, array in found.items()
     ]
-    fields = {"name": service.settings.name, "versions": [_VERSION], "platform": "ddpm_deploy"}
-    return fields | {"inputs": inputs, "outputs": outputs}
+    return {
+        "name": service.settings.name,
+        "versions": [_VERSION],
+        "platform": "ddpm_deploy",
+        "inputs": inputs,
+        "outputs": outputs,
+    }
 
 
 # --- what is asked ------------------------------------------------------------------------------------------
@@ -201,12 +350,12 @@ def _read(body: bytes, header: str | None) -> tuple[InferBody, dict[str, list[An
 def _require_tensor(tensor: InputTensor, values: dict[str, list[Any]]) -> None:
     """Refuse one that is not known, is there twice, or is too large."""
     name = show(tensor.name[:40])
-    if tensor.name not in _INPUTS:
-        raise invalid(f"there is no input {name}: choose from {', '.join(_INPUTS)}", name)
+    if tensor.name not in INPUTS:
+        raise invalid(f"there is no input {name}: choose from {', '.join(INPUTS)}", name)
     if tensor.name in values:
         raise invalid(f"the input {name} is there twice", name)
-    if tensor.datatype != "BYTES" and tensor.datatype not in _TYPES:
-        known = ", ".join(("BYTES", *_TYPES))
+    if tensor.datatype != "BYTES" and tensor.datatype not in TYPES:
+        known = ", ".join(("BYTES", *TYPES))
         raise invalid(f"there is no datatype {show(tensor.datatype[:40])}: choose from {known}", name)
     if any(length < 1 for length in tensor.shape) or math.prod(tensor.shape) > _MOST_VALUES:
         raise invalid(f"{name} must have from 1 to {_MOST_VALUES} values", name)
@@ -234,7 +383,7 @@ def _unpacked(tensor: InputTensor, raw: bytes) -> list[Any]:
     count = math.prod(tensor.shape)
     if tensor.datatype == "BYTES":
         return _texts(raw, count, wrong)
-    kind = np.dtype(_TYPES[tensor.datatype]).newbyteorder("<")
+    kind = np.dtype(TYPES[tensor.datatype]).newbyteorder("<")
     if len(raw) != count * kind.itemsize:
         raise wrong
     values: list[Any] = np.frombuffer(raw, kind).tolist()
@@ -268,13 +417,13 @@ def _asked(body: InferBody, values: dict[str, list[Any]]) -> SamplesBody:
                 fields["deadline"] = value / 1e6
             case "binary_data_output":
                 pass
-            case _ if name in _INPUTS and name not in values:
+            case _ if name in INPUTS and name not in values:
                 fields[name] = value
             case _:
                 name = show(name[:40])
                 raise invalid(f"{name} is no parameter here, or is an input too", name)
     for name, found in values.items():
-        several = _INPUTS[name][1] == [-1]
+        several = INPUTS[name][1] == [-1]
         if not several and len(found) != 1:
             raise invalid(f"{name} must have one value, not {len(found)}", name)
         fields[name] = tuple(found) if several else found[0]
@@ -287,7 +436,8 @@ def _asked(body: InferBody, values: dict[str, list[Any]]) -> SamplesBody:
 # --- what is answered ---------------------------------------------------------------------------------------
 
 
-def _outputs(spec: ModelSpec) -> list[str]:
+def outputs_of(spec: ModelSpec) -> list[str]:
+    """The outputs that may be wanted."""
     return ["images", "pixels", "seed", *(["labels"] if spec.num_classes else [])]
 
 
@@ -298,7 +448,7 @@ def _wanted(body: InferBody, spec: ModelSpec) -> dict[str, bool]:
         return {"images": by_default, "seed": by_default}
     wanted: dict[str, bool] = {}
     for output in body.outputs:
-        name, known = show(output.name[:40]), _outputs(spec)
+        name, known = show(output.name[:40]), outputs_of(spec)
         if output.name not in known:
             raise invalid(f"there is no output {name}: choose from {', '.join(known)}", name)
         if strange := set(output.parameters) - {"binary_data"}:
@@ -323,23 +473,30 @@ def _answer(
     body: InferBody, wanted: dict[str, bool], images: Array, request: Asked, service: Service
 ) -> Response:
     """The outputs: JSON, and behind it those that are wanted in binary."""
-    outputs, raws = [], []
-    for name, binary in wanted.items():
+    outputs: list[OutputTensor] = []
+    raws = []
+    for name, in_binary in wanted.items():
         array = _output(name, images, request, service.spec)
-        fields: dict[str, Any] = {
+        tensor: OutputTensor = {
             "name": name,
             "datatype": _NAMES[array.dtype],
             "shape": list(array.shape),
         }
-        if binary:
+        if in_binary:
             raws.append(array.tobytes())
-            fields["parameters"] = {_SIZE: array.nbytes}
+            tensor["parameters"] = {"binary_data_size": array.nbytes}
         else:
-            fields["data"] = array.ravel().tolist()
-        outputs.append(fields)
-    whole: dict[str, Any] = {"model_name": service.settings.name, "model_version": _VERSION}
-    head = json.dumps(whole | ({"id": body.id} if body.id else {}) | {"outputs": outputs}).encode()
+            tensor["data"] = array.ravel().tolist()
+        outputs.append(tensor)
+    whole: InferAnswer = {
+        "model_name": service.settings.name,
+        "model_version": _VERSION,
+        "outputs": outputs,
+    }
+    if body.id:
+        whole["id"] = body.id
+    head = json.dumps(whole).encode()
     if not raws:
         return Response(head, media_type="application/json")
-    headers = {_HEADER: str(len(head))}
-    return Response(b"".join([head, *raws]), media_type="application/octet-stream", headers=headers)
+    told = {_HEADER: str(len(head))}
+    return Response(b"".join([head, *raws]), media_type="application/octet-stream", headers=told)

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypedDict
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -16,7 +16,7 @@ from ddpm_deploy.serve.bodies import SamplesBody, Whole, parse, read_body
 from ddpm_deploy.serve.events import QUIET, SILENCE, EventStream, event
 from ddpm_deploy.serve.feed import Feed
 from ddpm_deploy.serve.handle import Handle
-from ddpm_deploy.serve.openapi import body_of, error_answers
+from ddpm_deploy.serve.openapi import SAMPLING, answer, body_of, error_answers, events, media
 from ddpm_deploy.serve.refusals import RefusedError, invalid, refusal_of
 from ddpm_deploy.serve.service import Service, called_off
 from ddpm_deploy.spec import ModelSpec
@@ -29,6 +29,8 @@ _NAMES: Final = {
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
 }
+_PARTIAL, _COMPLETED = "image_generation.partial_image", "image_generation.completed"
+_EVENTS: Final = (_PARTIAL, _COMPLETED, "error")
 # Of those that count tokens, of which there are none.
 _USAGE: Final = {
     "input_tokens": 0,
@@ -63,17 +65,65 @@ class ImagesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     solver: str | None = None
 
 
+class ModelEntry(TypedDict):
+    """A model. created: when this server started, in seconds since 1970."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(TypedDict):
+    """The models: there is one."""
+
+    object: Literal["list"]
+    data: list[ModelEntry]
+
+
+class ImageData(TypedDict):
+    """An image, a PNG in base64."""
+
+    b64_json: str
+
+
+class About(TypedDict):
+    """What stands beside every image. size: as 32x32."""
+
+    size: str
+    output_format: Literal["png"]
+    quality: Literal["auto"]
+    background: Literal["auto"]
+
+
+class ImagesAnswer(About):
+    """The images, and what they are. seed: of all of them, as text."""
+
+    created: int
+    data: list[ImageData]
+    seed: str
+
+
 def router(service: Service) -> APIRouter:
     """The routes over one service."""
     routes = APIRouter(tags=["as OpenAI's"])
     name, spec = service.settings.name, service.spec
-    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "ddpm-deploy"}
+    entry: ModelEntry = {
+        "id": name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "ddpm-deploy",
+    }
 
-    @routes.get("/v1/models", summary="The one model")
+    @routes.get("/v1/models", summary="The models", responses=answer(200, "The one model", media(ModelList)))
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse(ModelList(object="list", data=[entry]))
 
-    @routes.get("/v1/models/{id}", summary="The one model", responses=error_answers(404))
+    @routes.get(
+        "/v1/models/{id}",
+        summary="The one model",
+        responses={**answer(200, "The model", media(ModelEntry)), **error_answers(404)},
+    )
     async def model(id: str) -> JSONResponse:
         _require_model(id, name)
         return JSONResponse(entry)
@@ -81,8 +131,13 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         ROUTE,
         summary="Sample images, as OpenAI's clients ask",
-        openapi_extra={"requestBody": body_of(ImagesBody)},
-        responses=error_answers(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+        openapi_extra=body_of(ImagesBody),
+        responses={
+            **answer(
+                200, "The images, or of a `stream` its events", {**media(ImagesAnswer), **events(*_EVENTS)}
+            ),
+            **error_answers(404, *SAMPLING),
+        },
     )
     async def generate(http: Request) -> Response:
         service.require_ready()
@@ -97,10 +152,13 @@ def router(service: Service) -> APIRouter:
             return EventStream(_events(service, handle, body.partial_images or 0), over=handle.cancel)
         images = await service.images(http, handle)
         pngs = await asyncio.to_thread(_pictures, images, handle, spec)
-        data = [{"b64_json": as_text(png)} for png in pngs]
-        return JSONResponse(
-            {"created": int(time.time()), "data": data, **_about(spec), "seed": str(handle.request.seed)}
-        )
+        made: ImagesAnswer = {
+            "created": int(time.time()),
+            "data": [{"b64_json": as_text(png)} for png in pngs],
+            **_about(spec),
+            "seed": str(handle.request.seed),
+        }
+        return JSONResponse(made)
 
     return routes
 
@@ -118,8 +176,7 @@ def _require_size(size: str | None, spec: ModelSpec) -> None:
         raise invalid(f"this model's images are {own}, not {show(str(size)[:40])}", "size")
 
 
-def _about(spec: ModelSpec) -> dict[str, Any]:
-    """What stands beside every image."""
+def _about(spec: ModelSpec) -> About:
     _, height, width = spec.image_shape
     return {"size": f"{width}x{height}", "output_format": "png", "quality": "auto", "background": "auto"}
 
@@ -152,7 +209,7 @@ async def _events(service: Service, handle: Handle, looks: int) -> AsyncIterator
                 continue
             png = await asyncio.to_thread(preview, look.image, service.spec)
             yield _event(
-                "partial_image",
+                _PARTIAL,
                 {**about, "partial_image_index": next(counts[look.index]), "image_index": look.index},
                 png,
             )
@@ -160,11 +217,10 @@ async def _events(service: Service, handle: Handle, looks: int) -> AsyncIterator
             raise called_off()
         images = await asyncio.wrap_future(handle)
         for i, png in enumerate(await asyncio.to_thread(_pictures, images, handle, service.spec)):
-            yield _event("completed", {**about, "usage": _USAGE, "image_index": i}, png)
+            yield _event(_COMPLETED, {**about, "usage": _USAGE, "image_index": i}, png)
     except Exception as error:  # the head of the answer is out: this is how a stream says it
         yield event("error", refusal_of(error).to_builtins())
 
 
-def _event(kind: str, fields: dict[str, Any], png: bytes) -> str:
-    name = f"image_generation.{kind}"
+def _event(name: str, fields: dict[str, Any], png: bytes) -> str:
     return event(name, {"type": name, "b64_json": as_text(png), **fields})

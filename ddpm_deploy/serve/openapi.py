@@ -1,66 +1,98 @@
-"""What the OpenAPI document says of bodies and answers that FastAPI does not read itself."""
+"""What a route says of its bodies and answers in the OpenAPI document: `document` puts that together."""
 
-from typing import Any
+from typing import Any, Final, TypedDict
 
-import msgspec
+from ddpm_deploy.serve.refusals import ErrorAnswer
 
-from ddpm_deploy.serve.bodies import SamplesBody
+Answers = dict[int | str, dict[str, Any]]
+REFERENCE: Final = "#/components/schemas/{name}"
 
-
-def body_of(kind: type) -> dict[str, Any]:
-    """The body of a route that takes a structure."""
-    _, parts = msgspec.json.schema_components((kind,), ref_template="{name}")
-    return {"required": True, "content": {"application/json": {"schema": parts[kind.__name__]}}}
-
-
-SAMPLES_BODY = body_of(SamplesBody)
-
-_ERROR: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "string"},
-            },
-            "required": ["message", "type", "param", "code"],
-        }
-    },
-    "required": ["error"],
+_ABOUT: Final = {
+    400: "The body is not JSON, or a header is not as it should be",
+    401: "An API key is needed",
+    403: "A page of another site asks, or one that calls this server by another name",
+    404: "There is no such thing",
+    406: "No format that is accepted",
+    408: "The body came too slowly",
+    413: "The body is too large",
+    415: "The body is encoded",
+    422: "A field is out of its range, or the model cannot do it",
+    429: "Too many wait: Retry-After says when to ask again",
+    500: "The network failed",
+    503: "The server is starting, or going down",
+    504: "The images were not done in time",
 }
+_LATER: Final = {"Retry-After": "Seconds after which to ask again"}
+_HEADERS: Final[dict[int, dict[str, str]]] = {
+    401: {"WWW-Authenticate": "How to show a key"},
+    429: _LATER,
+    503: _LATER,
+}
+# What may go wrong with any request for images.
+SAMPLING: Final = (400, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
-def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Answers that are errors of ours."""
-    about = {
-        400: "The body is not JSON",
-        401: "An API key is needed",
-        403: "A page of another site asks",
-        404: "There is no such thing",
-        406: "No format that is accepted",
-        408: "The body came too slowly",
-        413: "The body is too large",
-        415: "The body is encoded",
-        422: "A field is out of its range: `param` names it",
-        429: "Too many wait: Retry-After says when to ask again",
-        500: "The network failed",
-        503: "The server is starting, or going down",
-        504: "The images were not done in time",
-    }
-    content = {"application/json": {"schema": _ERROR}}
-    return {status: {"description": about[status], "content": content} for status in statuses}
+class StateAnswer(TypedDict):
+    """How the process is."""
+
+    status: str
 
 
-def images_answers() -> dict[int | str, dict[str, Any]]:
-    """The answers of a route that gives images."""
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    whole = {"schema": {"type": "object"}}
-    content = {"image/png": binary, "application/x-npz": binary, "application/json": whole}
+def reference(kind: type) -> dict[str, Any]:
+    """The schema of a type, which `document` brings."""
+    return {"$ref": REFERENCE.format(name=kind.__name__)}
+
+
+def media(kind: type) -> dict[str, Any]:
+    """JSON of a type."""
+    return {"application/json": {"schema": reference(kind)}}
+
+
+def binary(*types: str) -> dict[str, Any]:
+    """Bytes of these media types."""
+    return {each: {"schema": {"type": "string", "format": "binary"}} for each in types}
+
+
+def events(*names: str) -> dict[str, Any]:
+    """Server-sent events of these names, their data as JSON."""
+    data = {"type": "string", "contentMediaType": "application/json"}
+    fields = {"event": {"enum": list(names)}, "data": data}
+    schema = {"type": "object", "properties": fields, "required": list(fields)}
+    return {"text/event-stream": {"schema": schema}}
+
+
+def headers(about: dict[str, str], *, always: bool = True) -> dict[str, Any]:
+    """Headers, by what they are. always: whether each answer has them."""
     return {
-        200: {"description": "The images", "content": content},
-        202: {"description": "Accepted, or under way", "content": {"application/json": whole}},
-        **error_answers(400, 401, 403, 404, 406, 408, 413, 415, 422, 429, 500, 503, 504),
+        name: {"description": text, "required": always, "schema": {"type": "string"}}
+        for name, text in about.items()
     }
+
+
+def body_of(kind: type, *, also: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The body of a route that takes a structure. also: other media types."""
+    return {"requestBody": {"required": True, "content": {**media(kind), **(also or {})}}}
+
+
+def header_of(name: str, about: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """A header of a request that a route reads by itself."""
+    return {"name": name, "in": "header", "required": False, "description": about, "schema": schema}
+
+
+def answer(
+    status: int,
+    about: str,
+    content: dict[str, Any],
+    told: dict[str, Any] | None = None,
+    links: dict[str, Any] | None = None,
+) -> Answers:
+    """One answer. told: its headers. links: operations that what it says leads to."""
+    return {status: {"description": about, "content": content, "headers": told or {}, "links": links or {}}}
+
+
+def error_answers(*statuses: int, kind: type = ErrorAnswer) -> Answers:
+    """Answers that are errors of ours."""
+    found: Answers = {}
+    for status in statuses:
+        found |= answer(status, _ABOUT[status], media(kind), headers(_HEADERS.get(status, {})))
+    return found

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from ddpm_deploy.errors import (
     BackendError,
@@ -13,6 +13,21 @@ from ddpm_deploy.errors import (
     SettingError,
     one_line,
 )
+
+
+class ErrorFields(TypedDict):
+    """What an error says of itself."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(TypedDict):
+    """An answer that is an error, and an event."""
+
+    error: ErrorFields
 
 
 @dataclass(eq=False)
@@ -41,10 +56,9 @@ class RefusedError(Exception):
                 return "server_error"
         return "invalid_request_error"
 
-    def to_builtins(self) -> dict[str, Any]:
+    def to_builtins(self) -> ErrorAnswer:
         """As an answer has it, and an event."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 def invalid(message: str, param: str | None = None) -> RefusedError:

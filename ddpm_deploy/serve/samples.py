@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -11,6 +11,8 @@ from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import MOST_GUIDANCE
 from ddpm_deploy.serve.answers import (
     MEDIA,
+    PictureFields,
+    RequestFields,
     as_text,
     encoded,
     picture_fields,
@@ -21,8 +23,18 @@ from ddpm_deploy.serve.answers import (
 )
 from ddpm_deploy.serve.bodies import Format, SamplesBody, parse, read_body
 from ddpm_deploy.serve.events import QUIET, SILENCE, EventStream, event
-from ddpm_deploy.serve.openapi import SAMPLES_BODY, images_answers
-from ddpm_deploy.serve.refusals import RefusedError, refusal_of, retry_after
+from ddpm_deploy.serve.openapi import (
+    SAMPLING,
+    answer,
+    binary,
+    body_of,
+    error_answers,
+    events,
+    header_of,
+    headers,
+    media,
+)
+from ddpm_deploy.serve.refusals import ErrorFields, RefusedError, refusal_of, retry_after
 from ddpm_deploy.serve.results import Kept
 from ddpm_deploy.serve.service import Service
 from ddpm_deploy.serve.settings import MOST_PREVIEWS
@@ -30,6 +42,92 @@ from ddpm_deploy.spec import DEFAULT_CHAIN
 from ddpm_deploy.words import ASKED_SOLVERS, SPACINGS
 
 ROUTE = "/v1/samples"
+State = Literal["queued", "running", "done", "failed", "cancelled"]
+_ENDS: Final = ("done", "failed", "cancelled")
+
+
+class SampledImages(TypedDict):
+    """The images of a request that was waited for, and the request as it was done."""
+
+    request: RequestFields
+    images: list[PictureFields]
+
+
+class SampleStatus(TypedDict):
+    """A request that is kept.
+
+    created: seconds since 1970. progress: the share of its steps that was taken. error: of one that failed. images: of
+    one that is done, where they are asked for.
+    """
+
+    id: str
+    created: int
+    progress: float
+    request: RequestFields
+    status: State
+    error: NotRequired[ErrorFields]
+    images: NotRequired[list[PictureFields]]
+
+
+class Defaults(TypedDict):
+    """The chain of a request that says nothing of it."""
+
+    solver: str | None
+    steps: int | None
+    spacing: str | None
+    eta: float | None
+
+
+class Limits(TypedDict):
+    """The most that one request may ask for. guidance: of either sign. seconds: until its images are done."""
+
+    count: int
+    steps: int
+    guidance: float
+    body_bytes: int
+    seconds: float
+    previews: int
+    keep_seconds: float
+
+
+class ModelFields(TypedDict):
+    """What the model is, and what may be asked of it.
+
+    classes: 0 of an unconditional model. shows_pictures: whether its images come as PNG. guidance: whether it may be
+    asked for. timesteps: of the full chain. digest: of the checkpoint that it was made of.
+    """
+
+    name: str
+    image_shape: list[int]
+    shows_pictures: bool
+    classes: int
+    class_names: list[str]
+    null_class: bool
+    guidance: bool
+    timesteps: int
+    solvers: list[str]
+    spacings: list[str]
+    defaults: Defaults
+    limits: Limits
+    precision: str
+    digest: str
+
+
+_FILES: Final = binary(MEDIA["png"], MEDIA["npz"])
+_TOLD: Final = headers(
+    {
+        "X-Seed": "The seed, of a file",
+        "Content-Disposition": "Under which name to save a file",
+    },
+    always=False,
+)
+_LINKS: Final = {
+    name: {"operationId": name, "parameters": {"id": "$response.body#/id"}}
+    for name in ("getSample", "deleteSample", "watchSample")
+}
+_PREFER: Final = header_of(
+    "Prefer", "respond-async: answer at once with an id, and keep the images", {"type": "string"}
+)
 
 
 def router(service: Service) -> APIRouter:
@@ -37,20 +135,48 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["samples"])
     spec = service.spec
 
-    @routes.get("/v1/model", summary="What the model is, and what may be asked of it")
+    @routes.get(
+        "/v1/model",
+        summary="What the model is, and what may be asked of it",
+        responses=answer(200, "The model", media(ModelFields)),
+    )
     async def model() -> JSONResponse:
         return JSONResponse(model_fields(service))
 
     @routes.post(
         ROUTE,
         summary="Sample images",
-        openapi_extra={"requestBody": SAMPLES_BODY},
-        responses=images_answers(),
+        openapi_extra={**body_of(SamplesBody), "parameters": [_PREFER]},
+        responses={
+            **answer(200, "The images", {**_FILES, **media(SampledImages)}, _TOLD),
+            **answer(
+                202,
+                "Accepted, as `Prefer: respond-async` asked for",
+                media(SampleStatus),
+                headers({"Location": "Where the images will be", "Preference-Applied": "What was asked for"}),
+                _LINKS,
+            ),
+            **error_answers(406, *SAMPLING),
+        },
     )
     async def sample(http: Request) -> Response:
         return await _sampled(http, service)
 
-    @routes.get(ROUTE + "/{id}", summary="How far a request is, or its images", responses=images_answers())
+    @routes.get(
+        ROUTE + "/{id}",
+        summary="How far a request is, or its images",
+        operation_id="getSample",
+        responses={
+            **answer(200, "How it ended, or its images", {**_FILES, **media(SampleStatus)}, _TOLD),
+            **answer(
+                202,
+                "It is under way",
+                media(SampleStatus),
+                headers({"Retry-After": "Seconds after which to ask again"}),
+            ),
+            **error_answers(404, 406, 422, 500, 504),
+        },
+    )
     async def result(id: str, http: Request, format: Format | None = None) -> Response:
         kept = service.results.get(id)
         kind = format or wanted(http.headers.get("accept"), "json")
@@ -64,13 +190,28 @@ def router(service: Service) -> APIRouter:
             raise refusal_of(error)
         return await _file(service, kept.handle.result(), kept.handle.request, kind)
 
-    @routes.delete(ROUTE + "/{id}", status_code=204, summary="Call a request off, or forget its images")
+    @routes.delete(
+        ROUTE + "/{id}",
+        status_code=204,
+        summary="Call a request off, or forget its images",
+        operation_id="deleteSample",
+        responses=error_answers(404),
+    )
     async def delete(id: str) -> Response:
         service.results.drop(service.results.get(id))
         return Response(status_code=204)
 
-    @routes.get(ROUTE + "/{id}/events", summary="Previews of a request, as server-sent events")
-    async def events(id: str, previews: Annotated[int, Query(ge=1, le=MOST_PREVIEWS)] = 8) -> Response:
+    @routes.get(
+        ROUTE + "/{id}/events",
+        summary="Previews of a request, as server-sent events",
+        operation_id="watchSample",
+        response_class=Response,
+        responses={
+            **answer(200, "Its status, previews, and how it ended", events("status", "preview", *_ENDS)),
+            **error_answers(404, 422),
+        },
+    )
+    async def watch(id: str, previews: Annotated[int, Query(ge=1, le=MOST_PREVIEWS)] = 8) -> Response:
         return EventStream(_events(service, service.results.get(id), previews))
 
     return routes
@@ -88,9 +229,8 @@ async def _sampled(http: Request, service: Service) -> Response:
     handle = service.submit(body, ROUTE)
     images = await service.images(http, handle)
     if kind == "json":
-        fields = {"request": request_fields(handle.request)}
         shown = await asyncio.to_thread(picture_fields, images, handle.request, service.spec)
-        return JSONResponse(fields | {"images": shown})
+        return JSONResponse(SampledImages(request=request_fields(handle.request), images=shown))
     return await _file(service, images, handle.request, kind)
 
 
@@ -103,8 +243,8 @@ async def _accepted(http: Request, service: Service, body: SamplesBody) -> Respo
         handle.cancel()
         raise
     where = http.url_for("result", id=kept.id).path
-    headers = {"Location": where, "Preference-Applied": "respond-async"}
-    return JSONResponse(status_fields(kept), status_code=202, headers=headers)
+    told = {"Location": where, "Preference-Applied": "respond-async"}
+    return JSONResponse(status_fields(kept), status_code=202, headers=told)
 
 
 def prefers_async(http: Request) -> bool:
@@ -124,8 +264,8 @@ def default_format(service: Service) -> Format:
 async def _file(service: Service, images: Array, request: Any, kind: Format) -> Response:
     """Images as one file; its seed is in the header X-Seed, whichever it is."""
     data = await asyncio.to_thread(encoded, images, request, service.spec, kind)
-    headers = {"Content-Disposition": f'inline; filename="samples.{kind}"', "X-Seed": str(request.seed)}
-    return Response(data, media_type=MEDIA[kind], headers=headers)
+    told = {"Content-Disposition": f'inline; filename="samples.{kind}"', "X-Seed": str(request.seed)}
+    return Response(data, media_type=MEDIA[kind], headers=told)
 
 
 def error_of(kept: Kept) -> BaseException | None:
@@ -133,20 +273,26 @@ def error_of(kept: Kept) -> BaseException | None:
     return None if kept.handle.cancelled() else kept.handle.exception()
 
 
-def status_fields(kept: Kept) -> dict[str, Any]:
+def status_fields(kept: Kept) -> SampleStatus:
     """A request that is kept, as JSON, without its images."""
-    handle = kept.handle
-    fields: dict[str, Any] = {"id": kept.id, "created": int(kept.created), "progress": handle.progress()}
-    fields["request"] = request_fields(handle.request)
-    if not handle.done():
-        return fields | {"status": "running" if fields["progress"] else "queued"}
-    if handle.cancelled():
-        return fields | {"status": "cancelled"}
-    error = handle.exception()
-    return fields | ({"status": "failed", **refusal_of(error).to_builtins()} if error else {"status": "done"})
+    handle, over = kept.handle, kept.handle.done()
+    progress = handle.progress()
+    state: State = "running" if progress else "queued"
+    if over:
+        state = "cancelled" if handle.cancelled() else "failed" if handle.exception() else "done"
+    fields: SampleStatus = {
+        "id": kept.id,
+        "created": int(kept.created),
+        "progress": progress,
+        "request": request_fields(handle.request),
+        "status": state,
+    }
+    if error := state == "failed" and handle.exception():
+        fields["error"] = refusal_of(error).to_builtins()["error"]
+    return fields
 
 
-def _whole_status(service: Service, kept: Kept) -> dict[str, Any]:
+def _whole_status(service: Service, kept: Kept) -> SampleStatus:
     """The same with its images."""
     fields = status_fields(kept)
     if fields["status"] == "done":
@@ -166,11 +312,11 @@ async def _events(service: Service, kept: Kept, looks: int) -> AsyncIterator[str
         if service.shows_pictures:
             fields["png"] = as_text(await asyncio.to_thread(preview, look.image, service.spec))
         yield event("preview", fields | {"progress": kept.handle.progress()})
-    fields = status_fields(kept)
-    yield event(fields["status"], fields)
+    ended = status_fields(kept)
+    yield event(ended["status"], ended)
 
 
-def model_fields(service: Service) -> dict[str, Any]:
+def model_fields(service: Service) -> ModelFields:
     """What a page needs to know to ask."""
     spec, settings = service.spec, service.settings
     own = spec.completed(DEFAULT_CHAIN)

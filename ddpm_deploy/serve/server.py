@@ -5,21 +5,31 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.requests import Request as HttpRequest
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ddpm_deploy.errors import SettingError
+from ddpm_deploy.serve.http import answer_of
+from ddpm_deploy.serve.refusals import RefusedError, retry_after
 from ddpm_deploy.serve.service import Service
 from ddpm_deploy.serve.settings import HEAD_SECONDS, WRITE_SECONDS
 
 logger = logging.getLogger(__name__)
+# uvicorn's own of a connection: what is wrong with a stranger's bytes is told to him, and fills no log.
+_failures = logging.getLogger("uvicorn.error.connection")
+_failures.setLevel(logging.ERROR)
 
 _KEEP_ALIVE: Final = 30  # seconds that a connection may be without a request
 _CLOSING: Final = 5  # seconds in which answers are read, once all are written
@@ -29,10 +39,33 @@ _MOST_HEAD: Final = 1 << 14  # bytes
 class Protocol(H11Protocol):
     """HTTP of one connection, with an end to waiting: for the head of its first request, for what comes after an answer
     and is no whole head, and for a reader who reads nothing. (uvicorn itself has one for the silence between two
-    requests, and bodies have theirs in `bodies`.)"""
+    requests, and bodies have theirs in `bodies`.) What is no HTTP, and one connection too many, are told in the form
+    that all errors have."""
 
     _head: asyncio.TimerHandle | None = None
     _reader: asyncio.TimerHandle | None = None
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.logger, self._whole_app = _failures, self.app
+        self._most, self.limit_concurrency = self.limit_concurrency or sys.maxsize, None
+
+    def handle_events(self) -> None:
+        """Act on what has arrived."""
+        full = max(len(self.connections), len(self.tasks)) >= self._most
+        self.app = _full if full else self._whole_app
+        super().handle_events()
+
+    def send_400_response(self, msg: str) -> None:
+        """Say that this is no HTTP, unless an answer is under way or done."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = JSONResponse(
+                _NO_HTTP.to_builtins(), status_code=_NO_HTTP.status, headers=_NO_HTTP.headers
+            )
+            head = h11.Response(status_code=answer.status_code, headers=answer.raw_headers)
+            for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_made(self, transport: Any) -> None:
         """Somebody connected."""
@@ -81,6 +114,22 @@ class Protocol(H11Protocol):
 
     def _unsupported_upgrade_warning(self) -> None:
         """Nothing: what a stranger asks for is no fault of this server, nor of what is installed."""
+
+
+_NO_HTTP: Final = RefusedError(
+    400, "what was sent is no HTTP that this server reads", "not_http", headers={"Connection": "close"}
+)
+
+
+async def _full(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application while too many are connected."""
+    refusal = RefusedError(
+        503,
+        "too many connections are open: try again later",
+        "unavailable",
+        headers={"Connection": "close", **retry_after(1)},
+    )
+    await answer_of(refusal, HttpRequest(scope))(scope, receive, send)
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:
@@ -137,7 +186,9 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         found = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise SettingError(f"{host}:{port} cannot be listened at: {reason}") from error
+        raise SettingError(
+            f"{host}:{port} cannot be listened at: {reason} (choose another --host or --port)"
+        ) from error
     # asyncio sets it for sockets whose protocol it sees, and those of create_server do not say theirs: without it, the
     # body of an answer waits some 40 ms for the other side to confirm the head. Connections inherit it.
     found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

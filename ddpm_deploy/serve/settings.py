@@ -12,6 +12,7 @@ WRITE_SECONDS: Final = 30.0  # in which a client takes something of what is sent
 BODY_SECONDS: Final = 10.0  # in which a body arrives, once its head has
 HEAD_SECONDS: Final = 10.0  # in which a head arrives, once somebody connected
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
+_HOST: Final = re.compile(r"[^/:\sA-Z]+")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Settings:
     model has them). max_body: bytes of a request. timeout: seconds from a request to its images. keep_seconds,
     keep_bytes: for how long, and in how much memory, the images of requests that nobody waits for are kept.
     api_keys: one of which a caller must show; none: anybody may ask. allow_origins: other sites whose pages may ask, as
-    https://example.org.
+    https://example.org. allow_hosts: names by which it may be called, besides the names and addresses of this machine
+    (None: any), so that no other site's name can be made to lead here.
     """
 
     name: str = "ddpm"
@@ -34,6 +36,7 @@ class Settings:
     keep_bytes: int = 1 << 28
     api_keys: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
+    allow_hosts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_count", "max_steps", "max_body", "timeout", "keep_seconds", "keep_bytes"):
@@ -48,4 +51,9 @@ class Settings:
             if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
                 raise SettingError(
                     f"{origin!r} is no origin: write it as https://example.org, in lower case and without a path"
+                )
+        for host in self.allow_hosts or ():
+            if not _HOST.fullmatch(host):
+                raise SettingError(
+                    f"{host!r} is no name of a host: write it as images.example.org, in lower case and without a port"
                 )

@@ -48,6 +48,7 @@ def serve(
     drain_seconds: float,
     api_keys: tuple[str, ...],
     allow_origins: tuple[str, ...],
+    allow_hosts: tuple[str, ...],
     proof: Proof,
     **place: Unpack[Place],
 ) -> None:
@@ -63,6 +64,7 @@ def serve(
         keep_bytes=keep_mb << 20,
         api_keys=api_keys,
         allow_origins=allow_origins,
+        allow_hosts=None if not allow_hosts and (api_keys or not _is_here(host)) else allow_hosts,
     )
     _require_meant(host, settings)
     trajectory = _proof(opened, proof)
