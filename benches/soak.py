@@ -41,7 +41,7 @@ from ddpm_deploy.spec import ModelSpec
 CAPACITY: Final = 16
 OVERLOAD: Final = 2  # times the rows of the batch that good clients want at a time
 MOST_GROWTH: Final = 0.05  # of the server's memory, after it is warm
-_MAX_QUEUE: Final = 24
+_MAX_QUEUE: Final = 4  # so few that it is often full
 _MAX_COUNT: Final = 16
 _KEEP: Final = ("--keep-seconds", "20", "--keep-mb", "32")
 _CASES: Final = 40

@@ -538,7 +538,9 @@ def test_the_page_s_program(
 ) -> None:
     """docs/serving.md's ten lines, as they stand."""
     monkeypatch.chdir(onnx_path.parent)  # which has a model.onnx
-    (text,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S)
+    (text,) = re.findall(
+        r"^```python\n(from .*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S
+    )
     names: dict[str, Any] = {}
     exec(compile(text, "serving.md", "exec"), names)
     assert capsys.readouterr().out.splitlines()[-1] == "image 0, step 15 of 20"

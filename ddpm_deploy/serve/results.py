@@ -98,7 +98,9 @@ class Results:
         kept = self._kept.get(id)
         if kept is None:
             raise RefusedError(
-                404, "there is no such sample: it expired, was deleted, or never was", "not_found"
+                404,
+                "there is no such sample here: it expired, was deleted, never was, or is of another worker",
+                "not_found",
             )
         return kept
 
