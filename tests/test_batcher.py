@@ -26,7 +26,7 @@ from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.serve import Batcher, Handle, Preview
 from ddpm_deploy.serve.admission import Admission
 from tests.host_device import DeviceNetwork, HostDevice
-from tests.models import GaussianNetwork, tiny_spec
+from tests.models import ArrayNetwork, GaussianNetwork, tiny_spec
 from tests.test_guidance import Labelled
 
 ROOT = Path(__file__).parent.parent
@@ -522,6 +522,27 @@ def test_it_is_made_after_a_fork(onnx_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.count("was forked after the model was loaded") == 3
     assert result.stdout.splitlines()[-1] == "(1, 1, 8, 8)"
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_numbers_that_are_not_finite_end_a_request_long_before_its_chain_does(place: str) -> None:
+    class Mad(ArrayNetwork):
+        """One that goes mad for label 2, of a long chain."""
+
+        def answer(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+            out = super().answer(x, t)
+            out[self.memory["y"][: len(x)] == 2] = np.nan
+            return out
+
+    spec = msgspec.structs.replace(tiny_spec((1, 4, 4), timesteps=1000), num_classes=3)
+    network: Any = Mad(spec, 4) if place == "host" else DeviceNetwork(Mad(spec, 4), HostDevice(seed=0))
+    with Batcher(network, admission=Roomy) as batcher:
+        good, sick = together(batcher, Request(steps=100, labels=(1,), seed=1), Request(labels=(2,), seed=1))
+        with pytest.raises(BackendError, match="not finite"):
+            sick.result(LONG)
+        assert batcher.status().steps < 100
+        with Sampler(ArrayNetwork(spec, 4)) as sampler:
+            same(good.result(LONG), sampler.sample(1, steps=100, labels=1, seed=1))
 
 
 def test_it_needs_no_web_server() -> None:

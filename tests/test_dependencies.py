@@ -142,6 +142,24 @@ def test_a_home_that_cannot_be_written_is_no_matter(tmp_path: Path, onnx_path: P
     assert list((tmp_path / "TMPDIR").iterdir()) == []
 
 
+def test_a_signal_amid_an_import_is_no_broken_package(tmp_path: Path) -> None:
+    """Native code turns the KeyboardInterrupt of a signal into an ImportError."""
+    (tmp_path / "native.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "except KeyboardInterrupt as error:\n"
+        "    raise ImportError('initialization failed') from error\n"
+    )
+    code = (
+        "from ddpm_deploy.cli.common import Command; from ddpm_deploy.dependencies import require;"
+        "Command('serve', callback=lambda: require('native', 'serve')).main([])"
+    )
+    environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "HOME": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (said.returncode, said.stderr) == (130, "Error: interrupted\n")
+
+
 @pytest.mark.parametrize(("typed", "warnings"), [({}, 1), ({"ORT_DISABLE_TELEMETRY": "1"}, 0)])
 def test_an_import_that_was_too_early_is_told_once(
     tmp_path: Path, onnx_path: Path, typed: dict[str, str], warnings: int

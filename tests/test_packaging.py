@@ -152,6 +152,7 @@ MODULES = [
     "serve/answers",
     "serve/batcher",
     "serve/bodies",
+    "serve/document",
     "serve/events",
     "serve/feed",
     "serve/handle",

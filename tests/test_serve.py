@@ -28,10 +28,12 @@ pytest.importorskip("fastapi", reason="the extra serve")
 httpx = pytest.importorskip("httpx2")
 
 import uvicorn
+from click.testing import CliRunner
 from fastapi import FastAPI
 from PIL import Image
 
 from ddpm_deploy import Sampler, to_uint8
+from ddpm_deploy.cli.serve import main
 from ddpm_deploy.errors import SettingError
 from ddpm_deploy.runtime.images import grid
 from ddpm_deploy.runtime.parity import record
@@ -414,6 +416,9 @@ def test_images_that_no_picture_holds_come_as_npz() -> None:
         ("allow_origins", ("https://a.example/",)),
         ("allow_origins", ("a.example",)),
         ("allow_origins", ("https://A.example",)),
+        ("allow_hosts", ("a.example:80",)),
+        ("allow_hosts", ("https://a.example",)),
+        ("allow_hosts", ("A.example",)),
     ],
 )
 def test_settings_are_checked(name: str, value: Any) -> None:
@@ -481,6 +486,47 @@ def test_who_goes_is_called_off_at_whatever_stage(stage: str) -> None:
         assert live.post({"steps": 1}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"HELLO\r\n\r\n",
+        b"\x16\x03\x01\x02\0\x01\0\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET /" + b"x" * 20_000,
+    ],
+    ids=["words", "TLS", "no host", "a long head"],
+)
+def test_what_is_no_http_is_told_so(live: Live, sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(live.connect(sent)) as connection:
+        head_of, _, body = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert head_of.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "not_http"
+    assert not caplog.records
+
+
+def test_a_body_that_breaks_behind_its_answer_ends_the_connection(
+    live: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunked = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+    with closing(live.connect(chunked)) as connection:
+        assert b" 404 " in connection.recv(4096)
+        connection.sendall(b"no chunk\r\n")
+        assert connection.recv(4096) == b""
+    assert not caplog.records
+
+
+def test_one_connection_too_many_is_told_so(live: Live) -> None:
+    with serving() as small:
+        others = [small.connect() for _ in range(63)]  # of 64
+        until(lambda: len(small.server.server_state.connections) == 63)
+        refused = small.ask("GET", "/health")
+        assert "connections" in told(refused, 503)
+        assert refused.headers["retry-after"] == "1"
+        for other in others:
+            other.close()
+        until(lambda: small.ask("GET", "/health").status_code == 200)
+
+
 def test_a_client_that_trickles_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.1)
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.1)
@@ -541,6 +587,24 @@ def test_slow_readers_stall_nobody_and_are_let_go(monkeypatch: pytest.MonkeyPatc
             reader.close()
 
 
+def test_others_go_on_while_two_read_nothing() -> None:
+    with serving(Noisy(tiny_spec((3, 128, 128), timesteps=60), 8)) as live:
+        where = live.post({"count": 8}, Prefer="respond-async").headers["location"]
+        asked = f"GET {where}/events?previews=32 HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        readers = [live.connect(asked) for _ in range(2)]
+
+        def held_up() -> int:
+            found = live.server.server_state.connections
+            return sum(each.transport.get_write_buffer_size() > 0 for each in list(found))
+
+        until(lambda: held_up() == 2)
+        for seed in range(20):
+            assert live.post({"steps": 2, "seed": seed, "format": "npz"}).status_code == 200
+        assert held_up() == 2
+        for reader in readers:
+            reader.close()
+
+
 class Noisy(ArrayNetwork):
     """One whose images do not compress."""
 
@@ -596,6 +660,33 @@ def test_pages_of_other_sites_may_not_ask_unless_they_are_named() -> None:
         told(live.post({}, Origin="https://evil.example"), 403)
 
 
+def test_a_name_that_was_made_to_lead_here_is_refused() -> None:
+    """As a page of evil.example does once that name has this machine's address: to the browser it asks its own site."""
+    with serving(allow_hosts=("images.example",)) as live:
+        port = live.url.rpartition(":")[2]
+        for host in (
+            f"evil.example:{port}",
+            "evil.example",
+            "localhost.evil.example",
+            "1.2.3.4.evil.example",
+            "[x]",
+        ):
+            for method, path in (("GET", "/v1/model"), ("POST", "/v1/samples"), ("GET", "/openapi.json")):
+                headers = {"Host": host, "Origin": f"http://{host}"}
+                assert "--allow-host" in told(live.ask(method, path, headers=headers), 403), host
+        for host in (
+            f"localhost:{port}",
+            "LOCALHOST",
+            "a.localhost.",
+            "127.0.0.1",
+            f"[::1]:{port}",
+            "images.example:1",
+        ):
+            assert live.ask("GET", "/v1/model", headers={"Host": host}).status_code == 200, host
+            assert live.post({"steps": 1}, Host=host, Origin=f"http://{host}").status_code == 200, host
+        assert live.ask("GET", "/health", headers={"Host": "evil.example"}).status_code == 200
+
+
 # --- state --------------------------------------------------------------------------------------------------
 
 
@@ -621,7 +712,14 @@ def test_state_and_documents(live: Live) -> None:
     fields = document["paths"]["/v1/samples"]["post"]["requestBody"]["content"]["application/json"]
     assert {"count", "steps", "seed", "labels"} <= set(fields["schema"]["properties"])
     told(live.ask("GET", "/nothing"), 404)
-    told(live.ask("PUT", "/v1/samples"), 405)
+    for method, path, allowed in (
+        ("PUT", "/v1/samples", "POST"),
+        ("POST", "/v1/samples/x", "DELETE, GET"),
+        ("POST", "/", "GET, HEAD"),
+    ):
+        refused = live.ask(method, path)
+        told(refused, 405)
+        assert refused.headers["allow"] == allowed
 
 
 def test_before_it_is_ready_it_says_so() -> None:
@@ -712,6 +810,7 @@ def test_openais_own_client(live: Live) -> None:
             with pytest.raises(openai.UnprocessableEntityError) as told_so:
                 client.images.generate(**bad)
             assert told_so.value.param == param
+            assert "count" not in told_so.value.message  # which is n here
         with pytest.raises(openai.NotFoundError):
             client.images.generate(prompt="", model="dall-e-3")
 
@@ -797,6 +896,7 @@ COUNT = {"name": "count", "shape": [1], "datatype": "INT64"}
         ({"parameters": {"timeout": 10**400}}, None),
         ({"parameters": {"timesteps": [10**30]}}, None),
         ({"outputs": [{"name": "logits"}]}, None),
+        ({"count": 4}, None),  # which belongs to the parameters
         ({"outputs": [{"name": "images", "parameters": {"classification": 3}}]}, None),
     ],
 )
@@ -885,16 +985,35 @@ def test_sigterm_finishes_what_was_taken(model: Path) -> None:
 
 
 @heard
-def test_after_kill_9_it_starts_again_at_the_same_port(model: Path) -> None:
-    with process(model, "--proof", "predictions") as (running, url):
-        connection = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
-        connection.sendall(head(length=2) + b"{}")
+def test_after_kill_9_amid_its_work_it_starts_again_at_the_same_port(model: Path) -> None:
+    with process(model, "--capacity", "2", "--max-count", "4096", "--proof", "predictions") as (running, url):
+        asked = [
+            ("/v1/samples", LENGTHY),
+            ("/v1/images/generations", {"n": 200, "stream": True, "partial_images": 3}),
+            ("/v2/models/gaussian/infer", {"parameters": LENGTHY}),
+        ]
+        failed: list[Exception] = []
+
+        def ask(path: str, body: dict[str, Any]) -> None:
+            try:
+                httpx.post(url + path, json=body, timeout=LONG).raise_for_status()
+            except httpx.TransportError as error:
+                failed.append(error)
+
+        waiting = [threading.Thread(target=ask, args=each) for each in asked]
+        for thread in waiting:
+            thread.start()
+        kept = httpx.post(url + "/v1/samples", json=LENGTHY, headers={"Prefer": "respond-async"})
+        until(lambda: b"ddpm_queue_requests 4.0" in httpx.get(url + "/metrics").content)
         running.kill()
         running.wait(LONG)
+        for thread in waiting:
+            thread.join(LONG)
+        assert len(failed) == len(asked)
         with process(model, "--proof", "off", "--port", url.rsplit(":", 1)[1]) as (_, again):
             assert again == url
             assert httpx.post(again + "/v1/samples", json={"steps": 2}).status_code == 200
-        connection.close()
+            told(httpx.get(again + kept.headers["location"]), 404)
 
 
 @heard
@@ -980,8 +1099,17 @@ def test_a_model_that_is_not_what_its_proof_says_is_not_served(model: Path, tmp_
         assert part in refused_start(other, "--proof", how)
 
 
+def test_what_ends_it_before_it_listens_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddpm_deploy.cli.bodies.serve.serve", interrupted)
+    ended = CliRunner().invoke(main, [str(ROOT / "ddpm_deploy/doctor/gaussian.onnx")])
+    assert (ended.exit_code, ended.stderr) == (130, "Error: interrupted: no request was taken yet\n")
+
+
 def test_what_cannot_be_served_is_told_in_a_line(model: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = str(taken.getsockname()[1])
-        assert "cannot be listened at" in refused_start(model, "--port", port)
+        assert "in use (choose another --host or --port)" in refused_start(model, "--port", port)
     assert "is set, and empty" in refused_start(model, DDPM_SERVE_API_KEY="")

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final, Unpack
 
@@ -15,12 +16,13 @@ from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import DdpmDeployError, ParityError, SettingError, one_line
 from ddpm_deploy.files import show
 from ddpm_deploy.model_file import ModelFile, open_model
-from ddpm_deploy.runtime.network import time_call
+from ddpm_deploy.runtime.chain import Chain
 from ddpm_deploy.runtime.parity import StepErrors, Trajectory, judge, teacher_forced
 from ddpm_deploy.runtime.proof import proof_path
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.serve.batcher import Batcher
 from ddpm_deploy.serve.http import app_of
+from ddpm_deploy.serve.pace import time_step
 from ddpm_deploy.serve.server import Server, listening, url_of
 from ddpm_deploy.serve.service import Service
 from ddpm_deploy.serve.settings import Settings
@@ -169,7 +171,8 @@ class _Opening:
         trajectory = trajectory.first(self._network.max_batch)
         predictions = self._proof == "predictions"
         calls = len(trajectory.timesteps) + (0 if predictions else trajectory.steps)
-        forecast = calls * time_call(self._network, trajectory.count)
+        with closing(Chain(self._network)) as chain:
+            forecast = calls * time_step(chain, trajectory.count)
         shorter = "" if predictions or forecast < _LONG else " (--proof predictions: seconds)"
         logger.info("checking its proof: about %s%s", duration(forecast), shorter)
         done = 0
