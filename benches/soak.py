@@ -1,7 +1,7 @@
 """A server under twice the load that it has room for, from clients good and bad, for minutes: nothing that it took is
 lost, every answer is right, its memory stays, and its own numbers agree in the end.
 
-    python -m benches.soak MODEL [--minutes 10] [--seed 0]
+    python -m benches.soak MODEL [--minutes 10] [--seed 0] [--backend openvino [--precision bf16]]
 
 The server is `ddpm-serve` in a process of its own, on a real port. Good clients together want twice as many images at a
 time as its batch has rows, over every route, and compare each answer with `Sampler.sample` of the same request. Others
@@ -79,10 +79,13 @@ class Case:
     pixels: NDArray[np.uint8]
 
 
-def make_cases(model: Path, seed: int) -> list[Case]:
-    """Requests of all kinds that a model takes, and what a Sampler of its own makes of them."""
+def make_cases(model: Path, seed: int, place: dict[str, Any]) -> list[Case]:
+    """Requests of all kinds that a model takes, and what a Sampler of its own makes of them.
+
+    place: keywords of `Sampler.load`.
+    """
     rng, made = random.Random(seed), []
-    with Sampler.load(model, threads=1) as sampler:
+    with Sampler.load(model, threads=1, **place) as sampler:
         for _ in range(_CASES):
             fields = _fields(rng, sampler.spec)
             images = sampler.sample(**fields)
@@ -415,10 +418,11 @@ def _infer_of(case: Case) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serving(model: Path) -> Iterator[tuple[subprocess.Popen[str], tuple[str, int]]]:
+def serving(model: Path, place: dict[str, Any]) -> Iterator[tuple[subprocess.Popen[str], tuple[str, int]]]:
     """ddpm-serve in a process, ready, and its address; stopped by SIGTERM."""
     code = "from ddpm_deploy.cli.serve import main; main()"
-    limits = ("--capacity", str(CAPACITY), "--max-queue", str(_MAX_QUEUE), "--max-count", str(_MAX_COUNT))
+    limits = ["--capacity", str(CAPACITY), "--max-queue", str(_MAX_QUEUE), "--max-count", str(_MAX_COUNT)]
+    limits += [word for name, value in place.items() for word in (f"--{name}", value)]
     running = subprocess.Popen(
         [sys.executable, "-c", code, str(model), "--port", "0", "--threads", "1", *limits, *_KEEP],
         stderr=subprocess.PIPE,
@@ -502,10 +506,13 @@ async def _soaked(address: tuple[str, int], visitors: Visitors, process: int) ->
     return seen
 
 
-def soak(model: Path, seconds: float, seed: int = 0) -> tuple[str, list[str]]:
-    """Serve a model and let them come for so many seconds: a line that says what happened, and all that went wrong."""
-    cases = make_cases(model, seed)
-    with serving(model) as (running, address):
+def soak(model: Path, seconds: float, seed: int = 0, **place: str) -> tuple[str, list[str]]:
+    """Serve a model and let them come for so many seconds: a line that says what happened, and all that went wrong.
+
+    place: where and by what it runs, as `Sampler.load` and ddpm-serve call it.
+    """
+    cases = make_cases(model, seed, place)
+    with serving(model, place) as (running, address):
         end = time.monotonic() + seconds
         visitors = Visitors(address, model.stem, cases, random.Random(seed), end)
         seen = asyncio.run(_soaked(address, visitors, running.pid))
@@ -530,9 +537,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend")
+    parser.add_argument("--precision")
     asked = parser.parse_args()
+    place = {name: value for name in ("backend", "precision") if (value := getattr(asked, name))}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    line, wrong = soak(asked.model, 60 * asked.minutes, asked.seed)
+    line, wrong = soak(asked.model, 60 * asked.minutes, asked.seed, **place)
     print(line if not wrong else f"WRONG {len(wrong)} times; {line}")
     print(*wrong[:20], sep="\n")
     sys.exit(1 if wrong else 0)
