@@ -961,6 +961,47 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@heard
+def test_each_option_does_what_it_says(model: Path) -> None:
+    options = {
+        "--name": "toy",
+        "--capacity": "2",
+        "--max-count": "3",
+        "--max-steps": "5",
+        "--timeout": "7",
+        "--keep-seconds": "9",
+        "--max-connections": "4",
+        "--allow-origin": "https://a.example",
+        "--allow-host": "b.example",
+        "--proof": "off",
+    }
+    words = [word for option in options.items() for word in option]
+    with process(model, *words, DDPM_SERVE_API_KEY="one two") as (_, url):
+        shown = {"Authorization": "Bearer two"}
+        with httpx.Client(base_url=url, headers=shown, timeout=LONG) as client:
+            about = client.get("/v1/model").json()
+            assert about["name"] == "toy"
+            limits = about["limits"]
+            assert (limits["count"], limits["steps"], limits["seconds"], limits["keep_seconds"]) == (
+                3,
+                5,
+                7,
+                9,
+            )
+            told(client.post("/v1/samples", json={"count": 4}), 422, "count")
+            told(client.post("/v1/samples", json={"steps": 6}), 422, "steps")
+            own = client.post("/v1/samples", json={"steps": 1}, headers={"Origin": "https://a.example"})
+            assert own.status_code == 200
+            assert client.get("/v1/model", headers={"Host": "b.example"}).status_code == 200
+            told(client.get("/v1/model", headers={"Host": "c.example"}), 403)
+            told(client.get("/v1/model", headers={"Authorization": "Bearer three"}), 401)
+            assert "ddpm_slots 2.0" in client.get("/metrics").text
+            others = [httpx.Client(base_url=url) for _ in range(3)]
+            assert [other.get("/health").status_code for other in others] == [200, 200, 503]
+            for other in others:
+                other.close()
+
+
 LENGTHY = {"count": 200}  # some seconds
 
 

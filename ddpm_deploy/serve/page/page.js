@@ -265,7 +265,10 @@ function tell(error) {
   if (!error) return;
   if (!(error instanceof Problem)) console.error(error);
   const wrong = error.status === 401 ? $("key") : $("form").elements.namedItem(error.param ?? "");
-  if (error.status === 401) $("key-field").hidden = false;
+  if (error.status === 401) {
+    $("key-field").hidden = false;
+    $("document").hidden = true; // a link cannot show a key
+  }
   wrong?.setAttribute("aria-invalid", "true");
   wrong?.setAttribute("aria-errormessage", "error");
   wrong?.focus();
