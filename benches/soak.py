@@ -303,9 +303,7 @@ class Visitors:
         """One who goes at some stage: with a part of the head, of the body, while he waits, amid the answer."""
         case = self.rng.choice(self.cases)
         body = json.dumps({**_as_openai(case), "stream": True, "partial_images": 3}).encode()
-        head = (
-            f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        )
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         whole = head + body
         async with await self._open() as connection:
             stage = self.rng.choice(("connected", "head", "body", "waiting", "answer"))
@@ -338,9 +336,11 @@ class Visitors:
         """One whose body has no end."""
         async with await self._open() as connection:
             if self.rng.random() < 0.5:
-                head = b"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Length: 1099511627776\r\n\r\n"
+                head = (
+                    b"POST /v1/samples HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1099511627776\r\n\r\n"
+                )
             else:
-                head = b"POST /v1/samples HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+                head = b"POST /v1/samples HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
             with contextlib.suppress(ConnectionError):  # it is closed before all is sent
                 await connection.send(head)
                 for _ in range(256):
@@ -365,7 +365,9 @@ class Visitors:
     async def trickles_a_body(self) -> None:
         """The same of a body."""
         async with await self._open() as connection:
-            await connection.send(b"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+            await connection.send(
+                b"POST /v1/samples HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+            )
             await self._trickle(connection, b" " * 1000)
 
     async def _trickle(self, connection: Connection, data: bytes) -> None:
