@@ -303,7 +303,8 @@ class Visitors:
         """One who goes at some stage: with a part of the head, of the body, while he waits, amid the answer."""
         case = self.rng.choice(self.cases)
         body = json.dumps({**_as_openai(case), "stream": True, "partial_images": 3}).encode()
-        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        length = f"Content-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n{length}".encode()
         whole = head + body
         async with await self._open() as connection:
             stage = self.rng.choice(("connected", "head", "body", "waiting", "answer"))
