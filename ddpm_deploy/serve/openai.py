@@ -104,16 +104,17 @@ class ImagesAnswer(About):
     seed: str
 
 
+_GENERATED: Final = {
+    **answer(200, "The images, or of a `stream` its events", {**media(ImagesAnswer), **events(*_EVENTS)}),
+    **error_answers(404, *SAMPLING),
+}
+
+
 def router(service: Service) -> APIRouter:
     """The routes over one service."""
     routes = APIRouter(tags=["as OpenAI's"])
-    name, spec = service.settings.name, service.spec
-    entry: ModelEntry = {
-        "id": name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "ddpm-deploy",
-    }
+    name, spec, now = service.settings.name, service.spec, int(time.time())
+    entry = ModelEntry(id=name, object="model", created=now, owned_by="ddpm-deploy")
 
     @routes.get("/v1/models", summary="The models", responses=answer(200, "The one model", media(ModelList)))
     async def models() -> JSONResponse:
@@ -132,12 +133,7 @@ def router(service: Service) -> APIRouter:
         ROUTE,
         summary="Sample images, as OpenAI's clients ask",
         openapi_extra=body_of(ImagesBody),
-        responses={
-            **answer(
-                200, "The images, or of a `stream` its events", {**media(ImagesAnswer), **events(*_EVENTS)}
-            ),
-            **error_answers(404, *SAMPLING),
-        },
+        responses=_GENERATED,
     )
     async def generate(http: Request) -> Response:
         service.require_ready()

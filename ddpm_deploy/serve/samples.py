@@ -36,7 +36,7 @@ from ddpm_deploy.serve.openapi import (
 )
 from ddpm_deploy.serve.refusals import ErrorFields, RefusedError, refusal_of, retry_after
 from ddpm_deploy.serve.results import Kept
-from ddpm_deploy.serve.service import Service
+from ddpm_deploy.serve.service import Service, called_off
 from ddpm_deploy.serve.settings import MOST_PREVIEWS
 from ddpm_deploy.spec import DEFAULT_CHAIN
 from ddpm_deploy.words import ASKED_SOLVERS, SPACINGS
@@ -128,12 +128,36 @@ _LINKS: Final = {
 _PREFER: Final = header_of(
     "Prefer", "respond-async: answer at once with an id, and keep the images", {"type": "string"}
 )
+_SAMPLED: Final = {
+    **answer(200, "The images", {**_FILES, **media(SampledImages)}, _TOLD),
+    **answer(
+        202,
+        "Accepted, as `Prefer: respond-async` asked for",
+        media(SampleStatus),
+        headers({"Location": "Where the images will be", "Preference-Applied": "What was asked for"}),
+        _LINKS,
+    ),
+    **error_answers(406, *SAMPLING),
+}
+_RESULT: Final = {
+    **answer(200, "How it ended, or its images", {**_FILES, **media(SampleStatus)}, _TOLD),
+    **answer(
+        202,
+        "It is under way",
+        media(SampleStatus),
+        headers({"Retry-After": "Seconds after which to ask again"}),
+    ),
+    **error_answers(404, 406, 422, 500, 503, 504),
+}
+_WATCHED: Final = {
+    **answer(200, "Its status, previews, and how it ended", events("status", "preview", *_ENDS)),
+    **error_answers(404, 422),
+}
 
 
 def router(service: Service) -> APIRouter:
     """The routes over one service."""
     routes = APIRouter(tags=["samples"])
-    spec = service.spec
 
     @routes.get(
         "/v1/model",
@@ -147,48 +171,30 @@ def router(service: Service) -> APIRouter:
         ROUTE,
         summary="Sample images",
         openapi_extra={**body_of(SamplesBody), "parameters": [_PREFER]},
-        responses={
-            **answer(200, "The images", {**_FILES, **media(SampledImages)}, _TOLD),
-            **answer(
-                202,
-                "Accepted, as `Prefer: respond-async` asked for",
-                media(SampleStatus),
-                headers({"Location": "Where the images will be", "Preference-Applied": "What was asked for"}),
-                _LINKS,
-            ),
-            **error_answers(406, *SAMPLING),
-        },
+        responses=_SAMPLED,
     )
     async def sample(http: Request) -> Response:
         return await _sampled(http, service)
+
+    routes.include_router(_kept(service))
+    return routes
+
+
+def _kept(service: Service) -> APIRouter:
+    """Those of requests that nobody waits for."""
+    routes = APIRouter()
 
     @routes.get(
         ROUTE + "/{id}",
         summary="How far a request is, or its images",
         operation_id="getSample",
-        responses={
-            **answer(200, "How it ended, or its images", {**_FILES, **media(SampleStatus)}, _TOLD),
-            **answer(
-                202,
-                "It is under way",
-                media(SampleStatus),
-                headers({"Retry-After": "Seconds after which to ask again"}),
-            ),
-            **error_answers(404, 406, 422, 500, 504),
-        },
+        responses=_RESULT,
     )
     async def result(id: str, http: Request, format: Format | None = None) -> Response:
         kept = service.results.get(id)
         kind = format or wanted(http.headers.get("accept"), "json")
-        require_picture(spec, kind)
-        if not kept.handle.done():
-            return JSONResponse(status_fields(kept), status_code=202, headers=retry_after(1))
-        kept.fetched = True
-        if kind == "json":
-            return JSONResponse(await asyncio.to_thread(_whole_status, service, kept))
-        if (error := error_of(kept)) is not None:
-            raise refusal_of(error)
-        return await _file(service, kept.handle.result(), kept.handle.request, kind)
+        require_picture(service.spec, kind)
+        return await _result(service, kept, kind)
 
     @routes.delete(
         ROUTE + "/{id}",
@@ -206,10 +212,7 @@ def router(service: Service) -> APIRouter:
         summary="Previews of a request, as server-sent events",
         operation_id="watchSample",
         response_class=Response,
-        responses={
-            **answer(200, "Its status, previews, and how it ended", events("status", "preview", *_ENDS)),
-            **error_answers(404, 422),
-        },
+        responses=_WATCHED,
     )
     async def watch(id: str, previews: Annotated[int, Query(ge=1, le=MOST_PREVIEWS)] = 8) -> Response:
         return EventStream(_events(service, service.results.get(id), previews))
@@ -247,6 +250,21 @@ async def _accepted(http: Request, service: Service, body: SamplesBody) -> Respo
     return JSONResponse(status_fields(kept), status_code=202, headers=told)
 
 
+async def _result(service: Service, kept: Kept, kind: Format) -> Response:
+    """How far a request is, or its images."""
+    handle = kept.handle
+    if not handle.done():
+        return JSONResponse(status_fields(kept), status_code=202, headers=retry_after(1))
+    kept.fetched = True
+    if kind == "json":
+        return JSONResponse(await asyncio.to_thread(_whole_status, service, kept))
+    if handle.cancelled():
+        raise called_off()
+    if (error := handle.exception()) is not None:
+        raise refusal_of(error)
+    return await _file(service, handle.result(), handle.request, kind)
+
+
 def prefers_async(http: Request) -> bool:
     """Whether the header Prefer (RFC 7240) says so."""
     return any(
@@ -266,11 +284,6 @@ async def _file(service: Service, images: Array, request: Any, kind: Format) -> 
     data = await asyncio.to_thread(encoded, images, request, service.spec, kind)
     told = {"Content-Disposition": f'inline; filename="samples.{kind}"', "X-Seed": str(request.seed)}
     return Response(data, media_type=MEDIA[kind], headers=told)
-
-
-def error_of(kept: Kept) -> BaseException | None:
-    """What went wrong with a request that is over."""
-    return None if kept.handle.cancelled() else kept.handle.exception()
 
 
 def status_fields(kept: Kept) -> SampleStatus:

@@ -70,8 +70,10 @@ def serve(
     )
     _require_meant(host, settings)
     trajectory = _proof(opened, proof)
-    with listening(host, port) as listener:
-        network = open_network(opened, capacity, **place)
+    with (
+        listening(host, port) as listener,
+        closing(open_network(opened, capacity, **place)) as network,
+    ):
         service = Service(opened.spec, settings)
         server = Server(app_of(service), service, drain_seconds, max_connections)
         opening = _Opening(service, server, network, trajectory, proof, max_queue)
@@ -82,7 +84,6 @@ def serve(
                 server.run(sockets=[listener])
         finally:
             opening.end()
-            network.close()
     if opening.error:
         raise opening.error
 
