@@ -26,7 +26,7 @@ from ddpm_deploy.serve.refusals import RefusedError, refusal_of, retry_after
 from ddpm_deploy.serve.results import Kept
 from ddpm_deploy.serve.service import Service
 from ddpm_deploy.serve.settings import MOST_PREVIEWS
-from ddpm_deploy.spec import DEFAULT_CHAIN
+from ddpm_deploy.spec import DEFAULT_CHAIN, ModelSpec
 from ddpm_deploy.words import ASKED_SOLVERS, SPACINGS
 
 ROUTE = "/v1/samples"
@@ -35,7 +35,6 @@ ROUTE = "/v1/samples"
 def router(service: Service) -> APIRouter:
     """The routes over one service."""
     routes = APIRouter(tags=["samples"])
-    spec = service.spec
 
     @routes.get("/v1/model", summary="What the model is, and what may be asked of it")
     async def model() -> JSONResponse:
@@ -54,15 +53,15 @@ def router(service: Service) -> APIRouter:
     async def result(id: str, http: Request, format: Format | None = None) -> Response:
         kept = service.results.get(id)
         kind = format or wanted(http.headers.get("accept"), "json")
-        require_picture(spec, kind)
+        require_picture(kept.spec, kind)
         if not kept.handle.done():
             return JSONResponse(status_fields(kept), status_code=202, headers=retry_after(1))
         kept.fetched = True
         if kind == "json":
-            return JSONResponse(await asyncio.to_thread(_whole_status, service, kept))
+            return JSONResponse(await asyncio.to_thread(_whole_status, kept))
         if (error := error_of(kept)) is not None:
             raise refusal_of(error)
-        return await _file(service, kept.handle.result(), kept.handle.request, kind)
+        return await _file(kept.spec, kept.handle.result(), kept.handle.request, kind)
 
     @routes.delete(ROUTE + "/{id}", status_code=204, summary="Call a request off, or forget its images")
     async def delete(id: str) -> Response:
@@ -91,14 +90,14 @@ async def _sampled(http: Request, service: Service) -> Response:
         fields = {"request": request_fields(handle.request)}
         shown = await asyncio.to_thread(picture_fields, images, handle.request, service.spec)
         return JSONResponse(fields | {"images": shown})
-    return await _file(service, images, handle.request, kind)
+    return await _file(service.spec, images, handle.request, kind)
 
 
 async def _accepted(http: Request, service: Service, body: SamplesBody) -> Response:
     """A request that nobody waits for: 202, and where it is found."""
     handle = service.submit(body, ROUTE)
     try:
-        kept = service.results.keep(handle, service.spec.image_shape)
+        kept = service.results.keep(handle, service.spec)
     except RefusedError:
         handle.cancel()
         raise
@@ -121,9 +120,9 @@ def default_format(service: Service) -> Format:
     return "png" if service.shows_pictures else "npz"
 
 
-async def _file(service: Service, images: Array, request: Any, kind: Format) -> Response:
+async def _file(spec: ModelSpec, images: Array, request: Any, kind: Format) -> Response:
     """Images as one file; its seed is in the header X-Seed, whichever it is."""
-    data = await asyncio.to_thread(encoded, images, request, service.spec, kind)
+    data = await asyncio.to_thread(encoded, images, request, spec, kind)
     headers = {"Content-Disposition": f'inline; filename="samples.{kind}"', "X-Seed": str(request.seed)}
     return Response(data, media_type=MEDIA[kind], headers=headers)
 
@@ -146,12 +145,12 @@ def status_fields(kept: Kept) -> dict[str, Any]:
     return fields | ({"status": "failed", **refusal_of(error).to_builtins()} if error else {"status": "done"})
 
 
-def _whole_status(service: Service, kept: Kept) -> dict[str, Any]:
+def _whole_status(kept: Kept) -> dict[str, Any]:
     """The same with its images."""
     fields = status_fields(kept)
     if fields["status"] == "done":
         request = kept.handle.request
-        fields["images"] = picture_fields(kept.handle.result(), request, service.spec)
+        fields["images"] = picture_fields(kept.handle.result(), request, kept.spec)
     return fields
 
 
