@@ -77,7 +77,7 @@ class Handle(Future[Array]):
         if handle.set_running_or_notify_cancel():
             if isinstance(outcome, BaseException):
                 handle.set_exception(outcome)
-            else:
+            elif outcome is not None:
                 handle.set_result(outcome)
         return handle
 

@@ -55,6 +55,9 @@ _READERS: Final = (
     512  # requests that are no work for the batcher: readers of events, and who asks how far it is
 )
 _GRACE: Final = 60.0  # seconds in which a replica ends, once its last request must be over
+_HEALTH: Final = (
+    5.0  # seconds from one look at a replica to the next; it is replaced after three that are bad
+)
 _PATIENCE: Final = 5.0  # seconds in which others answer a question
 _TAKING: Final = 30.0  # seconds in which another takes what one that goes has
 _REPORTS: Final = 5.0  # seconds from one report of its numbers to the next
@@ -116,6 +119,7 @@ def build(args: Args) -> serve.Application:
         name=NAME,
         max_ongoing_requests=most,
         graceful_shutdown_timeout_s=args.timeout + _GRACE,
+        health_check_period_s=_HEALTH,
     )
     return deployed.bind(args)
 
@@ -124,7 +128,8 @@ def build(args: Args) -> serve.Application:
 class Replica:
     """One copy of the service, in a process of its own."""
 
-    async def __init__(self, args: Args) -> None:
+    async def __init__(self, args: Args) -> None:  # type: ignore[misc]  # Serve awaits it
+        _log_with_serve()
         context = serve.get_replica_context()
         self._name = context.replica_tag
         self._actor = ray.get_runtime_context().get_actor_name() or ""
@@ -139,7 +144,7 @@ class Replica:
         self._in_background(self._report())
         self._app = self._made_app()
 
-    @serve.multiplexed(max_num_models_per_replica=1)
+    @serve.multiplexed(max_num_models_per_replica=1)  # type: ignore[untyped-decorator]
     async def _named(self, name: str) -> str:
         """Let Serve know this replica by its name: what is asked of the "model" of that name comes here."""
         return name
@@ -323,6 +328,13 @@ def _place(args: Args, model: ModelFile) -> LoadSettings:
         precision=args.precision,
         weights=args.weights or "ema",
     )
+
+
+def _log_with_serve() -> None:
+    """Have what this package logs in the log of the replica."""
+    ours, theirs = logging.getLogger("ddpm_deploy"), logging.getLogger("ray.serve")
+    ours.handlers, ours.propagate = theirs.handlers, False
+    ours.setLevel(theirs.level)
 
 
 def _keys_of_machine() -> tuple[str, ...]:
