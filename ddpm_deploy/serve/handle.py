@@ -71,7 +71,7 @@ class Handle(Future[Array]):
     @classmethod
     def over(cls, request: Request, outcome: Array | BaseException | None) -> Self:
         """The handle of a request that another batcher did: its images, its error, or None where it was cancelled."""
-        handle = cls(request, 1, None)
+        handle = cls(request, len(request.timesteps or ()) or request.steps or 1, None)
         if outcome is None:
             handle.cancel()
         if handle.set_running_or_notify_cancel():

@@ -17,6 +17,7 @@ import contextvars
 import logging
 import os
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,7 +45,7 @@ from ddpm_deploy.serve.refusals import RefusedError
 from ddpm_deploy.serve.results import Kept
 from ddpm_deploy.serve.service import Service
 from ddpm_deploy.serve.settings import Settings
-from ddpm_deploy.words import Backend, Proof, RunPrecision, Weights
+from ddpm_deploy.words import Backend, Proof, RunPrecision
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,6 @@ class Args(BaseModel):
     device: str | None = None
     backend: Backend | None = None
     precision: RunPrecision | None = None
-    weights: Weights | None = None
     threads: int | None = Field(None, ge=1)
 
     def settings(self, keys: tuple[str, ...] = ()) -> Settings:
@@ -186,9 +186,10 @@ class Replica:
         """Have Serve count a request as long as it runs."""
 
         async def held() -> None:
-            while not kept.handle.done():
-                if not await self._to(self._name).hold.remote(kept.id):
-                    await asyncio.sleep(0.2)  # another was asked, as our name is not known yet
+            with suppress(RayError, RayServeException):  # it is not counted, and goes on
+                while not kept.handle.done():
+                    if not await self._to(self._name).hold.remote(kept.id):
+                        await asyncio.sleep(0.2)  # another was asked, as our name is not known yet
 
         self._in_background(held())
 
@@ -204,15 +205,12 @@ class Replica:
     async def _hand_over(self) -> None:
         """Give what is kept to a replica that goes on."""
         moved = [Moved.of(kept) for kept in self._results.all() if kept.handle.done()]
-        if not moved:
-            return
-        try:
+        with suppress(TimeoutError, RayError, RayServeException):
             async with asyncio.timeout(_TAKING):
-                taken = await self._peers.adopt.remote(moved)
-        except (TimeoutError, RayError, RayServeException):
-            taken = 0
-        if taken < len(moved):
-            logger.warning("%d results are lost: no other replica took them", len(moved) - taken)
+                while moved and (taken := await self._peers.adopt.remote(moved)):
+                    moved = moved[taken:]
+        if moved:
+            logger.warning("%d results are lost: no other replica took them", len(moved))
 
     async def adopt(self, moved: list[Moved]) -> int:
         """Keep the results of a replica that goes. Gives how many there was room for."""
@@ -302,7 +300,8 @@ def _opened(args: Args) -> Batcher:
     opened = open_model(Path(args.model))
     opened.require_intact()
     proof = proof_beside(opened, args.proof)
-    network = load_network(opened, _place(args, opened), backend=args.backend)
+    place = _place(args, opened)
+    network = load_network(opened, place, backend=args.backend)
     try:
         if proof:
             require_proven(proof.first(network.max_batch), network, args.proof)
@@ -310,9 +309,14 @@ def _opened(args: Args) -> Batcher:
     except BaseException:
         network.close()
         raise
-    status = batcher.status()
+    rows = batcher.status()
     logger.info(
-        "%s is ready: %d rows of the batch are open to any, of %d", opened.name, status.width, status.capacity
+        "%s is ready, on %s with %d threads: %d rows of the batch are open to any, of %d",
+        opened.name,
+        place.device or "the CPU",
+        place.threads,
+        rows.width,
+        rows.capacity,
     )
     return batcher
 
@@ -326,7 +330,6 @@ def _place(args: Args, model: ModelFile) -> LoadSettings:
         threads=args.threads or max(1, int(given.get("CPU", 0))),
         max_batch=args.capacity,
         precision=args.precision,
-        weights=args.weights or "ema",
     )
 
 
