@@ -25,10 +25,8 @@ class Driver:
     """Ray, from `with` to its end."""
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.mkdtemp(
-            prefix="ray"
-        )  # short: the names of its sockets may have 107 characters
-        self._said = tempfile.TemporaryFile("w+")  # it lives as long as the process
+        self._folder = tempfile.mkdtemp(prefix="ray")  # short, as sockets' names have 107 characters at most
+        self._said = tempfile.TemporaryFile("w+")
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -83,9 +81,9 @@ def replicas(_: None) -> dict[str, Any]:
     """How the application is, and its replicas: their names, states and process ids."""
     from ray.serve.context import _get_global_client
 
-    details: dict[str, Any] = _get_global_client().get_serve_details()
     found: dict[str, Any] = {"status": "", "message": "", "replicas": []}
-    for application in details["applications"].values():
+    client = _get_global_client(raise_if_no_controller_running=False)
+    for application in client.get_serve_details()["applications"].values() if client else ():
         found |= {key: application[key] for key in ("status", "message")}
         for deployment in application["deployments"].values():
             found["replicas"] += [

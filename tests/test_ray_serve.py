@@ -96,10 +96,9 @@ class Live:
         deployment |= {"graceful_shutdown_wait_loop_s": 0.2, "max_surge_percent": 100}
         path = self.folder / f"{model.stem}.yaml"
         path.write_text(yaml.safe_dump(config))
-        before = set(self.replicas()) if self.folder.joinpath("deployed").exists() else set()
+        before = set(self.replicas())
         said = self.ray.ask(deploy=str(path))
         assert "Submitted deploy config successfully" in said, said
-        self.folder.joinpath("deployed").touch()
 
         def deployed() -> bool:
             now = self.ray.ask(replicas=None)
