@@ -59,8 +59,7 @@ _GRACE: Final = 60.0  # seconds in which a replica ends, once its last request m
 _HEALTH: Final = (
     5.0  # seconds from one look at a replica to the next; it is replaced after three that are bad
 )
-_PATIENCE: Final = 5.0  # seconds in which others answer a question
-_TAKING: Final = 30.0  # seconds in which another takes what one that goes has
+_PATIENCE: Final = 5.0  # seconds in which other replicas answer a question, and take what one that goes has
 _REPORTS: Final = 5.0  # seconds from one report of its numbers to the next
 
 
@@ -206,7 +205,7 @@ class Replica:
         """Give what is kept to a replica that goes on."""
         moved = [Moved.of(kept) for kept in self._results.all() if kept.handle.done()]
         with suppress(TimeoutError, RayError, RayServeException):
-            async with asyncio.timeout(_TAKING):
+            async with asyncio.timeout(_PATIENCE):
                 while moved and (taken := await self._peers.adopt.remote(moved)):
                     moved = moved[taken:]
         if moved:
