@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Condition, Lock
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 import msgspec
 import numpy as np
@@ -60,13 +60,26 @@ class Handle(Future[Array]):
     up the batch as long as they run.
     """
 
-    def __init__(self, request: Request, steps: int, job: "Job", keeper: Keeper) -> None:
+    def __init__(self, request: Request, steps: int, asks: "tuple[Job, Keeper] | None") -> None:
         super().__init__()
         self.request = request
         self._steps = steps
-        self._asks: tuple[Job, Keeper] | None = (job, keeper)  # as long as it is not done
+        self._asks = asks  # as long as it is not done
         self._watching = Lock()
         self.watchers: tuple[tuple[Watcher, frozenset[int]], ...] = ()  # and the steps that each wants
+
+    @classmethod
+    def over(cls, request: Request, outcome: Array | BaseException | None) -> Self:
+        """The handle of a request that another batcher did: its images, its error, or None where it was cancelled."""
+        handle = cls(request, len(request.timesteps or ()) or request.steps or 1, None)
+        if outcome is None:
+            handle.cancel()
+        if handle.set_running_or_notify_cancel():
+            if isinstance(outcome, BaseException):
+                handle.set_exception(outcome)
+            elif outcome is not None:
+                handle.set_result(outcome)
+        return handle
 
     def cancel(self) -> bool:
         """Call it off, also while it runs: its rows of the batch are free at the next step. False where it is done."""
@@ -158,7 +171,7 @@ class Job:
         deadline: float,
         noise: Noise | None,
     ) -> None:
-        self.handle = Handle(request, ticket.steps, self, keeper)
+        self.handle = Handle(request, ticket.steps, (self, keeper))
         self.request, self.ticket, self.deadline = request, ticket, deadline
         self._images, self._noise = images, noise
         ticket.owner = self

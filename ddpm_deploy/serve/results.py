@@ -13,6 +13,7 @@ from ddpm_deploy.serve.feed import Feed
 from ddpm_deploy.serve.handle import Handle
 from ddpm_deploy.serve.refusals import RefusedError, busy, invalid
 from ddpm_deploy.serve.settings import Settings
+from ddpm_deploy.spec import ModelSpec
 
 _MOST: Final = 4096  # results, however small
 
@@ -21,15 +22,21 @@ _MOST: Final = 4096  # results, however small
 class Kept:
     """A request and, once it is done, its images.
 
-    size: bytes of these. fetched: whether somebody had them.
+    spec: of the model that makes them. fetched: whether somebody had them.
     """
 
     id: str
     handle: Handle
-    size: int
+    spec: ModelSpec
     created: float = field(default_factory=time.time)
     fetched: bool = False
     feed: Feed | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its images."""
+        numbers = self.handle.request.count * int(np.prod(self.spec.image_shape))
+        return numbers * np.dtype(np.float32).itemsize
 
     def watched(self) -> Feed:
         """Its previews, from the first time that somebody asks for them."""
@@ -61,7 +68,7 @@ class Results:
             raise invalid(
                 f"the images take {size} bytes, and results may take {most}: ask for fewer", "count"
             )
-        for kept in list(self._kept.values()):
+        for kept in self.all():
             if self._fits(size):
                 return
             if kept.handle.done():
@@ -69,15 +76,22 @@ class Results:
         if not self._fits(size):
             raise busy("too many results are on their way: ask again later", 1)
 
-    def keep(self, handle: Handle, image_shape: tuple[int, ...]) -> Kept:
+    def keep(self, handle: Handle, spec: ModelSpec) -> Kept:
         """Keep a request, and its images for some time after it is done. Raises RefusedError where there is no room."""
-        size = handle.request.count * int(np.prod(image_shape)) * np.dtype(np.float32).itemsize
-        self._require_room(size)
-        kept = Kept(secrets.token_urlsafe(16), handle, size)
-        self._kept[kept.id] = kept
-        self._bytes += size
-        handle.add_done_callback(self._aging(kept.id))
+        kept = Kept(self.new_id(), handle, spec)
+        self.put(kept)
         return kept
+
+    def new_id(self) -> str:
+        """An id that cannot be guessed."""
+        return secrets.token_urlsafe(16)
+
+    def put(self, kept: Kept) -> None:
+        """The same of one that has an id already."""
+        self._require_room(kept.size)
+        self._kept[kept.id] = kept
+        self._bytes += kept.size
+        kept.handle.add_done_callback(self._aging(kept.id))
 
     def _aging(self, id: str) -> Callable[[object], None]:
         """What is called when a request is done. By its id, so that it does not keep what was dropped in memory."""
@@ -92,6 +106,14 @@ class Results:
                 loop.call_soon_threadsafe(loop.call_later, self._settings.keep_seconds, expire)
 
         return done
+
+    def has(self, id: str) -> bool:
+        """Whether something is kept by an id."""
+        return id in self._kept
+
+    def all(self) -> list[Kept]:
+        """All that is kept, the oldest first."""
+        return list(self._kept.values())
 
     def get(self, id: str) -> Kept:
         """What is kept by an id. Raises RefusedError where that is nothing."""

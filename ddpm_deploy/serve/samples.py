@@ -38,7 +38,7 @@ from ddpm_deploy.serve.refusals import ErrorFields, RefusedError, refusal_of, re
 from ddpm_deploy.serve.results import Kept
 from ddpm_deploy.serve.service import Service, called_off
 from ddpm_deploy.serve.settings import MOST_PREVIEWS
-from ddpm_deploy.spec import DEFAULT_CHAIN
+from ddpm_deploy.spec import DEFAULT_CHAIN, ModelSpec
 from ddpm_deploy.words import ASKED_SOLVERS, SPACINGS
 
 ROUTE = "/v1/samples"
@@ -193,8 +193,8 @@ def _kept(service: Service) -> APIRouter:
     async def result(id: str, http: Request, format: Format | None = None) -> Response:
         kept = service.results.get(id)
         kind = format or wanted(http.headers.get("accept"), "json")
-        require_picture(service.spec, kind)
-        return await _result(service, kept, kind)
+        require_picture(kept.spec, kind)
+        return await _result(kept, kind)
 
     @routes.delete(
         ROUTE + "/{id}",
@@ -234,14 +234,14 @@ async def _sampled(http: Request, service: Service) -> Response:
     if kind == "json":
         shown = await asyncio.to_thread(picture_fields, images, handle.request, service.spec)
         return JSONResponse(SampledImages(request=request_fields(handle.request), images=shown))
-    return await _file(service, images, handle.request, kind)
+    return await _file(service.spec, images, handle.request, kind)
 
 
 async def _accepted(http: Request, service: Service, body: SamplesBody) -> Response:
     """A request that nobody waits for: 202, and where it is found."""
     handle = service.submit(body, ROUTE)
     try:
-        kept = service.results.keep(handle, service.spec.image_shape)
+        kept = service.results.keep(handle, service.spec)
     except RefusedError:
         handle.cancel()
         raise
@@ -250,19 +250,19 @@ async def _accepted(http: Request, service: Service, body: SamplesBody) -> Respo
     return JSONResponse(status_fields(kept), status_code=202, headers=told)
 
 
-async def _result(service: Service, kept: Kept, kind: Format) -> Response:
+async def _result(kept: Kept, kind: Format) -> Response:
     """How far a request is, or its images."""
     handle = kept.handle
     if not handle.done():
         return JSONResponse(status_fields(kept), status_code=202, headers=retry_after(1))
     kept.fetched = True
     if kind == "json":
-        return JSONResponse(await asyncio.to_thread(_whole_status, service, kept))
+        return JSONResponse(await asyncio.to_thread(_whole_status, kept))
     if handle.cancelled():
         raise called_off()
     if (error := handle.exception()) is not None:
         raise refusal_of(error)
-    return await _file(service, handle.result(), handle.request, kind)
+    return await _file(kept.spec, handle.result(), handle.request, kind)
 
 
 def prefers_async(http: Request) -> bool:
@@ -279,9 +279,9 @@ def default_format(service: Service) -> Format:
     return "png" if service.shows_pictures else "npz"
 
 
-async def _file(service: Service, images: Array, request: Any, kind: Format) -> Response:
+async def _file(spec: ModelSpec, images: Array, request: Any, kind: Format) -> Response:
     """Images as one file; its seed is in the header X-Seed, whichever it is."""
-    data = await asyncio.to_thread(encoded, images, request, service.spec, kind)
+    data = await asyncio.to_thread(encoded, images, request, spec, kind)
     told = {"Content-Disposition": f'inline; filename="samples.{kind}"', "X-Seed": str(request.seed)}
     return Response(data, media_type=MEDIA[kind], headers=told)
 
@@ -305,12 +305,12 @@ def status_fields(kept: Kept) -> SampleStatus:
     return fields
 
 
-def _whole_status(service: Service, kept: Kept) -> SampleStatus:
+def _whole_status(kept: Kept) -> SampleStatus:
     """The same with its images."""
     fields = status_fields(kept)
     if fields["status"] == "done":
         request = kept.handle.request
-        fields["images"] = picture_fields(kept.handle.result(), request, service.spec)
+        fields["images"] = picture_fields(kept.handle.result(), request, kept.spec)
     return fields
 
 

@@ -4,25 +4,23 @@ import ipaddress
 import os
 import signal
 import threading
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final, Unpack
 
 from ddpm_deploy.cli.bodies.models import Place, open_network, require_runnable
 from ddpm_deploy.cli.bodies.progress import duration
-from ddpm_deploy.cli.bodies.verify import proven
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.errors import DdpmDeployError, ParityError, SettingError, one_line
+from ddpm_deploy.errors import DdpmDeployError, SettingError, one_line
 from ddpm_deploy.files import show
-from ddpm_deploy.model_file import ModelFile, open_model
+from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.chain import Chain
-from ddpm_deploy.runtime.parity import StepErrors, Trajectory, judge, teacher_forced
-from ddpm_deploy.runtime.proof import proof_path
+from ddpm_deploy.runtime.parity import Trajectory
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.serve.batcher import Batcher
 from ddpm_deploy.serve.http import app_of
 from ddpm_deploy.serve.pace import time_step
+from ddpm_deploy.serve.proving import calls_of, proof_beside, require_proven
 from ddpm_deploy.serve.server import Server, listening, url_of
 from ddpm_deploy.serve.service import Service
 from ddpm_deploy.serve.settings import Settings
@@ -69,7 +67,7 @@ def serve(
         allow_hosts=None if not allow_hosts and (api_keys or not _is_here(host)) else allow_hosts,
     )
     _require_meant(host, settings)
-    trajectory = _proof(opened, proof)
+    trajectory = proof_beside(opened, proof)
     with (
         listening(host, port) as listener,
         closing(open_network(opened, capacity, **place)) as network,
@@ -102,18 +100,6 @@ def _is_here(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _proof(model: ModelFile, wanted: Proof) -> Trajectory | None:
-    """The proof to check; None, and a warning, where there is none beside the model."""
-    if wanted == "off":
-        return None
-    if not proof_path(model.path).exists():
-        logger.warning(
-            "%s has no proof beside it, and is served unproven: ddpm-export writes one", model.name
-        )
-        return None
-    return proven(model, None)
 
 
 class _Opening:
@@ -171,7 +157,7 @@ class _Opening:
         """Raise ParityError where the model does not compute here what its proof says."""
         trajectory = trajectory.first(self._network.max_batch)
         predictions = self._proof == "predictions"
-        calls = len(trajectory.timesteps) + (0 if predictions else trajectory.steps)
+        calls = calls_of(trajectory, self._proof)
         with closing(Chain(self._network)) as chain:
             forecast = calls * time_step(chain, trajectory.count)
         shorter = "" if predictions or forecast < _LONG else " (--proof predictions: seconds)"
@@ -185,26 +171,7 @@ class _Opening:
             if self._ended.is_set():
                 raise _EndedError
 
-        if predictions:
-            _require_within(teacher_forced(trajectory, self._network, progress))
-            return
-        comparison = judge(trajectory, self._network, progress)
-        _require_within(comparison.steps)
-        if not comparison.within:
-            raise ParityError(
-                f"the images of its proof come out at {comparison.psnr.min():.1f} dB here, and "
-                f"{comparison.tolerance.psnr:.0f} are needed: ddpm-verify says more"
-            )
-
-
-def _require_within(steps: Sequence[StepErrors]) -> None:
-    """Refuse predictions past tolerance."""
-    past = next((step for step in steps if not step.within), None)
-    if past:
-        raise ParityError(
-            f"the model does not compute here what its proof says: at t = {past.timestep} it is off by "
-            f"{past.relative_rms:.1e}, and {past.limit:.1e} is allowed: ddpm-verify says more"
-        )
+        require_proven(trajectory, self._network, self._proof, progress)
 
 
 class _EndedError(Exception):
