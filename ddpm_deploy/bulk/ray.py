@@ -6,6 +6,7 @@ ours and not Ray's, so that a shard that ends every worker, or an error that wou
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -24,10 +25,20 @@ from ddpm_deploy.bulk.manifest import Manifest
 from ddpm_deploy.bulk.shards import put_shard
 from ddpm_deploy.bulk.worker import Folder, Job, Opened, Worker
 from ddpm_deploy.dependencies import require
-from ddpm_deploy.errors import ArtefactError, BackendError, DdpmDeployError, SettingError, one_line, plural
+from ddpm_deploy.errors import (
+    ArtefactError,
+    BackendError,
+    DdpmDeployError,
+    DependencyError,
+    SettingError,
+    first_line,
+    one_line,
+    plural,
+)
 from ddpm_deploy.files import show
 from ddpm_deploy.model_file import ModelFile
 from ddpm_deploy.signals import signals_held
+from ddpm_deploy.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +57,7 @@ _STORE_BYTES: Final = (
 )  # of Ray's memory for objects, of which a run on one machine needs next to none
 _SENT: Final = ("onnx", "ncnn", "checkpoint")  # kinds of file that are sent to a worker that has none
 _LOCAL: Final = ("localhost", "127.0.0.1", "::1")
+_NOT_MADE: Final = "error raised in its creation task"  # what Ray says of an actor whose class is not there
 
 
 @dataclass(frozen=True)
@@ -100,8 +112,12 @@ def connected(address: str | None, cores: int) -> Iterator[Any]:
 
     Raises DependencyError, SettingError where the address is none, BackendError where it does not answer.
     """
+    # Before its import, which reads them. A token of our own, as Ray would keep one in the home folder.
+    settings = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if address is None and "RAY_AUTH_MODE" not in os.environ:
+        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
     ray = require("ray", "ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     where = _local(cores) if address is None else _cluster(ray, address)
     with where as options:
         try:
@@ -183,7 +199,12 @@ def _init(ray: Any, options: dict[str, Any]) -> None:
     try:
         ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # of many kinds
-        raise BackendError(f"Ray could not be started or joined: {one_line(error)}") from error
+        hint = (
+            ""
+            if "_temp_dir" in options
+            else " (one that asks for a token wants RAY_AUTH_MODE=token here too)"
+        )
+        raise BackendError(f"Ray could not be started or joined: {one_line(error)}{hint}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
@@ -331,7 +352,13 @@ class Crew:
                 raise error.cause from None
             raise BackendError(f"a worker failed: {one_line(error.cause)}") from error
         except errors.RayError as error:
-            raise _LostError(one_line(error)) from error
+            said = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+            if _NOT_MADE in said[0]:  # by its class, which does nothing but be imported
+                raise DependencyError(
+                    f"a machine of the cluster cannot load ddpm-deploy {__version__} ({said[-1]}): install that, with "
+                    "what runs the model, on each of them"
+                ) from error
+            raise _LostError(first_line(Exception(said[-1]))) from error
 
     def _entered(self, hand: _Hand, ref: Any) -> None:
         """A worker has loaded the model, or has no such file."""
@@ -392,8 +419,8 @@ class Crew:
             self._losses[number] += 1
         if self._losses[number] >= _MOST_LOSSES:
             raise BackendError(
-                f"{_MOST_LOSSES} workers in turn were lost while {at} ({reason}): it may take more memory than "
-                "they have"
+                f"{_MOST_LOSSES} workers in turn were lost while {at} ({reason}): they may lack memory, and Ray's "
+                "logs say more"
             )
         logger.warning("a worker was lost while %s (%s): another takes its place", at, reason)
         self._hire()
