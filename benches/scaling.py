@@ -36,6 +36,7 @@ from ddpm_deploy.bulk.merge import merge
 from ddpm_deploy.bulk.ray import Crew, Plan, connected
 from ddpm_deploy.bulk.shards import put_shard, write_shard
 from ddpm_deploy.bulk.worker import Folder, Job
+from ddpm_deploy.embedding import SinusoidalEmbedding
 from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.request import Request
@@ -135,7 +136,11 @@ def _projected(pace: Pace) -> Iterator[Row]:
 
 def _big(folder: Path, shards: int, images: int = 64) -> Manifest:
     """Shards of some 50 MB each; what is in them does not matter."""
-    spec = ModelSpec(image_shape=(3, 512, 512), provenance=Provenance(digest="0" * 64))
+    spec = ModelSpec(
+        image_shape=(3, 512, 512),
+        embedding=SinusoidalEmbedding(dim=8),
+        provenance=Provenance(digest="0" * 64),
+    )
     request = Request(count=shards * images, seed=0, steps=1).checked(spec)
     manifest = Manifest(spec=spec, request=request, shard_size=images)
     batch = np.random.default_rng(0).uniform(-1, 1, (8, 3, 512, 512)).astype(np.float32)
@@ -199,7 +204,7 @@ def pair_rows(model: str, images: int = 500, rounds: int = 3) -> Iterator[Row]:
         )
 
 
-def merge_rows(shards: int = 12) -> Iterator[Row]:
+def merge_rows(shards: int = 6) -> Iterator[Row]:
     """How fast shards are joined: read, looked through and written."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
