@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,8 +226,13 @@ def merge_rows(shards: int = 6) -> Iterator[Row]:
 def main() -> None:
     """One part, as rows of a table."""
     part, *rest = sys.argv[1:]
+    parts: dict[str, Callable[..., Iterator[Row]]] = {
+        "model": model_rows,
+        "pair": pair_rows,
+        "merge": merge_rows,
+    }
     print(HEAD, end="")
-    for row in {"model": model_rows, "pair": pair_rows, "merge": merge_rows}[part](*rest):
+    for row in parts[part](*rest):
         print(row.markdown(), flush=True)
 
 

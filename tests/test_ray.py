@@ -436,6 +436,19 @@ def test_options_that_do_not_fit(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_temporary_folder_with_a_long_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's sockets would not fit below it."""
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")
+    (tmp_path / "long").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "long"))
+    told = "Ray's sockets need a folder with a shorter name than "
+    refused(
+        call("run", MODEL, *RUN, "-o", tmp_path / "s", "--ray"), 1, told, "set TMPDIR to one of at most 25"
+    )
+    assert list((tmp_path / "long").iterdir()) == []
+
+
 def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE"):
