@@ -257,7 +257,7 @@ class Crew:
         )
         self._waits: dict[Any, tuple[_Hand, Callable[[_Hand, Any], None]]] = {}  # by the ref of an answer
         self._to_do: deque[int] = deque()
-        self._left: set[int] = set()
+        self._left, self._images = set[int](), 0
         self._meet: Callable[[Opened], None] = lambda opened: None
         self._losses: Counter[int | None] = Counter()  # of workers, by shard; None: while they loaded
         self._asked = 0.0
@@ -412,6 +412,8 @@ class Crew:
         self._hands.remove(hand)
         self._end(hand)
         number, at = hand.shard, "loading the model"
+        if hand.opened and number is None and self._hands:
+            return  # it had nothing to do any more
         if number is not None:
             self._to_do.appendleft(number)
             at = f"making {self._name(number)}"
