@@ -25,9 +25,9 @@ from benches.serving_picture import write_picture
 from benches.simulated import POLICIES, Arrival, Full, saturation, simulate, traffic
 from benches.table import HEAD, Row
 from ddpm_deploy import Request, Sampler
+from ddpm_deploy.runtime.chain import time_step
 from ddpm_deploy.serve import Batcher, Handle
 from ddpm_deploy.serve.admission import Admission
-from ddpm_deploy.serve.pace import time_step
 
 CAPACITY: Final = 16
 SIZES: Final = (1, 2, 4, 8, 16)

@@ -99,6 +99,20 @@ def test_parts_in_any_order_are_the_run(tmp_path: Path, folder: Path) -> None:
     assert (found["shards"], found["whole"], found["missing"], found["altered"]) == (6, 6, [], [])
 
 
+def test_what_comes_next_is_what_is_missing(tmp_path: Path) -> None:
+    """Parts are joined once all are there."""
+    for part, told in (
+        ("1/4", "4 shards of other parts are yet to come"),
+        ("2/4", "2 shards of other parts are yet to come"),
+        ("3/4", "1 shard of other parts is yet to come"),
+        ("4/4", "join them with: ddpm-deploy merge "),
+    ):
+        result = call("run", MODEL, *RUN, "-o", tmp_path / "s", "--shard", part)
+        assert result.exit_code == 0
+        assert told in result.stderr
+        assert result.stderr.count("shards of other parts") + result.stderr.count("join them") <= 1
+
+
 @pytest.mark.parametrize("form", [(), ("--rgb",), ("--float",), ("--float", "--in-data-range")], ids=str)
 def test_every_form_merges_to_what_a_plain_run_writes(tmp_path: Path, form: tuple[str, ...]) -> None:
     first = ("--first-index", 2**64 - 22)

@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO, Final, Literal
 import numpy as np
 
 from ddpm_deploy.bulk.manifest import ArrayType, Manifest
-from ddpm_deploy.errors import first_line
+from ddpm_deploy.errors import BackendError, first_line
 from ddpm_deploy.files import atomic
 from ddpm_deploy.runtime.images import LABELS, Destination
 from ddpm_deploy.runtime.protocols import Array, Labels
@@ -63,6 +63,21 @@ def write_shard(folder: Path, manifest: Manifest, number: int, samples: Iterable
                 write(batch)
         _seal(temporary, f"ddpm-deploy {manifest.run} {part.first_index} +{part.count} ".encode())
     return path
+
+
+def put_shard(folder: Path, manifest: Manifest, number: int, data: bytes) -> None:
+    """Write the shard of a number that was made elsewhere, once it was seen to be whole.
+
+    Raises BackendError where it is not, OutputError where it cannot be written.
+    """
+    path = folder / manifest.shard_name(number)
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+        try:
+            with _opened(temporary, manifest, number):
+                pass
+        except ValueError as error:
+            raise BackendError(f"{path.name} came from its worker and {first_line(error)}") from error
 
 
 def _seal(path: Path, text: bytes) -> None:
@@ -110,7 +125,14 @@ def opened_shard(folder: Path, manifest: Manifest, number: int) -> Iterator[Open
 
     Raises FileNotFoundError where there is none, and ValueError or OSError, which say why, where it is not whole.
     """
-    part, path = manifest.part(number), folder / manifest.shard_name(number)
+    with _opened(folder / manifest.shard_name(number), manifest, number) as shard:
+        yield shard
+
+
+@contextmanager
+def _opened(path: Path, manifest: Manifest, number: int) -> Iterator[OpenShard]:
+    """Open the shard of a number under any name, as `opened_shard` does."""
+    part = manifest.part(number)
     if not path.exists() and not path.is_symlink():
         raise FileNotFoundError
     if not path.is_file():  # a pipe would be waited for

@@ -25,6 +25,8 @@ main = command(
   ddpm-run model.onnx --snapshot chain.npz     can be interrupted; ddpm-deploy resume finishes it
   ddpm-run model.onnx --count 50000 --seed 0 -o shards/ --shards
                                                again: goes on; ddpm-deploy merge joins them
+  ddpm-run model.onnx --count 50000 --seed 0 -o shards/ --shards --ray
+                                               the same, by a worker of Ray for each core
   ddpm-run engine.plan                         an engine, on the GPU it was built for
   ddpm-run model.onnx --device cuda            builds the engine here the first time, and runs it
   ddpm-run model.ncnn                          in ncnn, on the CPU
@@ -83,6 +85,21 @@ main = command(
             show_default="256, fewer for images over 256×256",
         ),
         Option("--shard", "Make one part of the shards only, as 3/16.", part),
+        Option(
+            "--ray",
+            "With --shards: have workers of Ray make them, here, or in the cluster whose head has this address, as "
+            "10.0.0.1:6379.",
+            metavar="[ADDRESS]",
+            is_flag=False,
+            flag_value="",
+            show_default="RAY_ADDRESS, or workers here",
+        ),
+        Option(
+            "--workers",
+            "Workers of Ray.",
+            click.IntRange(1, 10_000),
+            show_default="one a GPU; without GPUs one a core, or fewer with more threads where shards are few",
+        ),
         *options.WRITING,
         *options.PLACE,
     ],

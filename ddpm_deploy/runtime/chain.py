@@ -4,6 +4,7 @@ One Chain for the host and for a GPU: it knows which sample is in which slot and
 device's stepper does the arithmetic. What draws anything goes through it.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -23,6 +24,7 @@ Noise = Callable[[int], Array]
 
 _ROWS: Final = 1 << 16  # of step tables that there is room for, and at least those of _TABLES tables
 _TABLES: Final = 16
+_TIMED: Final = 16, 0.1  # steps that are timed, as noise is made for so many at once; and seconds for them
 
 
 @dataclass(frozen=True)
@@ -339,3 +341,20 @@ def noise_of_part(noise: Noise, shape: tuple[int, ...], first: int, count: int) 
         return given[first : first + count]
 
     return of_part
+
+
+def time_step(chain: Chain, rows: int) -> float:
+    """Seconds of a step of so many images: the mean of the first of their chains, but for one that warms it up.
+
+    As many as there is time for, two at least where the model has them. The chain is one that nobody uses.
+    """
+    most, seconds = _TIMED
+    chain.start(np.arange(rows), Request(count=rows, seed=0).checked(chain.spec))
+    times: list[float] = []
+    while len(times) <= most and chain.active.any() and (len(times) < 2 or sum(times) < seconds):
+        start = time.perf_counter()
+        chain.step()
+        chain.network.device.synchronize()
+        times.append(time.perf_counter() - start)
+    chain.clear()
+    return float(np.mean(times[1:] or times))

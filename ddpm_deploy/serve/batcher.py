@@ -26,14 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.errors import BackendError, BusyError, DeadlineError, SettingError, one_line
-from ddpm_deploy.runtime.chain import Chain, Noise, require_runs
+from ddpm_deploy.runtime.chain import Chain, Noise, require_runs, time_step
 from ddpm_deploy.runtime.network import not_finite, require_process
 from ddpm_deploy.runtime.protocols import Look, Network
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.runtime.sampler import Sampler, require_callable
 from ddpm_deploy.serve.admission import Admission, Seat, Ticket
 from ddpm_deploy.serve.handle import Handle, Job, Preview
-from ddpm_deploy.serve.pace import Pace, time_step
+from ddpm_deploy.serve.pace import Pace
 
 State = Literal["open", "draining", "closed", "failed"]
 _COUNTS: Final = ("submitted", "refused", "completed", "cancelled", "failed")

@@ -7,10 +7,9 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.runtime.chain import Chain, time_step
 from ddpm_deploy.runtime.network import bucket_of, bucket_sizes
 from ddpm_deploy.runtime.protocols import Network
-from ddpm_deploy.runtime.request import Request
 
 _SECONDS: Final = (
     1.0  # of measuring, when it starts; what is not measured by then is drawn on in a straight line
@@ -81,22 +80,6 @@ class Pace:
 
     def _level(self) -> None:
         self._table = np.maximum.accumulate(self._raw)
-
-
-def time_step(chain: Chain, rows: int) -> float:
-    """Seconds of a step of so many images: the mean of the first of their chains, but for one that warms it up.
-
-    As many as there is time for, two at least where the model has them.
-    """
-    chain.start(np.arange(rows), Request(count=rows, seed=0).checked(chain.spec))
-    times: list[float] = []
-    while len(times) <= _GATHERED and chain.active.any() and (len(times) < 2 or sum(times) < _SECONDS / 10):
-        start = time.perf_counter()
-        chain.step()
-        chain.network.device.synchronize()
-        times.append(time.perf_counter() - start)
-    chain.clear()
-    return float(np.mean(times[1:] or times))
 
 
 def _buckets(network: Network, capacity: int) -> list[int]:

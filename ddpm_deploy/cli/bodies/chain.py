@@ -18,8 +18,8 @@ from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import ArtefactError, OutputError, SettingError, plural
 from ddpm_deploy.files import quoted, require_suffix, show
 from ddpm_deploy.model_file import ModelFile
+from ddpm_deploy.runtime.chain import time_step
 from ddpm_deploy.runtime.images import Destination, Form
-from ddpm_deploy.runtime.network import time_call
 from ddpm_deploy.runtime.preview import Preview
 from ddpm_deploy.runtime.proof import proof_path
 from ddpm_deploy.runtime.protocols import Array
@@ -216,7 +216,8 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
 def forecast(sampler: Sampler, request: Request, steps: int) -> float:
     """The seconds that so many steps of each image of a request will take."""
     together = min(request.count, sampler.max_batch(guided=bool(request.guidance)))
-    return time_call(sampler.network, request[:together].rows) * steps * request.count / together
+    with sampler.lent() as chain:
+        return time_step(chain, request[:together].rows) * steps * request.count / together
 
 
 def _made(destination: Destination, seconds: float) -> dict[str, Any]:

@@ -38,8 +38,12 @@ def open_network(model: ModelFile, max_batch: int | None = None, **place: Unpack
 def open_sampler(model: ModelFile, request: Request, batch: int | None, place: Place) -> Sampler:
     """Load a model to sample a request, `batch` images at the same time (None: as many as are best)."""
     require_runnable(model, place)
-    rows = min(batch, request.count) * (2 if request.guidance else 1) if batch else None
-    return Sampler(open_network(model, rows, **place))
+    return Sampler(open_network(model, rows_for(request, batch), **place))
+
+
+def rows_for(request: Request, batch: int | None) -> int | None:
+    """The rows of the batch for so many images at the same time; None for as many as are best."""
+    return min(batch, request.count) * (2 if request.guidance else 1) if batch else None
 
 
 def require_runnable(model: ModelFile, place: Place) -> None:

@@ -3,20 +3,20 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from ddpm_deploy.bulk.manifest import Manifest, default_shard_size, require_shard_folder
 from ddpm_deploy.bulk.shards import state, write_shard
+from ddpm_deploy.bulk.versions import differences, versions_of
 from ddpm_deploy.cli.bodies.chain import ChainOptions, chosen_form, forecast
 from ddpm_deploy.cli.bodies.models import open_sampler
 from ddpm_deploy.cli.bodies.progress import Advance, duration, peak_memory, progress, stage
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.doctor.backends import installed
 from ddpm_deploy.errors import OutputError, plural
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.model_file import ModelFile
@@ -24,8 +24,6 @@ from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.version import __version__
-
-_PACKAGES: Final = {"network": "torch"}  # of a backend whose module is not called as its package
 
 
 @dataclass(frozen=True)
@@ -39,60 +37,54 @@ class Split:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What a process did: the shards that were its part, those of them that it made, and in what time."""
+class Made:
+    """What a process did: the shards that were its part, those of them that it made, and in what time.
+
+    more: what there is to say of it beside, to programs.
+    """
 
     numbers: Sequence[int]
     new: Sequence[int]
     seconds: float
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_shards(
     model: ModelFile, request: Request, split: Split, batch: int | None, options: ChainOptions
 ) -> None:
     """Make the shards of a run, or of a part of it, that are not there."""
-    if options["progress"] or options["force"]:
-        raise click.UsageError("--progress and --force are not for --shards: omit them")
-    folder = options["output"]
-    require_shard_folder(folder)
-    size = min(split.size or default_shard_size(model.spec), request.count)
-    planned = Manifest(spec=model.spec, request=request, shard_size=size, form=chosen_form(options))
-    numbers = planned.numbers(split.part)
+    folder, planned = options["output"], planned_run(model, request, split, options)
     with open_sampler(model, request, batch, options) as sampler:
         # The raw weights of a checkpoint are another model than its file says.
-        mine = replace(planned, spec=sampler.spec, versions=_versions(sampler))
+        mine = replace(planned, spec=sampler.spec, versions=versions_of(sampler.network))
         manifest = mine.joined(folder, own_seed=split.own_seed)
-        _tell_of_versions(mine, manifest)
-        made = _make(sampler, folder, manifest, numbers)
-    _tell(folder, manifest, split.part, made, options["as_json"])
+        tell_of_versions(manifest.versions, mine.versions)
+        made = _make(sampler, folder, manifest, manifest.numbers(split.part))
+    tell_of_run(folder, manifest, split.part, made, options["as_json"])
 
 
-def _versions(sampler: Sampler) -> dict[str, str]:
-    """What makes the images: this program, NumPy and the backend's package, and where it runs."""
-    device = sampler.network.device.name.partition(":")[0]
-    backend = type(sampler.network).__module__.rpartition(".")[2]
-    makers = {"numpy", _PACKAGES.get(backend, backend)}
-    packages = {name: version for name, version in installed().items() if name.partition("-")[0] in makers}
-    return {"ddpm-deploy": __version__, "device": device, **packages}
+def planned_run(model: ModelFile, request: Request, split: Split, options: ChainOptions) -> Manifest:
+    """The run as it is asked for, before anything is loaded. Refuses what cannot be."""
+    if options["progress"] or options["force"]:
+        raise click.UsageError("--progress and --force are not for --shards: omit them")
+    require_shard_folder(options["output"])
+    size = min(split.size or default_shard_size(model.spec), request.count)
+    planned = Manifest(spec=model.spec, request=request, shard_size=size, form=chosen_form(options))
+    planned.numbers(split.part)  # or is refused
+    return planned
 
 
-def _tell_of_versions(mine: Manifest, there: Manifest) -> None:
+def tell_of_versions(begun: Mapping[str, str], here: Mapping[str, str]) -> None:
     """Tell what may change the last bit of an image."""
-    if other := [
-        f"{show(name)} {show(version)}, here {mine.versions.get(name, 'none')}"
-        for name, version in there.versions.items()
-        if mine.versions.get(name) != version
-    ]:
+    if other := differences(begun, here):
         logger.warning(
-            "this run was begun with %s: pixels may differ by a level between the shards of the two",
-            "; ".join(other),
+            "this run was begun with %s: pixels may differ by a level between the shards of the two", other
         )
 
 
-def _make(sampler: Sampler, folder: Path, manifest: Manifest, numbers: Sequence[int]) -> _Made:
+def _make(sampler: Sampler, folder: Path, manifest: Manifest, numbers: Sequence[int]) -> Made:
     """Make those of the shards that are not there."""
-    with stage("checking", len(numbers)) as checked:
-        to_do = [number for number in numbers if not _is_there(folder, manifest, number, checked)]
+    to_do = missing(folder, manifest, numbers)
     most = sampler.max_batch(guided=bool(manifest.request.guidance))
     steps = len(manifest.request.table_for(manifest.spec))
     work = {number: steps * -(-manifest.part(number).count // most) for number in to_do}
@@ -112,10 +104,20 @@ def _make(sampler: Sampler, folder: Path, manifest: Manifest, numbers: Sequence[
                 write_shard(folder, manifest, number, sampler.draw(part, pace))
                 new.append(number)
     except KeyboardInterrupt:
-        there = len(numbers) - len(to_do) + len(new)
-        logger.info("%d of %s are there: the same command goes on", there, plural(len(numbers), "shard"))
+        tell_of_interrupt(len(numbers), len(numbers) - len(to_do) + len(new))
         raise
-    return _Made(numbers, new, time.perf_counter() - start)
+    return Made(numbers, new, time.perf_counter() - start)
+
+
+def missing(folder: Path, manifest: Manifest, numbers: Sequence[int]) -> list[int]:
+    """Those of some shards that are to be made. Refuses one of another run."""
+    with stage("checking", len(numbers)) as checked:
+        return [number for number in numbers if not _is_there(folder, manifest, number, checked)]
+
+
+def tell_of_interrupt(shards: int, there: int) -> None:
+    """Say what a run leaves behind that ends early."""
+    logger.info("%d of %s are there: the same command goes on", there, plural(shards, "shard"))
 
 
 def _is_there(folder: Path, manifest: Manifest, number: int, checked: Any) -> bool:
@@ -133,22 +135,33 @@ def _is_there(folder: Path, manifest: Manifest, number: int, checked: Any) -> bo
 
 def _announce(sampler: Sampler, manifest: Manifest, numbers: Sequence[int], to_do: Sequence[int]) -> None:
     """Say first what the work will cost."""
-    shards, there = plural(len(numbers), "shard"), len(numbers) - len(to_do)
     if not to_do:
-        logger.info("%s, all of them there", shards)
+        logger.info("%s", described(manifest, numbers, to_do))
         return
-    steps = len(manifest.request.table_for(manifest.spec))
-    images = _images(manifest, to_do)
     first = manifest.part(to_do[0])
-    seconds = forecast(sampler, first, steps) * images / first.count
-    logger.info(
-        f"{plural(images, 'image')} in {shards}{f', {there} of them there' if there else ''} · "
-        f"{plural(steps, 'step')} · about {duration(seconds)}{peak_memory()}"
-    )
+    steps = len(manifest.request.table_for(manifest.spec))
+    seconds = forecast(sampler, first, steps) * images_of(manifest, to_do) / first.count
+    logger.info(f"{described(manifest, numbers, to_do)} · about {duration(seconds)}{peak_memory()}")
     if not manifest.spec.same_bits:
         logger.info(
             "this model's images may differ in the last bit with another --batch: give every process the same"
         )
+
+
+def described(manifest: Manifest, numbers: Sequence[int], to_do: Sequence[int]) -> str:
+    """What is to be made, for people."""
+    shards, there = plural(len(numbers), "shard"), len(numbers) - len(to_do)
+    if not to_do:
+        return f"{shards}, all of them there"
+    images, steps = images_of(manifest, to_do), len(manifest.request.table_for(manifest.spec))
+    found = f", {there} of them there" if there else ""
+    return f"{plural(images, 'image')} in {shards}{found} · {plural(steps, 'step')}"
+
+
+def pace(images: float, seconds: float) -> str:
+    """How fast images come, for people."""
+    rate = images / max(seconds, 1e-6)
+    return f"{rate:.1f} images/s" if rate > 1 else f"{rate * 60:.1f} images/min"
 
 
 class _Pace:
@@ -165,8 +178,7 @@ class _Pace:
     def passed(self, step: int) -> None:
         """A step was taken."""
         self._images += self._a_step
-        rate = self._images / max(time.monotonic() - self._start, 1e-6)
-        self._advance(1, f"{rate:.1f} images/s" if rate > 1 else f"{rate * 60:.1f} images/min")
+        self._advance(1, pace(self._images, time.monotonic() - self._start))
 
     def wants(self, step: int) -> bool:
         """Nothing needs to be seen."""
@@ -176,13 +188,14 @@ class _Pace:
         """Nothing is looked at."""
 
 
-def _images(manifest: Manifest, numbers: Iterable[int]) -> int:
+def images_of(manifest: Manifest, numbers: Iterable[int]) -> int:
+    """How many images some shards hold."""
     return sum(manifest.part(number).count for number in numbers)
 
 
-def _tell(folder: Path, manifest: Manifest, part: tuple[int, int], made: _Made, as_json: bool) -> None:
+def tell_of_run(folder: Path, manifest: Manifest, part: tuple[int, int], made: Made, as_json: bool) -> None:
     """Say what was made, and how to go on."""
-    request, new = manifest.request, _images(manifest, made.new)
+    request, new = manifest.request, images_of(manifest, made.new)
     if as_json:
         content = {
             "ddpm_deploy": __version__,
@@ -196,6 +209,7 @@ def _tell(folder: Path, manifest: Manifest, part: tuple[int, int], made: _Made, 
             "shards_found": len(made.numbers) - len(made.new),
             "seconds": made.seconds,
             "images_per_second": new / made.seconds,
+            **made.more,
         }
         click.echo(json.dumps(content, indent=2))
         return
@@ -203,7 +217,13 @@ def _tell(folder: Path, manifest: Manifest, part: tuple[int, int], made: _Made, 
     found = len(made.numbers) - len(made.new)
     there = f" ({found} were there)" if found else ""
     click.echo(
-        f"{show(folder)}: {of}{plural(_images(manifest, made.numbers), 'image')} in "
+        f"{show(folder)}: {of}{plural(images_of(manifest, made.numbers), 'image')} in "
         f"{plural(len(made.numbers), 'shard')}{there}, seed {request.seed}, in {duration(made.seconds)}"
     )
-    logger.info("join them with: ddpm-deploy merge %s", quoted(folder))
+    others = sum(not (folder / manifest.shard_name(number)).exists() for number in manifest.numbers())
+    if others:
+        logger.info(
+            "%s of other parts %s yet to come", plural(others, "shard"), "is" if others == 1 else "are"
+        )
+    else:
+        logger.info("join them with: ddpm-deploy merge %s", quoted(folder))
