@@ -203,8 +203,8 @@ def ddim_inversion(
         x' = √ᾱ'·(x - √(1 - ᾱ)·ε)/√ᾱ + √(1 - ᾱ')·ε
 
     ε is what the network says of x at the timestep that the step goes to, where `ddim` asks it of x': that the two are
-    the same is all that is assumed, and is the nearer to the truth the shorter the steps are. clip: as of the chain that
-    is to come back, since it changes ε; what it takes away is not lost, as that chain goes on with x too. stride,
+    the same is all that is assumed, and is the nearer to the truth the shorter the steps are. clip: as of the chain
+    that is to come back, since it changes ε; what it takes away is not lost, as that chain goes on with x too. stride,
     to_first: as of `ddim`.
     """
     step = _Steps(schedule, timesteps, stride, to_first)

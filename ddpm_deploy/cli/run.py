@@ -76,8 +76,8 @@ main = command(
         ),
         Option(
             "--share-until",
-            "Give all images the same noise at the start and in the steps from timesteps t of at least this: at 0 they are "
-            "the same, and at a large t they show what is decided early.",
+            "Give all images the same noise at the start and in the steps from timesteps t of at least this: at 0 they "
+            "are the same, and at a large t they show what is decided early.",
             click.IntRange(min=0),
         ),
         Option(

@@ -60,7 +60,8 @@ class Latents:
         cosine = float(np.vdot(first, last)) / lengths if lengths else 1.0
         angle = math.acos(min(1.0, max(-1.0, cosine)))
         if math.sin(angle) < _NO_ARC:
-            return (1 - to_last) * first + to_last * last
+            line: Floats = (1 - to_last) * first + to_last * last
+            return line
         arc = np.sin((1 - to_last) * angle) * first + np.sin(to_last * angle) * last
         blended: Floats = arc / math.sin(angle)
         return blended
