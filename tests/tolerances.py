@@ -25,7 +25,7 @@ TOLERANCES: Final = {
         5e-3, 3.8e-3, "of the bound that float32 coefficients set, whole chains (cosine: 1/√ᾱ reaches 20,291)"
     ),
     "diffusers_ddim": Tolerance(5e-5, 2.7e-5, "whole chains on shared noise, any schedule, clipping and η"),
-    "diffusers_inversion": Tolerance(1e-3, 0.0, "TODO"),
+    "diffusers_inversion": Tolerance(1.5e-6, 7.2e-7, "whole chains of its DDIMInverseScheduler, relative; ε"),
     "inversion_gaussian": Tolerance(
         5e-6, 1.9e-6, "DDIM inversion on Gaussian data against its recursion in float64; 30 to 120 float32 steps"
     ),
