@@ -143,6 +143,22 @@ def test_shared_noise_is_that_of_sample_0() -> None:
     np.testing.assert_array_equal(out[1, :, :6], np.stack(own))
 
 
+def test_the_service_shares_too() -> None:
+    """Images that join and leave one by one, and the body of POST /v1/samples."""
+    pytest.importorskip("starlette")
+    from ddpm_deploy.serve.batcher import Batcher
+    from ddpm_deploy.serve.bodies import SamplesBody, parse, to_request
+    from ddpm_deploy.serve.settings import Settings
+
+    body = parse(b'{"count": 5, "seed": 5, "share_until": 11}', SamplesBody)
+    request = to_request(body, SPEC, Settings())
+    with Batcher(model(3)) as batcher:
+        images = batcher.submit(request).result()
+        with pytest.raises(SettingError, match="depth is where given images begin"):
+            batcher.submit(Request(depth=5)).result()
+    np.testing.assert_array_equal(images, Sampler(model()).sample(5, seed=5, share_until=11))
+
+
 def test_a_request_says_it_and_most_do_not() -> None:
     assert "share_until" not in make_request(SPEC, 1, seed=0).to_builtins()
     request = make_request(SPEC, 2, seed=0, share_until=0, depth=7)
