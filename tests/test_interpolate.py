@@ -193,6 +193,18 @@ def test_a_chain_that_begins_later_goes_on_as_the_whole_one(
     )
 
 
+def test_a_chain_that_began_later_is_resumed(tmp_path: Path) -> None:
+    sampler, kept = Sampler(model()), list[Snapshot]()
+
+    def keep(step: int, x: Array, x0: Array) -> None:
+        if step == 4:
+            kept.append(sampler.snapshot())
+
+    images = sampler.sample(2, seed=5, start=two_images(), depth=10, callback=keep)
+    kept[0].save(tmp_path / "x.npz")
+    np.testing.assert_array_equal(Sampler(model()).resume(Snapshot.load(tmp_path / "x.npz")), images)
+
+
 @pytest.mark.parametrize("solver", [dpmpp_2m, sde_dpmpp_2m])
 def test_a_multistep_chain_begins_with_a_step_of_first_order(solver: Callable[..., StepTable]) -> None:
     timesteps = spaced("linspace", LINEAR, 20)
