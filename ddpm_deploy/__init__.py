@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SpecError,
     )
     from ddpm_deploy.runtime.images import in_data_range, to_uint8
+    from ddpm_deploy.runtime.interpolate import interpolate
     from ddpm_deploy.runtime.protocols import Network
     from ddpm_deploy.runtime.request import Request
     from ddpm_deploy.runtime.sampler import Sampler
@@ -59,6 +60,7 @@ __all__ = [
     "StepTable",
     "__version__",
     "in_data_range",
+    "interpolate",
     "to_uint8",
 ]
 
@@ -75,6 +77,7 @@ __getattr__, __dir__ = lazily(
         "StepTable": "ddpm_deploy.solvers",
         "__version__": "ddpm_deploy.version",
         "in_data_range": "ddpm_deploy.runtime.images",
+        "interpolate": "ddpm_deploy.runtime.interpolate",
         "to_uint8": "ddpm_deploy.runtime.images",
     },
 )

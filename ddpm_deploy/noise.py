@@ -5,7 +5,7 @@ Version 1 of the function (the number is in every ModelSpec as `noise_version`):
   generator  Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
              key = (seed low, seed high); counter = (block, draw, sample low, sample high).
   draw       0 for x_T; t + 1 for the noise added when stepping from timestep t. Its top 8 bits are a
-             stream number, 0 today.
+             stream number: 0 of chains; 1 of the forward process, where t + 1 is the noise in x_t.
   elements   block i yields elements 4i .. 4i+3 of the sample in C order (C, H, W): its words r0..r3
              make the Box-Muller pairs (r0, r1) and (r2, r3).
   pair       u = (r + 0.5)·2⁻³² in float64; ρ = -2 ln u0, cos 2πu1 and sin 2πu1 by the polynomials
@@ -18,12 +18,14 @@ each result, so NumPy, C++ and CUDA agree bit for bit, where library logarithms 
 
 import math
 import sys
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 NOISE_VERSION: Final = 1
+
+FORWARD_STREAM: Final = 1 << 24
 
 ROUNDS: Final = 10
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
@@ -215,6 +217,8 @@ class _Tile:
 class AddressedNoise:
     """The addressed noise of up to `slots` samples of `elements` numbers, in scratch allocated once.
 
+    A sample that shares its noise until s has that of sample 0 for x_T and for the steps from timesteps t ≥ s.
+
     width: numbers that a sample's noise takes in memory: elements, in whole Philox blocks. lookahead: steps whose
     noise is best made in one call, for one sample (`window`: for several). NumPy's cost of a call is paid once for
     them all, which counts for small images.
@@ -226,23 +230,35 @@ class AddressedNoise:
         self.lookahead = self.window(1)
         self._keys = np.zeros((ROUNDS, 2, slots, 1), np.uint32)
         self._samples = np.zeros((2, slots, 1), np.uint64)  # sample low, sample high
+        self._share_until = np.full(slots, -1)  # -1: shares none
         self._tiles: dict[tuple[int, ...], _Tile] = {}
 
     def window(self, slots: int) -> int:
         """Steps whose noise is best made in one call, for so many samples at once."""
         return min(_WINDOW_STEPS, max(1, _WINDOW_BLOCKS // (slots * self._blocks)))
 
-    def assign(self, slots: slice, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
-        """Say whose noise these slots make from now on: sample `indices` (k,) of the `seeds` (k,)."""
+    def assign(
+        self,
+        slots: slice,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.uint64],
+        share_until: NDArray[np.int32] | int = -1,
+    ) -> None:
+        """Say whose noise these slots make from now on: sample `indices` (k,) of the `seeds` (k,).
+
+        share_until: of each, or of all; -1: it shares none.
+        """
         halves = np.stack([seeds, indices]).view(np.uint32).reshape(2, -1, 2)
         low, high = halves[..., _LOW], halves[..., _HIGH]
         self._keys[:, :, slots] = _round_keys(np.stack([low[0], high[0]])[..., None])
         self._samples[0, slots, 0], self._samples[1, slots, 0] = low[1], high[1]
+        self._share_until[slots] = share_until
 
     def move(self, source: int, target: int) -> None:
         """Let a slot make the noise of another."""
         self._keys[:, :, target] = self._keys[:, :, source]
         self._samples[:, target] = self._samples[:, source]
+        self._share_until[target] = self._share_until[source]
 
     def fill(self, slots: slice, draws: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Write the noise of k slots for some draws each, (k, draws), into out (k, draws, width), contiguous memory."""
@@ -252,6 +268,10 @@ class AddressedNoise:
         counter = np.empty((3, draws.size, 1), np.uint64)
         counter[0, :, 0] = draws.ravel()
         counter[1:] = np.repeat(self._samples[:, slots], steps, axis=1)
+        until = self._share_until[slots, None]
+        if (until >= 0).any():
+            shared = (until >= 0) & ((draws == 0) | (draws > until))  # the step from t is of draw t + 1
+            counter[1:, shared.ravel()] = 0
         stride = max(1, _TILE_BLOCKS // blocks)
         for row in range(0, draws.size, stride):
             part = slice(row, min(row + stride, draws.size))
@@ -280,3 +300,15 @@ def addressed_noise(
     out = np.empty((count, 1, noise.width), np.float32)
     noise.fill(slice(0, count), np.full((count, 1), draw), out)
     return out[:, 0, :elements].reshape(count, *shape)
+
+
+def forward_draw(timesteps: Any) -> Any:
+    """The draw of the noise that x_t has in it, of a timestep or an array of them."""
+    return timesteps + 1 | FORWARD_STREAM
+
+
+def forward_noise(
+    seed: int, indices: NDArray[np.int64], timestep: int, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """The noise ε of x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε for images `indices` (n,) of a seed: (n, *shape)."""
+    return addressed_noise(seed, indices.astype(np.uint64), forward_draw(timestep), shape)

@@ -96,15 +96,22 @@ def update(row: Array, x: Array, prediction: Array, z: Array, x0_previous: Array
 
 
 def chain(
-    predict: Callable[[Array, int], Array], table: StepTable, shape: tuple[int, ...], seed: int, index: int
+    predict: Callable[[Array, int], Array],
+    table: StepTable,
+    shape: tuple[int, ...],
+    seed: int,
+    index: int,
+    share_until: int | None = None,
 ) -> Iterator[Array]:
     """The reverse chain of one sample: yields x_T, then x after each step, each `shape` float32.
 
     `predict(x, t)` is the network on one sample.
     """
-    x, x0 = normal(seed, index, 0, shape), np.zeros(shape, np.float32)
+    shares = share_until is not None
+    x, x0 = normal(seed, 0 if shares else index, 0, shape), np.zeros(shape, np.float32)
     yield x
     for row, t in zip(table.float32_rows(), table.timesteps, strict=False):
-        z = normal(seed, index, int(t) + 1, shape) if row[COLUMNS.index("e")] else np.zeros(shape, np.float32)
+        whose = 0 if share_until is not None and t >= share_until else index
+        z = normal(seed, whose, int(t) + 1, shape) if row[COLUMNS.index("e")] else np.zeros(shape, np.float32)
         x, x0 = update(row, x, predict(x, int(t)), z, x0)
         yield x

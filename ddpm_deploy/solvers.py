@@ -73,6 +73,23 @@ class StepTable:
         """The timestep of each step, (N,)."""
         return self["t"].astype(np.int64)
 
+    def below(self, depth: int) -> "StepTable":
+        """The chain that begins at its first timestep under `depth`: the rows from there on.
+
+        Where the first of them takes the last step's x̂0 it takes its own, as there was no step before it: of
+        DPM-Solver++ that is the step of first order with which its chains begin.
+
+        Raises SettingError where there are none.
+        """
+        rows = self.rows[self["t"] < depth]
+        if not len(rows):
+            raise SettingError(
+                f"this chain has no timestep under a depth of {depth}: its last is {self.timesteps[-1]}"
+            )
+        rows[0, C] += rows[0, F]
+        rows[0, F] = 0.0
+        return StepTable(rows)
+
     def float32_rows(self) -> NDArray[np.float32]:
         """What a chain runs: the rows rounded once, then the identity row, (N + 1, len(COLUMNS))."""
         return np.concatenate([self.rows, [IDENTITY]]).astype(np.float32)
@@ -169,6 +186,33 @@ def ddim(
     # ε = (x - √ᾱ (a·x + b·out))/√(1 - ᾱ)
     a, b = denoised_coefficients(prediction, schedule, step.t)
     return step.table(prediction, clip, c=c, d=d * (1 - signal * a), e=sigma, g=-d * signal * b)
+
+
+def ddim_inversion(
+    schedule: Schedule,
+    timesteps: Timesteps,
+    *,
+    prediction: Prediction = "epsilon",
+    clip: Clip = (-1.0, 1.0),
+    stride: int | None = None,
+    to_first: bool = False,
+) -> StepTable:
+    """From an image up to x_t at the first of `timesteps`, descending: the steps of `ddim` from the last to the first,
+    each the other way (Song et al. 2021, section 4.3).
+
+        x' = √ᾱ'·(x - √(1 - ᾱ)·ε)/√ᾱ + √(1 - ᾱ')·ε
+
+    ε is what the network says of x at the timestep that the step goes to, where `ddim` asks it of x': that the two are
+    the same is all that is assumed, and is the nearer to the truth the shorter the steps are. clip: as of the chain
+    that is to come back, since it changes ε; what it takes away is not lost, as that chain goes on with x too. stride,
+    to_first: as of `ddim`.
+    """
+    step = _Steps(schedule, timesteps, stride, to_first)
+    there, here = step.here, step.there
+    rise = np.sqrt(1 - there) - np.sqrt(there * (1 - here) / here)  # of ε = (x - √ᾱ'·x̂0)/√(1 - ᾱ')
+    share = rise / np.sqrt(1 - there)
+    down = step.table(prediction, clip, c=-share * np.sqrt(there), d=np.sqrt(there / here) + share)
+    return StepTable(down.rows[::-1])
 
 
 def dpmpp_2m(

@@ -18,7 +18,7 @@ from ddpm_deploy.errors import SettingError, SpecError, first_line, newer, plura
 from ddpm_deploy.files import show
 from ddpm_deploy.noise import NOISE_VERSION
 from ddpm_deploy.schedule import BetaSchedule, LinearBetas, Schedule
-from ddpm_deploy.solvers import StepTable, ddim, ddpm, dpmpp_2m, sde_dpmpp_2m
+from ddpm_deploy.solvers import StepTable, ddim, ddim_inversion, ddpm, dpmpp_2m, sde_dpmpp_2m
 from ddpm_deploy.spacings import spaced
 from ddpm_deploy.words import (
     ASKED_SOLVERS,
@@ -382,7 +382,7 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
                     eta=settings.eta or 0.0,
                     clip=clip,
                     use_clipped_model_output=not own.raw_epsilon,
-                    stride=self.timesteps // (settings.steps or 1) if own.fixed_stride else None,
+                    stride=self._stride(settings),
                     to_first=own.to_first,
                 )
             case "dpmpp-2m":
@@ -390,6 +390,26 @@ class ModelSpec(_Strict, frozen=True, kw_only=True):
             case "sde-dpmpp-2m":
                 return sde_dpmpp_2m(schedule, timesteps, prediction=prediction, clip=clip)
         raise SettingError(f"solver {settings.solver!r} is not known: choose from {', '.join(ASKED_SOLVERS)}")
+
+    def inversion_table(self, settings: ChainSettings, depth: int | None = None) -> StepTable:
+        """The rows that take an image up to where this model's chain of these settings begins, by `ddim_inversion`.
+
+        depth: of a chain that begins at its first timestep under that (None: at its first).
+        """
+        settings, schedule = self.completed(settings), self.make_schedule()
+        table = ddim_inversion(
+            schedule,
+            self._timesteps(schedule, settings),
+            prediction=self.prediction,
+            clip=self.clip_range,
+            stride=self._stride(settings),
+            to_first=self.sampling.to_first,
+        )
+        return table if depth is None else table.below(depth)
+
+    def _stride(self, settings: ChainSettings) -> int | None:
+        """That of every step of DDIM, where it is always the same; of completed settings."""
+        return self.timesteps // (settings.steps or 1) if self.sampling.fixed_stride else None
 
     def _timesteps(self, schedule: Schedule, settings: ChainSettings) -> NDArray[np.int64]:
         """That a chain of completed settings visits."""

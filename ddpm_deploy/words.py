@@ -30,6 +30,8 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 RunPrecision = Literal["fp32", "bf16"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Backend = Literal["onnxruntime", "openvino", "ncnn", "tensorrt", "torch"]
+# How an image becomes x_t: with noise of the forward process, or by DDIM run the other way.
+Encoder = Literal["noise", "ddim"]
 # How much of a model's proof a server checks before it is ready.
 Proof = Literal["whole", "predictions", "off"]
 
@@ -45,6 +47,7 @@ WEIGHTS: Final = get_args(Weights)
 PRECISIONS: Final = get_args(Precision)
 RUN_PRECISIONS: Final = get_args(RunPrecision)
 BACKENDS: Final = get_args(Backend)
+ENCODERS: Final = get_args(Encoder)
 PROOFS: Final = get_args(Proof)
 # What TensorRT-RTX builds for without a GPU of the kind: not 7.5, which lacks float32 matrix products, and it has no
 # target for 9.0 and 10.0, which TensorRT is for.

@@ -24,9 +24,9 @@ from ddpm_deploy.evaluate.likelihood import (
     Terms,
     _ln_likelihood,
     _ln_normal,
-    forward_noise,
     likelihood,
 )
+from ddpm_deploy.noise import forward_noise
 from ddpm_deploy.runtime.images import Pixels
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.schedule import SCHEDULES, Schedule

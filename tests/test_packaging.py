@@ -251,6 +251,7 @@ def test_public_names() -> None:
         "StepTable",
         "__version__",
         "in_data_range",
+        "interpolate",
         "to_uint8",
     ]
     for name in ddpm_deploy.__all__:

@@ -421,7 +421,7 @@ def test_what_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add
 @pytest.mark.parametrize(
     ("options", "code", "problem"),
     [
-        (("--shards", "--workers", 2), 2, "--workers are Ray's: pass --ray too"),
+        (("--shards", "--workers", 2), 2, "--workers goes with --ray: pass --ray too"),
         (("--ray",), 2, "pass --shards too"),
         (("--shards", "--ray", "--workers", 0), 2, "0 is not in the range"),
         (("--shards", "--ray", "--device", "cuda:1"), 1, "so say --device cuda"),

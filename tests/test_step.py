@@ -237,8 +237,19 @@ def test_a_place_is_what_the_kernel_reads() -> None:
     source = Path(kernel.__file__).with_name("step.cu").read_text()
     start = source.index("struct Slot {")
     struct = source[start : source.index("};", start)]
-    names = ["row,", "end;", "key[2];", "sample[2];", "partner;", "scale;", "given;", "arrived;", "broken;"]
+    names = [
+        "row,",
+        "end;",
+        "key[2];",
+        "sample[2];",
+        "partner;",
+        "scale;",
+        "given;",
+        "arrived;",
+        "broken;",
+        "share_until;",
+    ]
     places = [struct.index(name) for name in names]
     assert places == sorted(places)
     offsets = [SLOT.fields[name][1] for name in SLOT.names or ()]  # type: ignore[index]
-    assert offsets == [0, 4, 8, 16, 24, 28, 32, 36, 40]
+    assert offsets == [0, 4, 8, 16, 24, 28, 32, 36, 40, 44]

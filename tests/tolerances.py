@@ -25,6 +25,15 @@ TOLERANCES: Final = {
         5e-3, 3.8e-3, "of the bound that float32 coefficients set, whole chains (cosine: 1/√ᾱ reaches 20,291)"
     ),
     "diffusers_ddim": Tolerance(5e-5, 2.7e-5, "whole chains on shared noise, any schedule, clipping and η"),
+    "diffusers_inversion": Tolerance(1.5e-6, 7.2e-7, "whole chains of its DDIMInverseScheduler, relative; ε"),
+    "inversion_gaussian": Tolerance(
+        5e-6,
+        1.9e-6,
+        "DDIM inversion on Gaussian data against its recursion in float64; 30 to 120 float32 steps",
+    ),
+    "inversion_undone": Tolerance(
+        2e-12, 5.5e-13, "rows of inversion and DDIM in float64, one ε, every prediction"
+    ),
     "diffusers_2m": Tolerance(6e-6, 2.9e-6, "whole chains of its DPMSolverMultistepScheduler"),
     "diffusers_2m_cosine": Tolerance(4e-4, 2.0e-4, "the same; 1/√ᾱ reaches 20,291"),
     "diffusers_sde_2m": Tolerance(4e-5, 1.9e-5, "the same of its sde-dpmsolver++, on shared noise"),

@@ -5,7 +5,7 @@ import click
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
 from ddpm_deploy.cli.options import FilePath, Option, flag, part
-from ddpm_deploy.words import ASKED_SOLVERS
+from ddpm_deploy.words import ASKED_SOLVERS, ENCODERS
 
 main = command(
     "run",
@@ -22,6 +22,9 @@ main = command(
   ddpm-run pets.onnx --label cat --label dog   these two classes in turn; by default, every class
   ddpm-run pets.onnx --label cat --guidance 3  more like a cat, and less like any other class
   ddpm-run model.onnx --progress chain.gif     show how the images appear
+  ddpm-run model.onnx --between a.png b.png --depth 500 -o strip.png
+                                               from one image to another, through the model
+  ddpm-run model.onnx --share-until 500        images that are one until t = 500, and differ in what comes after
   ddpm-run model.onnx --snapshot chain.npz     can be interrupted; ddpm-deploy resume finishes it
   ddpm-run model.onnx --count 50000 --seed 0 -o shards/ --shards
                                                again: goes on; ddpm-deploy merge joins them
@@ -36,7 +39,12 @@ main = command(
         options.MODEL,
         options.IMAGES,
         options.steps("the model's own: all, unless it was imported"),
-        Option("--count", "Number of images.", click.IntRange(1, 10_000_000), default=16),
+        Option(
+            "--count",
+            "Number of images.",
+            click.IntRange(1, 10_000_000),
+            show_default="16; with --between, 9",
+        ),
         options.seed("a new one"),
         Option(
             "--first-index",
@@ -67,6 +75,33 @@ main = command(
             "Scale of classifier-free guidance: 1 changes nothing, 3 follows the class more closely. It needs a "
             "model trained with --labels, and takes two rows of the batch for each image.",
             float,
+        ),
+        Option(
+            "--share-until",
+            "Give all images the same noise at the start and in the steps from timesteps t of at least this: at 0 they "
+            "are the same, and at a large t they show what is decided early.",
+            click.IntRange(min=0),
+        ),
+        Option(
+            "--between",
+            "Make a strip from one image to another: both are encoded by --depth timesteps of diffusion, blended, and "
+            "decoded by the chain. Images of another size are scaled and cropped as ddpm-train does.",
+            FilePath,
+            nargs=2,
+            metavar="IMAGE IMAGE",
+        ),
+        Option(
+            "--depth",
+            "Timesteps of diffusion of --between: the more, the less is kept of the two images.",
+            click.IntRange(min=1),
+            show_default="half of the model's",
+        ),
+        Option(
+            "--encoder",
+            "How --between encodes: by noise, as the paper does, or by ddim run the other way, which comes back to the "
+            "images.",
+            click.Choice(ENCODERS),
+            show_default="noise",
         ),
         Option(
             "--snapshot",

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ddpm_deploy.bound import EIGHT_BIT_STEPS, BoundTable, bound_table
 from ddpm_deploy.errors import BackendError, SettingError
-from ddpm_deploy.noise import AddressedNoise, addressed_noise
+from ddpm_deploy.noise import AddressedNoise, forward_draw
 from ddpm_deploy.runtime.images import Pixels
 from ddpm_deploy.runtime.network import ask
 from ddpm_deploy.runtime.protocols import Array, Labels, Network
@@ -34,8 +34,6 @@ Indices = NDArray[np.int64]
 # The images of some indices, (n, C, H, W) uint8.
 Read = Callable[[Indices], Pixels]
 
-# The forward noise of an image at t is its draw t + 1 of stream 1: not that of a chain, which is stream 0.
-_FORWARD_STREAM: Final = 1 << 24
 _GROUP: Final = (
     64  # images that are read and summed at a time, whatever the batch, so that sums do not depend on that
 )
@@ -180,15 +178,6 @@ def _ln_normal(z: Floats) -> Floats:
     return found
 
 
-def forward_noise(seed: int, indices: Indices, timestep: int, shape: tuple[int, ...]) -> Array:
-    """The noise ε of x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε that images `indices`, (n,), are evaluated with: (n, *shape)."""
-    return addressed_noise(seed, indices.astype(np.uint64), _draw(timestep), shape)
-
-
-def _draw(timesteps: Any) -> Any:
-    return timesteps + 1 | _FORWARD_STREAM
-
-
 class _Rows:
     """What a network says of rows of (image, step), up to `batch` at a time."""
 
@@ -231,9 +220,9 @@ class _Rows:
         return nats.mean(axis=1) / math.log(2), squares.mean(axis=1)
 
     def _forward_noise(self, indices: Indices, steps: NDArray[np.int64]) -> Array:
-        """The addressed noise of x_t, (n, D)."""
+        """The addressed noise of x_t, as `noise.forward_noise` gives it, (n, D)."""
         count = len(indices)
-        draws = _draw(self._terms.table.timesteps[steps])
+        draws = forward_draw(self._terms.table.timesteps[steps])
         out = self._drawn[: count * self._noise.width].reshape(count, 1, -1)
         part = slice(0, count)
         self._noise.assign(part, np.full(count, self._seed, np.uint64), indices.astype(np.uint64))

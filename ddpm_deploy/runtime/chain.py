@@ -102,8 +102,13 @@ class Chain:
 
         slots: `request.rows` of them, in any order. noise: in place of the addressed noise.
 
-        Raises SettingError where the model cannot run the request's table, or too many tables are in use.
+        Raises SettingError where the model cannot run the request's table, too many tables are in use, or the request
+        begins at images, as `restore` takes them.
         """
+        if request.depth is not None:
+            raise SettingError("depth is where given images begin: give them as start, or leave depth out")
+        if noise is not None and request.share_until is not None:
+            raise SettingError("noise of your own is shared as it is: leave share_until out")
         table = request.table_for(self.spec)
         if noise is None:
             slots, _ = self._occupy(slots, request, table, -1)
@@ -146,6 +151,7 @@ class Chain:
         records["row"] = first + step if step < len(table) else IDLE
         records["end"] = first + len(table)
         records["seed"], records["index"] = seeds, indices
+        records["share_until"] = -1 if request.share_until is None else request.share_until
         records["partner"], records["scale"], records["given"] = -1, 1.0, given
         if scales is not None:
             records["partner"], records["scale"] = partners, scales
@@ -323,7 +329,11 @@ def require_runs(table: StepTable, spec: ModelSpec) -> None:
     last, t = spec.timesteps - 1, table["t"]
     if not (0 <= t.min() <= t.max() <= last) or (t % 1).any():
         raise SettingError(f"the timesteps of this table are not whole numbers from 0 to the model's {last}")
-    if (np.diff(t) >= 0).any():
+    if len(table) > spec.timesteps:
+        raise SettingError(
+            f"a table of {len(table)} steps is longer than any chain of this model, of {last + 1}"
+        )
+    if (np.diff(t) >= 0).any() and table["e"].any():
         raise SettingError("the timesteps of a table must fall: the noise of a step is found by its timestep")
 
 

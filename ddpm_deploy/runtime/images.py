@@ -120,17 +120,23 @@ class Origin:
     """Where a PNG says that it came from.
 
     model: digest of the weights. request: what was drawn. is_grid: whether the picture is a grid of the samples, or
-    the one sample itself.
+    the one sample itself. between: of a strip from one image to another, of which images, and how.
     """
 
     model: str
     request: Request
     is_grid: bool
+    between: dict[str, Any] | None = None
 
     def to_text(self) -> dict[str, Any]:
         """What the PNG holds."""
-        request = self.request.to_builtins()
-        return {"model": self.model, "is_grid": self.is_grid, "request": request, "ddpm_deploy": __version__}
+        text = {
+            "model": self.model,
+            "is_grid": self.is_grid,
+            "request": self.request.to_builtins(),
+            "ddpm_deploy": __version__,
+        }
+        return text if self.between is None else text | {"between": self.between}
 
 
 @contextmanager
@@ -275,6 +281,7 @@ class Destination:
             ("timesteps", request.timesteps),
             ("label", "none" if labels is None else labels[0]),
             ("guidance", "none" if scales is None else scales[0]),
+            ("share_until", "none" if request.share_until is None else request.share_until),
         ]
 
     @contextmanager

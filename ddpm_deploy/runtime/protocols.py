@@ -20,7 +20,8 @@ Look = Callable[[], tuple[Array, Array]]
 
 # What a slot runs, as `struct Slot` of step.cu has it, little-endian. row, end: of the stepper's rows; row 0 is a slot
 # with nothing to do. seed, index: the address of its noise. partner, scale: of guidance, the slot of the unconditional
-# row (-1: without). given: whether a caller gives its noise. arrived, broken: the kernel's own.
+# row (-1: without). given: whether a caller gives its noise. arrived, broken: the kernel's own. share_until: as of a
+# Request (-1: without).
 SLOT: Final = np.dtype(
     [
         ("row", "<i4"),
@@ -32,6 +33,7 @@ SLOT: Final = np.dtype(
         ("given", "<u4"),
         ("arrived", "<u4"),
         ("broken", "<u4"),
+        ("share_until", "<i4"),
     ]
 )
 IDLE: Final = 0  # the row of a slot with nothing to do

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, Unpack
 
 import msgspec
 import numpy as np
@@ -36,6 +36,8 @@ class Keywords(TypedDict, total=False):
     first_index: int
     labels: Label | Sequence[Label] | Labels | None
     guidance: Guidance | None
+    share_until: int | None
+    depth: int | None
 
 
 class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,6 +46,9 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     seed: 0 .. 2⁶⁴ - 1 (None: a fresh one, once it is checked). labels, guidance: the sample of index i has number
     i mod length of them, so a part of a request has the same for each sample; no labels: each class in turn; no
     guidance: without. table: a caller's own, in place of the chain's settings.
+    share_until: 0 .. T; the samples share the noise of x_T and of the steps from timesteps t ≥ share_until, which is
+    that of sample 0 of the seed: at 0 all of it, at T only x_T (None: no noise). depth: 1 .. T; the chain begins at
+    images that are given, in place of x_T, and has the steps from timesteps t < depth alone (None: all).
 
     A Request is complete, and in range for a model, once it went through `checked`.
     """
@@ -53,6 +58,8 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     first_index: int = 0
     labels: tuple[Label, ...] = ()
     guidance: tuple[float, ...] = ()
+    share_until: int | None = None
+    depth: int | None = None
     table: StepTable | None = None
 
     def checked(self, spec: ModelSpec) -> "Request":
@@ -68,9 +75,13 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise SettingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
         if not 0 <= self.first_index <= _END - self.count:
             raise SettingError(f"first_index must be from 0 to 2^64 - count, not {self.first_index}")
-        if self.table is not None and self.chain != DEFAULT_CHAIN:
+        if not 0 <= (self.share_until or 0) <= spec.timesteps:
+            raise SettingError(f"share_until must be from 0 to {spec.timesteps}, not {self.share_until}")
+        if self.depth is not None and not 1 <= self.depth <= spec.timesteps:
+            raise SettingError(f"depth must be from 1 to {spec.timesteps}, not {self.depth}")
+        if self.table is not None and (self.chain != DEFAULT_CHAIN or self.depth is not None):
             raise SettingError(
-                "a table is instead of steps, solver, eta, spacing and timesteps: leave these out"
+                "a table is instead of steps, solver, eta, spacing, timesteps and depth: leave these out"
             )
         if self.guidance and not spec.null_class:
             raise SettingError(
@@ -128,7 +139,7 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def table_for(self, spec: ModelSpec) -> StepTable:
         """The rows that it runs; the same object for the same settings."""
-        return _table(spec, self.chain) if self.table is None else self.table
+        return _table(spec, self.chain, self.depth) if self.table is None else self.table
 
     def addresses(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """The seed and index of each sample's noise, (count,) each."""
@@ -162,6 +173,9 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise SettingError("a table of your own has no form in JSON: say steps, solver and spacing")
         fields: dict[str, Any] = msgspec.to_builtins(self)
         del fields["table"]
+        for name in ("share_until", "depth"):  # which most requests, and those of older versions, do not have
+            if fields[name] is None:
+                del fields[name]
         return fields
 
     @classmethod
@@ -173,8 +187,15 @@ class Request(ChainSettings, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise DataError(f"{source} is not a request: {first_line(error)}") from error
 
 
-def make_request(
-    spec: ModelSpec,
+def make_request(spec: ModelSpec, count: int, **keywords: Unpack[Keywords]) -> Request:
+    """The checked request of keyword arguments, as `Sampler.sample` takes them.
+
+    Raises SettingError where one is of another type or out of range.
+    """
+    return unchecked_request(count, **keywords).checked(spec)
+
+
+def unchecked_request(
     count: int,
     *,
     steps: int | None = None,
@@ -187,15 +208,17 @@ def make_request(
     first_index: int = 0,
     labels: Label | Sequence[Label] | Labels | None = None,
     guidance: Guidance | None = None,
+    share_until: int | None = None,
+    depth: int | None = None,
 ) -> Request:
-    """The checked request of keyword arguments, as `Sampler.sample` takes them.
+    """The request of keyword arguments, not checked for a model yet.
 
     labels, guidance: one for all, or a sequence with one for each of the samples.
 
-    Raises SettingError where one is of another type or out of range.
+    Raises SettingError where one is of another type.
     """
     count, first_index = _whole("count", count), _whole("first_index", first_index)
-    request = Request(
+    return Request(
         count=count,
         steps=None if steps is None else _whole("steps", steps),
         solver=None if solver is None else _word("solver", solver),  # type: ignore[arg-type]
@@ -208,14 +231,16 @@ def make_request(
         guidance=tuple(
             _number("guidance", scale) for scale in _each("guidance scale", guidance, count, first_index)
         ),
+        share_until=None if share_until is None else _whole("share_until", share_until),
+        depth=None if depth is None else _whole("depth", depth),
         table=table,
     )
-    return request.checked(spec)
 
 
 @lru_cache(maxsize=64)
-def _table(spec: ModelSpec, settings: ChainSettings) -> StepTable:
-    return spec.step_table(settings)
+def _table(spec: ModelSpec, settings: ChainSettings, depth: int | None) -> StepTable:
+    table = spec.step_table(settings)
+    return table if depth is None else table.below(depth)
 
 
 def _each(noun: str, given: Any, count: int, first_index: int) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from typing import Any, Final, Self, Unpack
 
 import numpy as np
 
-from ddpm_deploy.errors import OwnershipError, SettingError, plural
+from ddpm_deploy.errors import OwnershipError, SettingError, first_line, plural
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network
 from ddpm_deploy.runtime.chain import Chain, Noise, noise_of_part
@@ -116,6 +116,7 @@ class Sampler:
         count: int,
         *,
         noise: Noise | None = None,
+        start: Array | None = None,
         callback: Callback | None = None,
         **keywords: Unpack[Keywords],
     ) -> Array:
@@ -132,6 +133,11 @@ class Sampler:
             each class in turn, by sample index.
         guidance: scale of classifier-free guidance, for a model with a null class: one for all, or one for each
             sample; 1 is the plain model (None: without). It halves the images in flight.
+        share_until: 0 .. T, where the images share the noise of x_T and of the steps from t ≥ share_until, so that one
+            sees what those decide: at 0 they are all the same (None: each has its own). A model with classes needs one
+            label for all of them.
+        start: (count, C, H, W), where the chains begin, in place of x_T. depth: 1 .. T, with start: only the steps from
+            t < depth are taken, and start is x_t of the first of them (None: all).
         noise: `noise(draw) -> (count, C, H, W)` in place of the addressed noise, draw 0 for x_T and
             t + 1 for the step from t. A count over the batch asks again for each part of it, so it
             must give the same numbers for the same draw.
@@ -151,7 +157,7 @@ class Sampler:
                 f"{count} × {self.spec.image_shape} numbers do not fit in memory: use iter_samples"
             ) from error
         done = 0
-        for part in self.draw(request, callback, noise=noise):
+        for part in self.draw(request, callback, noise=noise, start=start):
             images[done : done + len(part)] = part
             done += len(part)
         return images
@@ -192,16 +198,42 @@ class Sampler:
         return self.draw(self._request(count, keywords, noise, callback), callback, noise=noise)
 
     def draw(
-        self, request: Request, callback: Callback | None = None, *, noise: Noise | None = None
+        self,
+        request: Request,
+        callback: Callback | None = None,
+        *,
+        noise: Noise | None = None,
+        start: Array | None = None,
     ) -> Generator[Array, None, None]:
-        """The images of a request, in order as batches finish. It is checked when the first of them is asked for."""
+        """The images of a request, in order as batches finish. It is checked when the first of them is asked for.
+
+        start: (count, C, H, W), where the chains begin, in place of x_T, as of `sample`.
+        """
         require_callable(noise=noise, callback=callback)
         request = request.checked(self.spec)
         most = self.max_batch(bool(request.guidance))
+        x = None if start is None else self._given_start(start, request, noise)
         with self._owned():
             for first in range(0, request.count, most):
                 part = request[first : first + most]
-                yield self._finished(self._started(part, request.count, noise, first), 0, callback)
+                if x is None:
+                    batch = self._started(part, request.count, noise, first)
+                else:
+                    batch = self._started_from(part, x[first : first + most])
+                yield self._finished(batch, 0, callback)
+
+    def _given_start(self, start: Array, request: Request, noise: Noise | None) -> Array:
+        """Where the chains of a request are to begin, checked."""
+        if noise is not None:
+            raise SettingError("start is for the addressed noise: leave noise out")
+        shape = request.count, *self.spec.image_shape
+        try:
+            x = np.asarray(start, np.float32)
+        except (TypeError, ValueError) as error:
+            raise SettingError(f"start is no array of numbers: {first_line(error)}") from error
+        if x.shape != shape or not np.isfinite(x).all():
+            raise SettingError(f"start must be finite numbers of the shape {shape}, and this has {x.shape}")
+        return x
 
     def _request(
         self, count: int, keywords: Keywords, noise: Noise | None, callback: Callback | None = None
@@ -288,6 +320,12 @@ class Sampler:
         )
         self._chain.start(slots, request, part)
         return _Batch(request, request.table_for(self.spec), slots[: request.count], noise is not None)
+
+    def _started_from(self, request: Request, x: Array) -> _Batch:
+        """Start samples at x, (count, C, H, W), in place of x_T."""
+        slots, table = self._chain.free[: request.rows], request.table_for(self.spec)
+        self._chain.restore(slots, request, table, 0, x, np.zeros_like(x))
+        return _Batch(request, table, slots[: request.count], False)
 
     def _steps(self, batch: _Batch, first: int) -> Iterator[int]:
         """Step by step to the end: the number of each step that was taken."""

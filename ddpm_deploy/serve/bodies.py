@@ -34,8 +34,8 @@ class SamplesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What POST /v1/samples takes: the fields of a Request, and how to answer.
 
     seed, first_index: 0 to 2^64 - 1, as a number or as text. labels: names or numbers of classes, in turn. guidance:
-    scales, in turn. deadline: seconds from now after which the images are of no use. format: of the answer, in place of
-    what the header Accept says.
+    scales, in turn. share_until: as of a Request. deadline: seconds from now after which the images are of no use.
+    format: of the answer, in place of what the header Accept says.
     """
 
     count: int = 1
@@ -48,6 +48,7 @@ class SamplesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     first_index: Whole = 0
     labels: int | str | tuple[int | str, ...] = ()
     guidance: float | tuple[float, ...] | None = None
+    share_until: int | None = None
     deadline: float | None = None
     format: Format | None = None
 
@@ -160,6 +161,7 @@ def _request(body: SamplesBody) -> Request:
         first_index=_whole("first_index", body.first_index),
         labels=labels if isinstance(labels, tuple) else (labels,),
         guidance=guidance if isinstance(guidance, tuple) else () if guidance is None else (guidance,),
+        share_until=body.share_until,
     )
 
 

@@ -137,7 +137,7 @@ class _Peer:
         (2, k + 2): the terms of BOUND_STEPS, then L_T and the bound; there the squared error of x̂0, then 0 and L_0 with
         the normal distribution in place of its tanh.
         """
-        from ddpm_deploy.evaluate.likelihood import forward_noise
+        from ddpm_deploy.noise import forward_noise
         from tests.test_solvers import SCHEDULES as OURS
         from tests.test_solvers import network
 

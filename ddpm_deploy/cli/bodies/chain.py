@@ -180,8 +180,10 @@ class Watch:
         raise click.exceptions.Exit(130)
 
 
-def write_images(images: Iterable[Array], watch: Watch) -> None:
-    """Write the images as they come, with a message before and after."""
+def write_images(
+    images: Iterable[Array], watch: Watch, more: Callable[[], dict[str, Any]] | None = None
+) -> None:
+    """Write the images as they come, with a message before and after. more: what else programs are told of them."""
     request, sampler, outputs, preview = watch.request, watch.sampler, watch.outputs, watch.outputs.preview
     # The raw weights of a checkpoint are another model than its file says, and a picture names the model.
     destination = replace(outputs.destination, spec=sampler.spec)
@@ -208,7 +210,7 @@ def write_images(images: Iterable[Array], watch: Watch) -> None:
         preview.save()
     seconds = time.perf_counter() - start
     if outputs.as_json:
-        click.echo(json.dumps(_made(destination, seconds), indent=2))
+        click.echo(json.dumps(_made(destination, seconds) | (more() if more else {}), indent=2))
     else:
         click.echo(f"{show(destination.path)}: {count}, {chain}, seed {request.seed}, in {duration(seconds)}")
 

@@ -16,7 +16,13 @@ from ddpm_deploy.runtime.images import grid, read_origin, read_pixels, to_uint8
 def replay(model: Path, picture: Path, *, batch: int | None, **place: Unpack[Place]) -> None:
     """Make a picture again and compare; exit with 1 where a pixel differs by more than one level."""
     opened = open_model(model)
-    origin, pixels = read_origin(picture), read_pixels(picture)
+    origin = read_origin(picture)
+    if origin.between is not None:
+        raise DataError(
+            f"{show(picture)} is a strip between two images, which it does not hold unrounded: make it again with "
+            "ddpm-run --between"
+        )
+    pixels = read_pixels(picture)
     with open_sampler(opened, origin.request, batch, place) as sampler:
         spec = sampler.spec  # of the weights that were chosen
         if origin.model != spec.provenance.digest:

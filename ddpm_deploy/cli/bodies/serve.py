@@ -14,12 +14,11 @@ from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import DdpmDeployError, SettingError, one_line
 from ddpm_deploy.files import show
 from ddpm_deploy.model_file import open_model
-from ddpm_deploy.runtime.chain import Chain
+from ddpm_deploy.runtime.chain import Chain, time_step
 from ddpm_deploy.runtime.parity import Trajectory
 from ddpm_deploy.runtime.protocols import Network
 from ddpm_deploy.serve.batcher import Batcher
 from ddpm_deploy.serve.http import app_of
-from ddpm_deploy.serve.pace import time_step
 from ddpm_deploy.serve.proving import calls_of, proof_beside, require_proven
 from ddpm_deploy.serve.server import Server, listening, url_of
 from ddpm_deploy.serve.service import Service

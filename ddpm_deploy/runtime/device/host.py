@@ -99,13 +99,19 @@ class NoiseAhead:
         self._left[self._slots] -= self._taken
         self._slots, self._ready, self._taken = self._slots[:0], 0, 0
 
-    def assign(self, slots: Slots, seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> None:
+    def assign(
+        self,
+        slots: Slots,
+        seeds: NDArray[np.uint64],
+        indices: NDArray[np.uint64],
+        share_until: NDArray[np.int32],
+    ) -> None:
         """Say whose noise slots make from now on."""
         self._settle()
         done = 0
         for run in runs_of(slots):
             part = slice(done, done + run.stop - run.start)
-            self._noise.assign(run, seeds[part], indices[part])
+            self._noise.assign(run, seeds[part], indices[part], share_until[part])
             done = part.stop
         self._left[slots] = 0
 
@@ -244,7 +250,7 @@ class HostStepper:
         self._row[slots], self._end[slots] = records["row"], records["end"]
         self._partner[slots], self._scale[slots, 0] = records["partner"], records["scale"]
         self._doubt[slots] = 0
-        self._ahead.assign(slots, records["seed"], records["index"])
+        self._ahead.assign(slots, records["seed"], records["index"], records["share_until"])
 
     def begin(self, slots: Slots, noise: Array | None) -> None:
         """x_T is written, not computed by the START row: 0·NaN would keep a slot broken that once was."""

@@ -14,6 +14,7 @@ struct Slot {
     unsigned int given;          // whether a caller gives its noise
     unsigned int arrived;        // blocks of the slot that have read it
     unsigned int broken;         // whether a number of x or the prediction was not finite
+    int share_until;             // x_T and the steps from t on have the noise of sample 0; -1: none
 };
 
 __device__ void philox4x32(unsigned int c[4], unsigned int k0, unsigned int k1)
@@ -100,7 +101,9 @@ extern "C" __global__ void step(Slot *slots, int first, const float *rows, const
     if (4 * thread < size) {
         float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (row[E] != 0.0f && !slot.given) {
-            unsigned int words[4] = {(unsigned int)thread, (unsigned int)(int)(row[T] + 1.0f), slot.sample[0], slot.sample[1]};
+            const int draw = (int)(row[T] + 1.0f), until = slot.share_until;
+            const unsigned int own = until >= 0 && (draw == 0 || draw > until) ? 0u : ~0u;
+            unsigned int words[4] = {(unsigned int)thread, (unsigned int)draw, slot.sample[0] & own, slot.sample[1] & own};
             philox4x32(words, slot.key[0], slot.key[1]);
             box_muller(words[0], words[1], z);
             box_muller(words[2], words[3], z + 2);

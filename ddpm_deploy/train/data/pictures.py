@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import PurePosixPath
-from typing import Final
+from pathlib import Path, PurePosixPath
+from typing import IO, Final
 
 import msgspec
 import numpy as np
@@ -83,14 +83,24 @@ def _tell_others(files: Sequence[PurePosixPath]) -> None:
 
 
 @contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """One image file by itself. Raises ValueError where it is none, and whatever Pillow's decoders raise."""
+    with path.open("rb") as content:
+        yield _identified(content)
+
+
+@contextmanager
 def _opened(tree: Tree, file: PurePosixPath) -> Iterator[Image.Image]:
     """What Pillow makes of a file. Raises ValueError where that is nothing, and whatever its decoders raise."""
     with tree.open(file) as content:
-        try:
-            image = Image.open(content, formats=_FORMATS)
-        except UnidentifiedImageError as error:  # whose text repeats the name
-            raise ValueError("it is not an image of a kind that is read") from error
-        yield image
+        yield _identified(content)
+
+
+def _identified(content: IO[bytes]) -> Image.Image:
+    try:
+        return Image.open(content, formats=_FORMATS)
+    except UnidentifiedImageError as error:  # whose text repeats the name
+        raise ValueError("it is not an image of a kind that is read") from error
 
 
 @dataclass(frozen=True)
