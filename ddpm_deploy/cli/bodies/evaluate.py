@@ -1,9 +1,10 @@
-"""ddpm-deploy evaluate: the bound of a model on images, as a table, as JSON and as a plot."""
+"""ddpm-deploy evaluate: the bound of a model on images, as a table, as JSON and as a plot; or their distance."""
 
 import itertools
 import json
 import math
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Final, Unpack
 import click
 import numpy as np
 
+from ddpm_deploy.bulk.source import find_samples
 from ddpm_deploy.cli.bodies.models import Place, open_network, require_runnable
 from ddpm_deploy.cli.bodies.outputs import check_outputs
 from ddpm_deploy.cli.bodies.progress import duration, peak_memory, stage
@@ -24,9 +26,10 @@ from ddpm_deploy.evaluate.likelihood import Estimate, Likelihood, Stratum, Terms
 from ddpm_deploy.files import atomic, show
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.network import time_call
+from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import ChainSettings
 from ddpm_deploy.version import __version__
-from ddpm_deploy.words import Spacing
+from ddpm_deploy.words import AskedSolver, Spacing
 
 _COUNT: Final = 1000  # images, where nothing else is said
 _TERMS: Final = 20  # of each image
@@ -51,9 +54,8 @@ def evaluate(
     data: str,
     *,
     nll: bool,
+    fid: bool,
     count: int | None,
-    terms: int | None,
-    every: bool,
     steps: int | None,
     spacing: Spacing | None,
     timesteps: tuple[int, ...] | None,
@@ -61,13 +63,88 @@ def evaluate(
     batch: int | None,
     array: str,
     resize: bool,
-    plot: Path | None,
     as_json: bool,
+    terms: int | None,
+    every: bool,
+    plot: Path | None,
+    features: str | None,
+    samples: int | None,
+    statistics: Path | None,
+    solver: AskedSolver | None,
+    eta: float | None,
+    labels: tuple[str, ...],
+    guidance: float | None,
     **place: Unpack[Place],
 ) -> None:
+    """Measure what was asked for, and tell it."""
+    if nll == fid:
+        raise click.UsageError("say what to measure: --nll, or --fid")
+    chain = ChainSettings(steps=steps, spacing=spacing, timesteps=timesteps)
+    if nll:
+        of_samples = (samples, statistics, features, solver, eta, guidance, labels or None)
+        _refuse(
+            of_samples,
+            "--samples, --statistics, --features, --solver, --eta, --guidance and --label",
+            "--fid",
+        )
+        if not data:
+            raise click.UsageError("Missing argument 'DATA'.")
+        _tell_bound(model, data, chain, terms, every, seed, count, batch, array, resize, plot, as_json, place)
+        return
+    _refuse((terms, every or None, plot), "--terms, --all and --plot", "--nll")
+    require("torch", "evaluate")
+    from ddpm_deploy.cli.bodies.distances import Asked, measure_distances  # which take PyTorch
+
+    asked = Request(
+        steps=steps,
+        solver=solver,
+        eta=eta,
+        spacing=spacing,
+        timesteps=timesteps,
+        seed=seed,
+        labels=labels,
+        guidance=() if guidance is None else (guidance,),
+    )
+    measure_distances(
+        Asked(
+            model,
+            data,
+            statistics,
+            features or "inception",
+            samples,
+            count,
+            asked,
+            batch,
+            array,
+            resize,
+            place,
+        ),
+        as_json=as_json,
+    )
+
+
+def _refuse(values: Iterable[object], names: str, other: str) -> None:
+    """Refuse options that were typed and are of another measure."""
+    if any(value is not None for value in values):
+        raise click.UsageError(f"{names} are of {other}: omit them")
+
+
+def _tell_bound(
+    model: Path,
+    data: str,
+    chain: ChainSettings,
+    terms: int | None,
+    every: bool,
+    seed: int,
+    count: int | None,
+    batch: int | None,
+    array: str,
+    resize: bool,
+    plot: Path | None,
+    as_json: bool,
+    place: Place,
+) -> None:
     """Evaluate the bound, and tell it."""
-    if not nll:
-        raise click.UsageError("say what to measure: --nll")
     if every and terms:
         raise click.UsageError("--all is every term: omit it, or omit --terms")
     check_outputs([plot], [model, Path(data)])
@@ -75,7 +152,6 @@ def evaluate(
         require_plotting(plot)
     opened = open_model(model)
     require_runnable(opened, place)
-    chain = ChainSettings(steps=steps, spacing=spacing, timesteps=timesteps)
     chosen = Terms(opened.spec, chain, None if every else terms or _TERMS)
     found = _evaluated(opened, data, chosen, seed, count, batch, array, resize, place)
     click.echo(json.dumps(_as_json(found), indent=1) if as_json else _as_text(found))
@@ -95,7 +171,7 @@ def _evaluated(
     place: Place,
 ) -> _Evaluation:
     """Evaluate, after a message that says how long it will take."""
-    images = open_images(data, model.spec, array=array, resize=resize)
+    images = open_images(data, model.spec, array=array, resize=resize, find=find_samples)
     count = min(count or _COUNT, images.count)
     indices = np.linspace(0, images.count - 1, count).astype(np.int64)
     images.read(indices[:1])  # an image that does not fit is told before the network is loaded
