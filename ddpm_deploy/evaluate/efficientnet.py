@@ -63,8 +63,8 @@ class _Block(nn.Module):
         if self._expand_conv is not None and self._bn0 is not None:
             inner = F.relu6(self._bn0(self._expand_conv(inner)), inplace=True)
         inner = F.relu6(self._bn1(self._depthwise_conv(inner)), inplace=True)
-        inner = self._bn2(self._project_conv(inner))
-        return x + inner if self._is_added else inner
+        narrow: Tensor = self._bn2(self._project_conv(inner))
+        return x + narrow if self._is_added else narrow
 
 
 class EfficientNetLite0(nn.Module):

@@ -158,7 +158,7 @@ def _network(architecture: Architecture, weights: Weights, path: Path) -> nn.Mod
         raise ArtefactError(
             f"{show(path)} is of another network than {architecture.name}: {misfits(missing, strays)}"
         )
-    for name, shape in {**wanted, f"{last}.weight": (architecture.classes, architecture.width)}.items():
+    for name, shape in {f"{last}.weight": (architecture.classes, architecture.width), **wanted}.items():
         if name not in weights:
             continue
         if weights.shape(name) != shape:

@@ -2,12 +2,14 @@
 
     d² = |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a^½ Σ_b Σ_a^½)^½)        Dowson & Landau 1982; Heusel et al. 2017
 
-The matrix under the last root is symmetric, so its root's trace is the sum of the roots of its eigenvalues; the usual
-(Σ_a Σ_b)^½ has the same trace, and no such form. Of features only the number, the mean and sums of products are kept.
+With roots R of the covariances, Σ = R Rᵀ, the last trace is the sum of the singular values of R_aᵀ R_b: these keep the
+digits that the eigenvalues of a product of covariances lose where one is singular, as of fewer images than features.
+Of features only the number, the mean and the sums of products are kept.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +23,7 @@ from ddpm_deploy.machine import memory_limit
 from ddpm_deploy.schedule import Floats
 
 _ROWS: Final = 512  # features that are made float64 at a time
+_EPSILON: Final = float(np.finfo(np.float64).eps)
 _LOPSIDED: Final = (
     1e-6  # of the largest number of a covariance: what rounding to float32 leaves of its symmetry
 )
@@ -41,6 +44,13 @@ class Normal:
     def width(self) -> int:
         """d."""
         return len(self.mean)
+
+    @cached_property
+    def root(self) -> Floats:
+        """R, (d, rank): R Rᵀ is the covariance."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        held = values > len(values) * _EPSILON * values[-1]  # below which rounding alone makes some
+        return vectors[:, held] * np.sqrt(values[held])
 
     @property
     def most_rank(self) -> int:
@@ -83,48 +93,44 @@ def normal_of(features: NDArray[Any]) -> Normal:
     return moments.normal
 
 
-class Target:
-    """A distribution that others are held against: the root of its covariance is found once."""
-
-    def __init__(self, normal: Normal) -> None:
-        self.normal = normal
-        values, vectors = np.linalg.eigh(normal.covariance)
-        held = values > _noise(values)
-        self._root = vectors[:, held] * np.sqrt(values[held])  # (d, rank): root @ root.T is the covariance
-
-    def distance(self, other: Normal) -> float:
-        """d² to another distribution of as many numbers."""
-        values = np.linalg.eigvalsh(self._root.T @ other.covariance @ self._root)
-        shared = np.sqrt(values[values > _noise(values)]).sum()
-        apart = self.normal.mean - other.mean
-        traces = np.trace(self.normal.covariance) + np.trace(other.covariance)
-        return float(apart @ apart + traces - 2 * shared)
-
-
 def frechet_distance(a: Normal, b: Normal) -> float:
     """d² of two distributions of as many numbers; rounding may leave a little below 0 of equal ones."""
-    return Target(a).distance(b)
+    shared = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
+    apart = a.mean - b.mean
+    return float(apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared)
 
 
-def _noise(values: Floats) -> float:
-    """The eigenvalue below which rounding alone may have made it: its root would be a thousand times that."""
-    return float(len(values) * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0))
+def standard_error(target: Normal, own: Normal, features: NDArray[Any]) -> float:
+    """The standard error of the distance to a target that is held fixed, as other samples would be drawn.
 
-
-def bootstrap_error(
-    target: Target, features: NDArray[Any], count: int, *, replicates: int, seed: int = 0
-) -> float:
-    """The standard error of the distance of features to a target that is held fixed, by drawing them again.
-
-    features: (n, d), all of them or a random part. count: how many there are of which they are a part: the error falls
-    as its root.
+    own: the distribution of all samples. features: (n, d), all of theirs or a random part. To first order, the distance
+    of samples is the mean of what each adds to it, and so its error is that of a mean (the infinitesimal jackknife).
     """
-    random = np.random.Generator(np.random.Philox(seed))
-    found = []
-    for _ in range(replicates):
-        drawn = random.integers(0, len(features), len(features))
-        found.append(target.distance(normal_of(features[np.sort(drawn)])))
-    return float(np.std(found, ddof=1)) * math.sqrt(len(features) / count)
+    assert own.count is not None
+    left, values, _ = np.linalg.svd(target.root.T @ own.root, full_matrices=False)
+    held = values > len(values) * _EPSILON * values.max(initial=0.0)
+    # cᵀ T c with the map T = R (Rᵀ Σ R)^-½ Rᵀ, by which the samples would be carried to the target.
+    carry = target.root @ (left[:, held] / np.sqrt(values[held]))
+    adds = np.empty(len(features))
+    for start in range(0, len(features), _ROWS):
+        apart = features[start : start + _ROWS] - own.mean
+        along = 2 * apart @ (own.mean - target.mean)
+        adds[start : start + len(apart)] = along + (apart**2).sum(1) - ((apart @ carry) ** 2).sum(1)
+    return float(np.std(adds, ddof=1) / math.sqrt(own.count))
+
+
+def bias_by_halves(target: Normal, own: Normal, features: NDArray[Any]) -> float:
+    """By how much the distance is too large for the number of samples, about: it falls as one over that.
+
+    features: as of `standard_error`. Half of them are further away by as much as all of them are too far; NaN of fewer
+    than four. The number of the target's images has a bias of its own.
+    """
+    half = len(features) // 2
+    if half < 2 or own.count is None:
+        return math.nan
+    whole = own if len(features) == own.count else normal_of(features)
+    halves = [frechet_distance(target, normal_of(part)) for part in (features[::2], features[1::2])]
+    return float(np.mean(halves) - frechet_distance(target, whole)) * len(features) / own.count
 
 
 def load_normal(path: Path) -> Normal:

@@ -23,7 +23,13 @@ from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import ArtefactError, DataError, plural
 from ddpm_deploy.evaluate.data import NO_FEATURES, Images, images_as, require_eight_bit_model, shape_of
 from ddpm_deploy.evaluate.features import BATCH, KEPT, Extractor, Gathered, gather, load_extractor
-from ddpm_deploy.evaluate.frechet import Normal, Target, bootstrap_error, load_normal
+from ddpm_deploy.evaluate.frechet import (
+    Normal,
+    bias_by_halves,
+    frechet_distance,
+    load_normal,
+    standard_error,
+)
 from ddpm_deploy.evaluate.kernel import SUBSETS, KernelDistance, kernel_distance
 from ddpm_deploy.files import show
 from ddpm_deploy.machine import cpu_threads
@@ -37,7 +43,6 @@ from ddpm_deploy.train.data.arrays import ARRAY_SUFFIXES
 from ddpm_deploy.version import __version__
 
 _SAMPLES: Final = 5000  # where nothing is said: at most
-_REPLICATES: Final = 20  # of the samples, drawn again for the error
 _PART: Final = 64  # images that are read together
 _ARCHIVE: Final = ".zip"
 
@@ -190,6 +195,7 @@ class _Found:
     extractor: Extractor
     distance: float
     error: float
+    bias: float
     kernel: KernelDistance | None
     ranks: tuple[int, int]
     seconds: float
@@ -273,18 +279,19 @@ def _measured(
     start = time.perf_counter()
     there = _features(extractor, reference, "features of the data") if reference else None
     here = _features(extractor, samples, "features of the samples")
-    with stage("comparing", SUBSETS + 2 + _REPLICATES) as advance:
-        normal = there.moments.normal if there else statistics
-        assert normal is not None
-        target, own = Target(normal), here.moments.normal
-        distance = target.distance(own)
+    with stage("comparing", SUBSETS + 4) as advance:
+        target, own = there.moments.normal if there else statistics, here.moments.normal
+        assert target is not None
+        distance = frechet_distance(target, own)
         advance(1)
-        error = bootstrap_error(target, here.kept, here.count, replicates=_REPLICATES)
-        advance(_REPLICATES)
+        error = standard_error(target, own, here.kept)
+        advance(1)
+        bias = bias_by_halves(target, own, here.kept)
+        advance(1)
         kernel = kernel_distance(there.kept, here.kept, progress=advance) if there else None
-    ranks = own.most_rank, normal.most_rank
+    ranks = own.most_rank, target.most_rank
     took = time.perf_counter() - start
-    return _Found(samples, reference, asked.statistics, extractor, distance, error, kernel, ranks, took)
+    return _Found(samples, reference, asked.statistics, extractor, distance, error, bias, kernel, ranks, took)
 
 
 def _seconds_an_image(extractor: Extractor, shape: tuple[int, int, int]) -> float:
@@ -307,40 +314,40 @@ def _tell_of_few(found: _Found) -> None:
     if found.few:
         own, other = found.ranks
         logger.warning(
-            "the covariances have at most the ranks %d (samples) and %d (data) of %d, as there are fewer images than "
-            "features: the Fréchet distance is too large by what they lack, and may be compared with one of as many "
-            "images alone; the kernel distance has no such bias",
+            "there are fewer images than the %d features, and the ranks of their covariances are %d (samples) and %d "
+            "(data) at most: the Fréchet distance is too large by what they lack, and to be compared with others of as "
+            "many images alone; the kernel distance has no such bias",
+            width,
             own,
             other,
-            width,
         )
 
 
 def _as_text(found: _Found) -> str:
     """Write both figures, and what they are of."""
-    extractor, kernel = found.extractor, found.kernel
-    data = found.reference.name if found.reference else show(found.statistics or "")
-    count = (
-        plural(found.reference.count, "image")
-        if found.reference
-        else "statistics of an unsaid number of images"
-    )
-    fid = "FID" if extractor.is_fid else "Fréchet distance"
-    lines = [
-        f"samples   {found.samples.name}: {plural(found.samples.count, 'image')}",
-        f"data      {data}: {count}",
-        f"features  {extractor.name}, {extractor.width} numbers, weights {extractor.digest}",
-        f"images    {_shape(found.samples.shape)} → {extractor.architecture.resizing}",
-        f"{fid}  {found.distance:.4g} ± {found.error:.2g}{'' if extractor.is_fid else '  (not FID)'}",
+    extractor, kernel, reference = found.extractor, found.kernel, found.reference
+    data = f"{reference.name}: {plural(reference.count, 'image')}" if reference else _unsaid(found.statistics)
+    of = "" if extractor.is_fid else "   not FID, as this is not Inception with the weights that define it"
+    rows = [
+        ("samples", f"{found.samples.name}: {plural(found.samples.count, 'image')}"),
+        ("data", data),
+        ("features", f"{extractor.name}, {extractor.width} numbers; weights {extractor.digest}"),
+        ("resizing", f"{_shape(found.samples.shape)} → {extractor.architecture.resizing}"),
+        (
+            "FID" if extractor.is_fid else "Fréchet distance",
+            f"{found.distance:.4g} ± {found.error:.2g}, of which about {found.bias:.2g} for few samples{of}",
+        ),
     ]
     if kernel:
-        kid = "KID" if extractor.is_fid else "kernel distance"
-        lines.append(
-            f"{kid}  {kernel.value:.4g} ± {kernel.error:.2g}{'' if extractor.is_fid else '  (not KID)'}; "
-            f"{SUBSETS} subsets of {kernel.subset_size}: {kernel.subsets_mean:.4g}, standard deviation "
-            f"{kernel.subsets_sd:.2g}"
-        )
-    return "\n".join([*lines, f"± is the standard error by the samples; in {duration(found.seconds)}"])
+        subsets = f"{SUBSETS} subsets of {kernel.subset_size}: {kernel.subsets_mean:.4g}, SD {kernel.subsets_sd:.2g}"
+        name = "KID" if extractor.is_fid else "kernel distance"
+        rows.append((name, f"{kernel.value:.4g} ± {kernel.error:.2g} ({subsets})"))
+    lines = [f"{name:<18}{said}" for name, said in rows]
+    return "\n".join([*lines, f"±: the standard error, by the samples. In {duration(found.seconds)}"])
+
+
+def _unsaid(statistics: Path | None) -> str:
+    return f"{show(statistics or '')}: statistics of images whose number it does not say"
 
 
 def _shape(shape: tuple[int, int, int]) -> str:
@@ -353,7 +360,7 @@ def _as_json(found: _Found) -> dict[str, Any]:
     extractor, kernel = found.extractor, found.kernel
     own, other = found.ranks
     source = {"source": os.fspath(found.statistics or ""), "count": None}
-    distance, error = finite([found.distance, found.error])
+    distance, error, bias = finite([found.distance, found.error, found.bias])
     return {
         "ddpm_deploy": __version__,
         "samples": found.samples.to_json(),
@@ -369,6 +376,7 @@ def _as_json(found: _Found) -> dict[str, Any]:
         "frechet_distance": {
             "value": distance,
             "standard_error": error,
+            "bias_by_number_of_samples": bias,
             "is_fid": extractor.is_fid,
             "largest_ranks": {"samples": own, "data": other},
         },
