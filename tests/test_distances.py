@@ -148,7 +148,7 @@ def test_the_error_and_the_bias_are_what_other_samples_show(count: int) -> None:
     biases = [bias_by_halves(target, *samples(seed)) for seed in range(1, 21)]
     assert np.mean(errors) == pytest.approx(np.std(found, ddof=1), rel=0.25)
     bias = np.mean(found) - frechet_distance(target, normal_of(drawn(200_000, 20, seed=999, shift=0.3)))
-    assert np.mean(biases) == pytest.approx(bias, rel=0.35)
+    assert np.mean(biases) == pytest.approx(bias, rel=0.4)
 
 
 def test_the_error_of_more_samples_than_are_kept() -> None:
@@ -211,10 +211,10 @@ def test_subsets_are_as_torch_fidelity_takes_them() -> None:
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_the_error_of_the_kernel_distance(shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "SUBSETS", 2)
-    x = drawn(1500, 6)
-    found = [kernel_distance(x, drawn(150, 6, seed, shift=shift)) for seed in range(1, 41)]
+    x = np.tanh(drawn(1000, 6))  # bounded, as features are: a cube of others has no steady deviation
+    found = [kernel_distance(x, np.tanh(drawn(100, 6, seed, shift=shift))) for seed in range(1, 61)]
     spread = np.std([one.value for one in found], ddof=1)
-    assert np.mean([one.error for one in found]) == pytest.approx(spread, rel=0.5)
+    assert np.mean([one.error for one in found]) == pytest.approx(spread, rel=0.35)
 
 
 # --- features that are kept -------------------------------------------------------------------------
@@ -573,8 +573,8 @@ def test_mistakes_are_one_line(onnx_path: Path, pixels: Path, tmp_path: Path) ->
     refused(call("evaluate", onnx_path, *own), 2, "DATA, or --statistics")
     refused(call("evaluate", onnx_path, pixels, "--statistics", pixels, *own), 2, "DATA, or --statistics")
     refused(call("evaluate", onnx_path, "--nll"), 2, "DATA")
-    refused(call("evaluate", onnx_path, pixels, "--nll", "--samples", 5), 2, "are of --fid")
-    refused(call("evaluate", onnx_path, pixels, "--terms", 5, *own), 2, "are of --nll")
+    refused(call("evaluate", onnx_path, pixels, "--nll", "--samples", 5), 2, "--samples is of --fid")
+    refused(call("evaluate", onnx_path, pixels, "--terms", 5, *own), 2, "--terms is of --nll")
     refused(call("evaluate", onnx_path, big, *own), 1, "9×8", "--resize")
     refused(call("evaluate", big, pixels, *own), 1, "image 0 of", "is 8×8", "9×8", "--resize")
     refused(call("evaluate", onnx_path, floats, *own), 1, "holds floats, and not 8 bits", "8 bits")

@@ -1,6 +1,7 @@
 """ddpm-deploy evaluate --fid: how far samples are from images, in the features of a network, as text and as JSON."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from ddpm_deploy.cli.bodies.report import finite
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import ArtefactError, DataError, plural
 from ddpm_deploy.evaluate.data import NO_FEATURES, Images, images_as, require_eight_bit_model, shape_of
-from ddpm_deploy.evaluate.features import BATCH, KEPT, Extractor, Gathered, gather, load_extractor
+from ddpm_deploy.evaluate.features import BATCH, INCEPTION, KEPT, Extractor, Gathered, gather, load_extractor
 from ddpm_deploy.evaluate.frechet import (
     Normal,
     bias_by_halves,
@@ -49,13 +50,17 @@ _ARCHIVE: Final = ".zip"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be compared. data: "" where there is a file of statistics. samples, count: how many of the samples and
-    of the data (None: not typed). request: what a model is to draw, with one image for all."""
+    """What is to be compared.
+
+    samples_from: a model, or images. data: "" where there is a file of statistics. features: as `load_extractor` takes
+    it (None: Inception's). samples, count: how many of the samples and of the data (None: not typed). request: what a
+    model is to draw, but for its count.
+    """
 
     samples_from: Path
     data: str
     statistics: Path | None
-    features: str
+    features: str | None
     samples: int | None
     count: int | None
     request: Request
@@ -214,7 +219,7 @@ def measure_distances(asked: Asked, *, as_json: bool) -> None:
     statistics = load_normal(asked.statistics) if asked.statistics else None
     samples, reference = _sides(asked)
     with closing(samples):
-        extractor = load_extractor(asked.features, _device(asked.place))
+        extractor = load_extractor(asked.features or INCEPTION, _device(asked.place))
         if statistics and statistics.width != extractor.width:
             raise ArtefactError(
                 f"{show(asked.statistics or '')} has {statistics.width} features, and {extractor.name} makes "
@@ -335,7 +340,7 @@ def _as_text(found: _Found) -> str:
         ("resizing", f"{_shape(found.samples.shape)} → {extractor.architecture.resizing}"),
         (
             "FID" if extractor.is_fid else "Fréchet distance",
-            f"{found.distance:.4g} ± {found.error:.2g}, of which about {found.bias:.2g} for few samples{of}",
+            f"{found.distance:.4g} ± {found.error:.2g}{_bias(found)}{of}",
         ),
     ]
     if kernel:
@@ -344,6 +349,10 @@ def _as_text(found: _Found) -> str:
         rows.append((name, f"{kernel.value:.4g} ± {kernel.error:.2g} ({subsets})"))
     lines = [f"{name:<18}{said}" for name, said in rows]
     return "\n".join([*lines, f"±: the standard error, by the samples. In {duration(found.seconds)}"])
+
+
+def _bias(found: _Found) -> str:
+    return "" if math.isnan(found.bias) else f", of which about {found.bias:.2g} by the number of samples"
 
 
 def _unsaid(statistics: Path | None) -> str:

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,135 +48,113 @@ class _Evaluation:
     seconds: float
 
 
-def evaluate(
-    model: Path,
-    data: str,
-    *,
-    nll: bool,
-    fid: bool,
-    count: int | None,
-    steps: int | None,
-    spacing: Spacing | None,
-    timesteps: tuple[int, ...] | None,
-    seed: int,
-    batch: int | None,
-    array: str,
-    resize: bool,
-    as_json: bool,
-    terms: int | None,
-    every: bool,
-    plot: Path | None,
-    features: str | None,
-    samples: int | None,
-    statistics: Path | None,
-    solver: AskedSolver | None,
-    eta: float | None,
-    labels: tuple[str, ...],
-    guidance: float | None,
-    **place: Unpack[Place],
-) -> None:
+class Options(Place):
+    """The options of the place; those of both measures; those of the bound, and those of the distances."""
+
+    count: int | None
+    steps: int | None
+    spacing: Spacing | None
+    timesteps: tuple[int, ...] | None
+    seed: int
+    batch: int | None
+    array: str
+    resize: bool
+    as_json: bool
+    terms: int | None
+    every: bool
+    plot: Path | None
+    features: str | None
+    samples: int | None
+    statistics: Path | None
+    solver: AskedSolver | None
+    eta: float | None
+    labels: tuple[str, ...]
+    guidance: float | None
+
+
+def evaluate(model: Path, data: str, *, nll: bool, fid: bool, **options: Unpack[Options]) -> None:
     """Measure what was asked for, and tell it."""
     if nll == fid:
         raise click.UsageError("say what to measure: --nll, or --fid")
-    chain = ChainSettings(steps=steps, spacing=spacing, timesteps=timesteps)
     if nll:
-        of_samples = (samples, statistics, features, solver, eta, guidance, labels or None)
-        _refuse(
-            of_samples,
-            "--samples, --statistics, --features, --solver, --eta, --guidance and --label",
-            "--fid",
-        )
-        if not data:
-            raise click.UsageError("Missing argument 'DATA'.")
-        _tell_bound(model, data, chain, terms, every, seed, count, batch, array, resize, plot, as_json, place)
-        return
-    _refuse((terms, every or None, plot), "--terms, --all and --plot", "--nll")
-    require("torch", "evaluate")
-    from ddpm_deploy.cli.bodies.distances import Asked, measure_distances  # which take PyTorch
-
-    asked = Request(
-        steps=steps,
-        solver=solver,
-        eta=eta,
-        spacing=spacing,
-        timesteps=timesteps,
-        seed=seed,
-        labels=labels,
-        guidance=() if guidance is None else (guidance,),
-    )
-    measure_distances(
-        Asked(
-            model,
-            data,
-            statistics,
-            features or "inception",
-            samples,
-            count,
-            asked,
-            batch,
-            array,
-            resize,
-            place,
-        ),
-        as_json=as_json,
-    )
+        _tell_bound(model, data, options)
+    else:
+        _tell_distances(model, data, options)
 
 
-def _refuse(values: Iterable[object], names: str, other: str) -> None:
-    """Refuse options that were typed and are of another measure."""
-    if any(value is not None for value in values):
-        raise click.UsageError(f"{names} are of {other}: omit them")
-
-
-def _tell_bound(
-    model: Path,
-    data: str,
-    chain: ChainSettings,
-    terms: int | None,
-    every: bool,
-    seed: int,
-    count: int | None,
-    batch: int | None,
-    array: str,
-    resize: bool,
-    plot: Path | None,
-    as_json: bool,
-    place: Place,
-) -> None:
+def _tell_bound(model: Path, data: str, options: Options) -> None:
     """Evaluate the bound, and tell it."""
+    plot, every, terms = options["plot"], options["every"], options["terms"]
+    _refuse(options, "samples", "statistics", "features", "solver", "eta", "guidance", "labels", of="--fid")
+    if not data:
+        raise click.UsageError("Missing argument 'DATA'.")
     if every and terms:
         raise click.UsageError("--all is every term: omit it, or omit --terms")
     check_outputs([plot], [model, Path(data)])
     if plot:
         require_plotting(plot)
     opened = open_model(model)
-    require_runnable(opened, place)
-    chosen = Terms(opened.spec, chain, None if every else terms or _TERMS)
-    found = _evaluated(opened, data, chosen, seed, count, batch, array, resize, place)
-    click.echo(json.dumps(_as_json(found), indent=1) if as_json else _as_text(found))
+    require_runnable(opened, options)
+    chain = ChainSettings(steps=options["steps"], spacing=options["spacing"], timesteps=options["timesteps"])
+    found = _evaluated(opened, data, Terms(opened.spec, chain, None if every else terms or _TERMS), options)
+    click.echo(json.dumps(_as_json(found), indent=1) if options["as_json"] else _as_text(found))
     if plot:
         _write_plot(found, plot)
 
 
-def _evaluated(
-    model: ModelFile,
-    data: str,
-    terms: Terms,
-    seed: int,
-    count: int | None,
-    batch: int | None,
-    array: str,
-    resize: bool,
-    place: Place,
-) -> _Evaluation:
+def _tell_distances(model: Path, data: str, options: Options) -> None:
+    """Measure the distances, and tell them."""
+    _refuse(options, "terms", "every", "plot", of="--nll")
+    require("torch", "evaluate")
+    from ddpm_deploy.cli.bodies.distances import Asked, measure_distances  # which import it
+
+    guidance = options["guidance"]
+    request = Request(
+        steps=options["steps"],
+        solver=options["solver"],
+        eta=options["eta"],
+        spacing=options["spacing"],
+        timesteps=options["timesteps"],
+        seed=options["seed"],
+        labels=options["labels"],
+        guidance=() if guidance is None else (guidance,),
+    )
+    asked = Asked(
+        samples_from=model,
+        data=data,
+        statistics=options["statistics"],
+        features=options["features"],
+        samples=options["samples"],
+        count=options["count"],
+        request=request,
+        batch=options["batch"],
+        array=options["array"],
+        resize=options["resize"],
+        place=options,
+    )
+    measure_distances(asked, as_json=options["as_json"])
+
+
+def _refuse(options: Options, *names: str, of: str) -> None:
+    """Refuse options that were typed and are of the other measure."""
+    typed = {"every": "all", "labels": "label"}
+    for name in names:
+        if options[name] not in (None, False, ()):  # type: ignore[literal-required]
+            raise click.UsageError(f"--{typed.get(name, name)} is of {of}: omit it")
+
+
+def _evaluated(model: ModelFile, data: str, terms: Terms, options: Options) -> _Evaluation:
     """Evaluate, after a message that says how long it will take."""
-    images = open_images(data, model.spec, array=array, resize=resize, find=find_samples)
+    batch, seed, count = options["batch"], options["seed"], options["count"]
+    images = open_images(
+        data, model.spec, array=options["array"], resize=options["resize"], find=find_samples
+    )
     count = min(count or _COUNT, images.count)
     indices = np.linspace(0, images.count - 1, count).astype(np.int64)
     images.read(indices[:1])  # an image that does not fit is told before the network is loaded
     labels = None if images.labels is None else images.labels[indices]
     rows = count * terms.per_image
-    with closing(open_network(model, batch and min(batch, rows), **place)) as network:
+    with closing(open_network(model, batch and min(batch, rows), **options)) as network:
         together = min(rows, network.max_batch)
         forecast = time_call(network, together) * rows / together
         of = "all" if terms.every else f"{terms.per_image} of"
