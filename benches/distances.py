@@ -17,8 +17,8 @@ from ddpm_deploy.evaluate.kernel import kernel_distance
 from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.train.data import find_images
 
-_IMAGES = 64
-_ROUNDS = 5
+_IMAGES = 32
+_ROUNDS = 4
 
 
 def main(features: str, data: str, compared: int = 2000) -> None:
