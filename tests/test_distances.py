@@ -579,11 +579,14 @@ def test_mistakes_are_one_line(onnx_path: Path, pixels: Path, tmp_path: Path) ->
     refused(call("evaluate", big, pixels, *own), 1, "image 0 of", "is 8×8", "9×8", "--resize")
     refused(call("evaluate", onnx_path, floats, *own), 1, "holds floats, and not 8 bits", "8 bits")
     refused(call("evaluate", wide, pixels, *own), 1, "channel")
+    refused(call("evaluate", pixels, pixels, "--steps", 5, *own), 2, "is no model", "omit")
     refused(call("evaluate", tmp_path / "empty", pixels, *own), 1, "holds no images")
     refused(call("evaluate", onnx_path, tmp_path / "empty", *own), 1, "holds no images")
     refused(call("evaluate", onnx_path, pixels, "--samples", 1, *own), 2, "--samples")
     refused(
-        call("evaluate", onnx_path, pixels, "--count", 1, "--samples", 2, "--steps", 1, *own), 1, "two images"
+        call("evaluate", onnx_path, pixels, "--count", 1, "--samples", 2, "--steps", 1, *own),
+        1,
+        "gives one image",
     )
     refused(
         call("evaluate", onnx_path, "--statistics", pixels, *own),

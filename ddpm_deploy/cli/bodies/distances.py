@@ -103,6 +103,8 @@ class _Pictures:
         self.name, self.shape, self._images = show(name), images.shape, images
         self._source, self.count = name, min(count or images.count, images.count)
         self._indices = np.linspace(0, images.count - 1, self.count).astype(np.int64)
+        if self.count < 2:
+            raise DataError(f"{self.name} gives one image, and two or more have a distance: give more")
         images.read(self._indices[:1])  # one that does not fit is told before anything long
 
     def seconds(self) -> float:
@@ -234,6 +236,10 @@ def _sides(asked: Asked) -> tuple[_Samples, _Pictures | None]:
     """The samples, and the images that they are compared with, if there are any; all in one shape."""
     path = asked.samples_from
     if path.is_dir() or path.suffix.lower() in (*ARRAY_SUFFIXES, _ARCHIVE):
+        if asked.request != Request(seed=asked.request.seed):
+            raise click.UsageError(
+                f"{show(path)} is no model, and --steps, --solver and the like are of one: omit them"
+            )
         source = find_samples(os.fspath(path))
         shape = shape_of(source)
         drawn = images_as(shape, source, resize=asked.resize, why=NO_FEATURES)
