@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ddpm_deploy.evaluate.data import NO_FEATURES, images_as, shape_of
-from ddpm_deploy.evaluate.features import gather, load_extractor
+from ddpm_deploy.evaluate.features import Gathered, gather, load_extractor
 from ddpm_deploy.evaluate.frechet import bias_by_halves, frechet_distance, standard_error
 from ddpm_deploy.evaluate.kernel import kernel_distance
 from ddpm_deploy.machine import cpu_threads
@@ -19,9 +19,10 @@ from ddpm_deploy.train.data import find_images
 
 _IMAGES = 32
 _ROUNDS = 4
+_COMPARED = 2000
 
 
-def main(features: str, data: str, compared: int = 2000) -> None:
+def main(features: str, data: str) -> None:
     """Print the ratio of each round, and how long it takes to compare so many features."""
     torch.set_num_threads(cpu_threads())
     extractor: Any = load_extractor(features, torch.device("cpu"))
@@ -48,24 +49,26 @@ def main(features: str, data: str, compared: int = 2000) -> None:
         f"{extractor.name}: whole ÷ network {np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
     )
     print(f"{extractor.name}: {spent / found.count * 1e3:.0f} ms an image in the network")
-    some, other = (_like(found.kept, compared, seed) for seed in (0, 1))
+    some, other = (_like(found.kept, seed) for seed in (0, 1))
     start = time.perf_counter()
     target, own = some.moments.normal, other.moments.normal
     frechet_distance(target, own), standard_error(target, own, other.kept)
     bias_by_halves(target, own, other.kept)
     kernel_distance(some.kept, other.kept)
     print(
-        f"{extractor.name}: {time.perf_counter() - start:.1f} s to compare {compared} features with as many"
+        f"{extractor.name}: {time.perf_counter() - start:.1f} s to compare {_COMPARED} features with as many"
     )
 
 
-def _like(features: Any, count: int, seed: int) -> Any:
+def _like(features: Any, seed: int) -> Gathered:
     """As many features, between those that were found, so that their covariance has its rank."""
     random = np.random.default_rng(seed)
-    shares = random.dirichlet(np.ones(len(features)), count).astype(np.float32)
-    noise = 0.01 * random.standard_normal((count, features.shape[1]), np.float32)
-    made = shares @ features + noise
-    return gather(lambda part: part, features.shape[1], [made])
+    shares = random.dirichlet(np.ones(len(features)), _COMPARED).astype(np.float32)
+    noise = 0.01 * random.standard_normal((_COMPARED, features.shape[1]), np.float32)
+    made: Any = shares @ features + noise
+    found = Gathered(features.shape[1])
+    found.add(made)
+    return found
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ class Normal:
         """R, (d, rank): R Rᵀ is the covariance."""
         values, vectors = np.linalg.eigh(self.covariance)
         held = values > len(values) * _EPSILON * values[-1]  # below which rounding alone makes some
-        return vectors[:, held] * np.sqrt(values[held])
+        root: Floats = vectors[:, held] * np.sqrt(values[held])
+        return root
 
     @property
     def most_rank(self) -> int:

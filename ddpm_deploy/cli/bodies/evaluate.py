@@ -146,6 +146,7 @@ def _refuse(options: Options, *names: str, of: str) -> None:
 def _evaluated(model: ModelFile, data: str, terms: Terms, options: Options) -> _Evaluation:
     """Evaluate, after a message that says how long it will take."""
     batch, seed, count = options["batch"], options["seed"], options["count"]
+    place: Place = options
     images = open_images(
         data, model.spec, array=options["array"], resize=options["resize"], find=find_samples
     )
@@ -154,7 +155,7 @@ def _evaluated(model: ModelFile, data: str, terms: Terms, options: Options) -> _
     images.read(indices[:1])  # an image that does not fit is told before the network is loaded
     labels = None if images.labels is None else images.labels[indices]
     rows = count * terms.per_image
-    with closing(open_network(model, batch and min(batch, rows), **options)) as network:
+    with closing(open_network(model, batch and min(batch, rows), **place)) as network:
         together = min(rows, network.max_batch)
         forecast = time_call(network, together) * rows / together
         of = "all" if terms.every else f"{terms.per_image} of"
