@@ -263,8 +263,9 @@ def gather(
     """The features of images that come in parts (n, C, H, W), which are taken `BATCH` at a time."""
     found = Gathered(width)
     for part in images:
+        made = []
         for start in range(0, len(part), BATCH):
-            some = part[start : start + BATCH]
-            found.add(extractor(some))
-            progress(len(some))
+            made.append(extractor(part[start : start + BATCH]))
+            progress(len(made[-1]))
+        found.add(np.concatenate(made))  # together: each addition goes through all d² sums
     return found

@@ -24,9 +24,8 @@ from ddpm_deploy.schedule import Floats
 
 _ROWS: Final = 512  # features that are made float64 at a time
 _EPSILON: Final = float(np.finfo(np.float64).eps)
-_LOPSIDED: Final = (
-    1e-6  # of the largest number of a covariance: what rounding to float32 leaves of its symmetry
-)
+# Of the largest number of a covariance: what rounding to float32 leaves of its symmetry.
+_LOPSIDED: Final = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
