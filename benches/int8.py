@@ -21,8 +21,9 @@ import numpy as np
 import onnx
 
 from benches.quality.data import Real, digits, mnist
-from benches.quality.judge import frechet, train_judge
+from benches.quality.judge import train_judge
 from benches.timing import interleave, median, ratio
+from ddpm_deploy.evaluate.frechet import frechet_distance, normal_of
 from ddpm_deploy.export.graph import describe
 from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import open_model
@@ -221,7 +222,7 @@ def _table(files: Mapping[str, Path], asked: Trajectory) -> str:
 def _distances(real: Real, files: Mapping[str, Path]) -> str:
     """The Fréchet distance of each file's samples, on the same noise, and its paired difference to the first's."""
     judge = train_judge(real.known)
-    reference = judge.features(real.reference.images)
+    reference = normal_of(judge.features(real.reference.images))
     lines = ["| chain | what | Fréchet distance | difference |", "| --- | --- | --- | --- |"]
     for solver, steps in _CHAINS[real.name]:
         base = None
@@ -233,7 +234,8 @@ def _distances(real: Real, files: Mapping[str, Path]) -> str:
                     images = sampler.sample(
                         real.count, solver=solver, steps=steps, seed=seed, guidance=guidance
                     )
-                    found.append(frechet(reference, judge.features(to_uint8(images).transpose(0, 3, 1, 2))))
+                    made = judge.features(to_uint8(images).transpose(0, 3, 1, 2))
+                    found.append(frechet_distance(reference, normal_of(made)))
             distances = np.array(found)
             base = distances if base is None else base
             apart = distances - base

@@ -60,6 +60,17 @@ TOLERANCES: Final = {
     "bound_pt_onnx": Tolerance(
         1e-6, 1.5e-9, "the bound of a trained network in PyTorch and ONNX Runtime, relative"
     ),
+    "frechet_scipy": Tolerance(
+        1e-6, 0, "the Fréchet distance by SciPy's and NumPy's general matrices, relative"
+    ),
+    "frechet_singular": Tolerance(
+        1e-6, 0, "the same of fewer images than features, by singular values, relative"
+    ),
+    "kernel_float32": Tolerance(1e-4, 0, "MMD² of features in float32, relative"),
+    "inception_features": Tolerance(1e-5, 0, "torch-fidelity's Inception, relative to the largest feature"),
+    "efficientnet_features": Tolerance(
+        1e-5, 0, "efficientnet_lite_pytorch's network, relative to the largest feature"
+    ),
     "diffusers_replay": Tolerance(8e-5, 3.9e-5, "our float32 chain on its noise, through Sampler"),
     "diffusers_pipeline": Tolerance(
         3e-5, 8.1e-6, "whole chains of its DDPMPipeline on our noise, images in [0, 1]"

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from benches.quality.data import DEMO, Pixels, Real, digits, mnist, write_mnist
 from benches.quality.draw import BEST, GUIDANCE, PAPER, SEEDS, WAYS, Way, draw, step_times, table_time
-from benches.quality.judge import Features, Judge, frechet, train_judge
+from benches.quality.judge import Judge, train_judge
 from ddpm_deploy.errors import BackendError, DependencyError, SettingError
+from ddpm_deploy.evaluate.frechet import Normal, frechet_distance, normal_of
 from ddpm_deploy.runtime.sampler import Sampler
 
 _DOCS: Final = Path(__file__).parent.parent.parent / "docs"
@@ -77,8 +78,8 @@ class Report:
 def report(real: Real) -> Report:
     """Draw and judge every chain."""
     judge = train_judge(real.known)
-    reference = judge.features(real.reference.images)
-    real_ones = judge.features(real.rest.images[: real.count])
+    reference = normal_of(judge.features(real.reference.images))
+    real_ones = normal_of(judge.features(real.rest.images[: real.count]))
     with Sampler.load(real.model) as sampler:
         labelled = bool(sampler.spec.num_classes)
         steps, table = step_times(real, sampler), table_time(sampler)
@@ -89,7 +90,7 @@ def report(real: Real) -> Report:
     return Report(
         real,
         judge.accuracy(real.rest.images, real.rest.labels),
-        frechet(reference, real_ones),
+        frechet_distance(reference, real_ones),
         results,
         labelled,
         steps,
@@ -98,7 +99,7 @@ def report(real: Real) -> Report:
     )
 
 
-def _in_half(real: Real, judge: Judge, reference: Features) -> Result | None:
+def _in_half(real: Real, judge: Judge, reference: Normal) -> Result | None:
     """The best chain with its network in bfloat16, by OpenVINO; None where the processor has none."""
     try:
         with Sampler.load(real.model, backend="openvino", precision="bf16") as sampler:
@@ -110,12 +111,12 @@ def _in_half(real: Real, judge: Judge, reference: Features) -> Result | None:
 
 
 def _result(
-    real: Real, sampler: Sampler, judge: Judge, reference: Features, way: Way, seconds: float
+    real: Real, sampler: Sampler, judge: Judge, reference: Normal, way: Way, seconds: float
 ) -> Result:
     distances, right = [], []
     for seed in SEEDS:
         images = draw(real, sampler, way, seed)
-        distances.append(frechet(reference, judge.features(images)))
+        distances.append(frechet_distance(reference, normal_of(judge.features(images))))
         labels = np.arange(len(images)) % max(1, sampler.spec.num_classes)
         right.append(judge.accuracy(images, labels) if sampler.spec.num_classes else judge.sure(images))
     result = Result(way, np.array(distances), np.array(right), seconds)

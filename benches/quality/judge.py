@@ -1,4 +1,4 @@
-"""The judge: a small classifier of real images, and the Fréchet distance in its features, as FID in Inception's."""
+"""The judge: a small classifier of real images, in whose features Fréchet distances are, as FID in Inception's."""
 
 import numpy as np
 import torch
@@ -65,12 +65,3 @@ def train_judge(known: Part, epochs: int = 60) -> Judge:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return judge.eval()
-
-
-def frechet(a: Features, b: Features) -> float:
-    """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2(Σ_a Σ_b)^½), of the normal distributions with these moments."""
-    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    trace = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace)

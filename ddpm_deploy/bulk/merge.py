@@ -2,14 +2,15 @@
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from ddpm_deploy.arrays import array_in
 from ddpm_deploy.bulk.manifest import Manifest
-from ddpm_deploy.bulk.shards import ForeignError, opened_shard
+from ddpm_deploy.bulk.shards import ForeignError, OpenShard, opened_shard
 from ddpm_deploy.errors import DataError, first_line, plural
 from ddpm_deploy.files import atomic, show
 from ddpm_deploy.runtime.images import LABELS
@@ -27,7 +28,7 @@ def merge(folder: Path, manifest: Manifest, output: Path, advance: Callable[[int
 
     Raises DataError where a shard is missing or not whole, OutputError where the file cannot be written.
     """
-    _require_all(folder, manifest)
+    require_all(folder, manifest)
     name, dtype, shape = manifest.array
     request, numbers, digests = manifest.request, manifest.numbers(), []
     with atomic(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -44,7 +45,7 @@ def merge(folder: Path, manifest: Manifest, output: Path, advance: Callable[[int
     return digest_of(digests)
 
 
-def _require_all(folder: Path, manifest: Manifest) -> None:
+def require_all(folder: Path, manifest: Manifest) -> None:
     """Raise DataError where a shard is not there: before the others are copied."""
     missing = [n for n in manifest.numbers() if not (folder / manifest.shard_name(n)).exists()]
     if missing:
@@ -57,18 +58,23 @@ def _require_all(folder: Path, manifest: Manifest) -> None:
 
 def _copy(folder: Path, manifest: Manifest, number: int, put: Callable[[bytes], object]) -> str:
     """Give the images of a shard, once it was looked through, to a function; its digest."""
+    with whole_shard(folder, manifest, number) as shard:
+        for piece in shard.pieces():
+            put(piece)
+        return shard.digest
+
+
+@contextmanager
+def whole_shard(folder: Path, manifest: Manifest, number: int) -> Iterator[OpenShard]:
+    """Open a shard once it was looked through. Raises DataError that says what helps, where it is not whole."""
+    name = show(folder / manifest.shard_name(number))
     try:
         with opened_shard(folder, manifest, number) as shard:
-            for piece in shard.pieces():
-                put(piece)
-            return shard.digest
+            yield shard
     except ForeignError as error:
         raise DataError(
-            f"{show(folder / manifest.shard_name(number))} {first_line(error)}: move that file away, and the same "
-            "ddpm-run --shards makes the one that belongs there"
+            f"{name} {first_line(error)}: move that file away, and the same ddpm-run --shards makes the one that "
+            "belongs there"
         ) from error
     except (FileNotFoundError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{show(folder / manifest.shard_name(number))} {first_line(error)}: the same ddpm-run --shards makes it "
-            "again"
-        ) from error
+        raise DataError(f"{name} {first_line(error)}: the same ddpm-run --shards makes it again") from error

@@ -170,6 +170,27 @@ TIMESTEPS: Final = Option(
     "The timesteps to visit, falling, as 999,850,600,300,0: in place of --steps and --spacing.",
     timesteps,
 )
+SOLVER: Final = Option(
+    "--solver",
+    "Method of sampling: ddpm for the full chain, fast for the best that is known of 20 steps; or one by name.",
+    click.Choice(words.ASKED_SOLVERS),
+    show_default="the model's own: ddpm, unless it was imported",
+)
+ETA: Final = Option(
+    "--eta", "Amount of noise that ddim adds at each step.", click.FloatRange(0, 1), show_default="0"
+)
+LABEL: Final = Option(
+    "--label labels",
+    "Class to sample, by name or number; give several to take them in turn.",
+    multiple=True,
+    show_default="each class in turn",
+)
+GUIDANCE: Final = Option(
+    "--guidance",
+    "Scale of classifier-free guidance: 1 changes nothing, 3 follows the class more closely. It needs a "
+    "model trained with --labels, and takes two rows of the batch for each image.",
+    float,
+)
 BATCH: Final = Option(
     "--batch",
     "Images to sample at the same time.",

@@ -5,7 +5,7 @@ import click
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
 from ddpm_deploy.cli.options import FilePath, Option, flag, part
-from ddpm_deploy.words import ASKED_SOLVERS, ENCODERS
+from ddpm_deploy.words import ENCODERS
 
 main = command(
     "run",
@@ -53,29 +53,12 @@ main = command(
             default=0,
         ),
         options.BATCH,
-        Option(
-            "--label labels",
-            "Class to sample, by name or number; give several to take them in turn.",
-            multiple=True,
-            show_default="each class in turn",
-        ),
-        Option(
-            "--solver",
-            "Method of sampling: ddpm for the full chain, fast for the best that is known of 20 steps; or one by name.",
-            click.Choice(ASKED_SOLVERS),
-            show_default="the model's own: ddpm, unless it was imported",
-        ),
-        Option(
-            "--eta", "Amount of noise that ddim adds at each step.", click.FloatRange(0, 1), show_default="0"
-        ),
+        options.LABEL,
+        options.SOLVER,
+        options.ETA,
         options.SPACING,
         options.TIMESTEPS,
-        Option(
-            "--guidance",
-            "Scale of classifier-free guidance: 1 changes nothing, 3 follows the class more closely. It needs a "
-            "model trained with --labels, and takes two rows of the batch for each image.",
-            float,
-        ),
+        options.GUIDANCE,
         Option(
             "--share-until",
             "Give all images the same noise at the start and in the steps from timesteps t of at least this: at 0 they "

@@ -1,6 +1,7 @@
 """The 8-bit images that a model is evaluated on, read as they are needed."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,23 +19,27 @@ from ddpm_deploy.train.data.source import EIGHT_BITS
 
 logger = logging.getLogger(__name__)
 
-_NO_DECODER: Final = (
+NO_DECODER: Final = (
     "the term L_0 counts the 256 values of 8-bit images, so that there is no bits/dim of others"
 )
+NO_FEATURES: Final = "the networks of features were trained on images of 8 bits, and say nothing of others"
+Find = Callable[..., Source]  # as find_images
 _WHOLE: Final = ("8 bits", "16 bits", "32 bits")  # what may hold whole numbers from 0 to 255
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images of a source, each as the model takes them.
+    """Images of a source, each in one shape.
 
-    labels: (N,), of a conditional model. resize: whether images of another size are scaled and cropped.
+    shape: (C, H, W), the model's. labels: (N,), of a conditional model. resize: whether images of another size are
+    scaled and cropped. why: they must be of 8 bits, for messages.
     """
 
     source: Source
-    spec: ModelSpec
+    shape: tuple[int, int, int]
     labels: Labels | None
     resize: bool
+    why: str
 
     @property
     def count(self) -> int:
@@ -46,7 +51,7 @@ class Images:
         return np.stack([self._read(int(i)) for i in indices])
 
     def _read(self, i: int) -> Pixels:
-        channels, height, width = self.spec.image_shape
+        channels, height, width = self.shape
         name = self.source.name(i)
         try:
             with self.source.load(i) as image:
@@ -58,52 +63,79 @@ class Images:
         if seen.size != seen.wanted and not self.resize:
             had = "×".join(map(str, seen.size))
             raise DataError(
-                f"{name} is {had}, and the model's images are {height}×{width}: pass --resize to scale and crop as "
-                "ddpm-train does"
+                f"{name} is {had}, and what it is compared with is {height}×{width}: pass --resize to scale and crop "
+                "as ddpm-train does"
             )
-        _require_eight_bits(name, values, seen)
+        _require_eight_bits(name, values, seen, self.why)
         return values.astype(np.uint8)
 
 
-def _require_eight_bits(name: str, values: Array | Pixels, seen: Seen) -> None:
+def _require_eight_bits(name: str, values: Array | Pixels, seen: Seen, why: str) -> None:
     """Raise DataError unless an image has whole numbers from 0 to 255."""
     what = "colours of 16 bits" if seen.is_cut else seen.depth
     if seen.is_cut or seen.depth not in _WHOLE:
-        raise DataError(f"{name} holds {what}, and not 8 bits: {_NO_DECODER}")
+        raise DataError(f"{name} holds {what}, and not 8 bits: {why}")
     low, high = EIGHT_BITS
     if values.min() < low or values.max() > high or (values != np.rint(values)).any():
-        raise DataError(f"{name} has values from {values.min():.7g} to {values.max():.7g}: {_NO_DECODER}")
+        raise DataError(f"{name} has values from {values.min():.7g} to {values.max():.7g}: {why}")
 
 
-def open_images(data: str, spec: ModelSpec, *, array: str = "", resize: bool = False) -> Images:
+def open_images(
+    data: str, spec: ModelSpec, *, array: str = "", resize: bool = False, find: Find = find_images
+) -> Images:
     """Find the images that `data` names, as ddpm-train does, with their labels where the model has classes.
 
-    Raises DataError where there are none or they have other channels; SettingError where the model is not of 8-bit
-    images.
+    find: finds them. Raises DataError where there are none or they have other channels; SettingError where the model is
+    not of 8-bit images.
     """
+    require_eight_bit_model(spec, NO_DECODER)
+    source, labels = _labelled(data, spec, array, find)
+    return images_as(spec.image_shape, source, resize=resize, labels=labels, why=NO_DECODER)
+
+
+def require_eight_bit_model(spec: ModelSpec, why: str) -> None:
+    """Raise SettingError unless a model is of 8-bit images; why: it must be."""
     if spec.data_range != EIGHT_BITS:
         low, high = spec.data_range
-        raise SettingError(f"this model is of images from {low:.7g} to {high:.7g}: {_NO_DECODER}")
-    source, labels = _labelled(data, spec, array)
-    channels, own = spec.image_shape[0], source.channels()
+        raise SettingError(f"this model is of images from {low:.7g} to {high:.7g}: {why}")
+
+
+def images_as(
+    shape: tuple[int, int, int], source: Source, *, resize: bool, why: str, labels: Labels | None = None
+) -> Images:
+    """The images of a source, in the shape of a model's. Raises DataError where they have other channels."""
+    channels, own = shape[0], source.channels()
     source.require_channels(channels)
     if own != channels:
         logger.warning(
-            "the images have %s and are evaluated as the model takes them, with %d: bits/dim are of those",
+            "the images have %s and are evaluated as the model takes them, with %d: the figures are of those",
             plural(own, "channel"),
             channels,
         )
-    return Images(source, spec, labels, resize)
+    return Images(source, shape, labels, resize, why)
 
 
-def _labelled(data: str, spec: ModelSpec, array: str) -> tuple[Source, Labels | None]:
+def shape_of(source: Source) -> tuple[int, int, int]:
+    """(C, H, W) of the first image of a source. Raises DataError where it cannot be read."""
+    channels, name = source.channels(), source.name(0)
+    try:
+        with source.load(0) as image:
+            (height, width) = fit(image, (1, 1), channels, deep=True)[1].size
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise DataError(f"{name} cannot be read: {first_line(error)}") from error
+    return channels, height, width
+
+
+def _labelled(data: str, spec: ModelSpec, array: str, find: Find) -> tuple[Source, Labels | None]:
     """The images, and their classes by the model's numbers."""
     if not spec.num_classes:
-        return find_images(data, array=array), None
+        return find(data, array=array), None
     try:
-        source = find_images(data, labels=True, array=array)
+        source = find(data, labels=True, array=array)
     except DataError as error:
-        source = find_images(data, array=array)  # unless it is something else that is wrong
+        source = find(data, array=array)  # unless it is something else that is wrong
         if not spec.null_class:
             raise
         logger.warning("%s: its images are taken as of no class", first_line(error))

@@ -53,7 +53,7 @@ class TorchNetwork(HostNetwork):
         """Predict for the leading rows."""
         assert self._network is not None
         try:
-            with _full_float32():
+            with full_float32():
                 inputs = [tensor[:batch].to(self._device) for tensor in self._inputs]
                 self._prediction[:batch] = self._network(*inputs)
         except RuntimeError as error:
@@ -66,7 +66,7 @@ class TorchNetwork(HostNetwork):
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Switch TF32 off for a while: training in the same process may want it."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32

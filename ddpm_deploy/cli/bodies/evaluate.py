@@ -1,4 +1,4 @@
-"""ddpm-deploy evaluate: the bound of a model on images, as a table, as JSON and as a plot."""
+"""ddpm-deploy evaluate: the bound of a model on images, as a table, as JSON and as a plot; or their distance."""
 
 import itertools
 import json
@@ -12,6 +12,7 @@ from typing import Any, Final, Unpack
 import click
 import numpy as np
 
+from ddpm_deploy.bulk.source import find_samples
 from ddpm_deploy.cli.bodies.models import Place, open_network, require_runnable
 from ddpm_deploy.cli.bodies.outputs import check_outputs
 from ddpm_deploy.cli.bodies.progress import duration, peak_memory, stage
@@ -24,9 +25,10 @@ from ddpm_deploy.evaluate.likelihood import Estimate, Likelihood, Stratum, Terms
 from ddpm_deploy.files import atomic, show
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.network import time_call
+from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import ChainSettings
 from ddpm_deploy.version import __version__
-from ddpm_deploy.words import Spacing
+from ddpm_deploy.words import AskedSolver, Spacing
 
 _COUNT: Final = 1000  # images, where nothing else is said
 _TERMS: Final = 20  # of each image
@@ -46,56 +48,108 @@ class _Evaluation:
     seconds: float
 
 
-def evaluate(
-    model: Path,
-    data: str,
-    *,
-    nll: bool,
-    count: int | None,
-    terms: int | None,
-    every: bool,
-    steps: int | None,
-    spacing: Spacing | None,
-    timesteps: tuple[int, ...] | None,
-    seed: int,
-    batch: int | None,
-    array: str,
-    resize: bool,
-    plot: Path | None,
-    as_json: bool,
-    **place: Unpack[Place],
-) -> None:
+class Options(Place):
+    """The options of the place; those of both measures; those of the bound, and those of the distances."""
+
+    count: int | None
+    steps: int | None
+    spacing: Spacing | None
+    timesteps: tuple[int, ...] | None
+    seed: int
+    batch: int | None
+    array: str
+    resize: bool
+    as_json: bool
+    terms: int | None
+    every: bool
+    plot: Path | None
+    features: str | None
+    samples: int | None
+    statistics: Path | None
+    solver: AskedSolver | None
+    eta: float | None
+    labels: tuple[str, ...]
+    guidance: float | None
+
+
+def evaluate(model: Path, data: str, *, nll: bool, fid: bool, **options: Unpack[Options]) -> None:
+    """Measure what was asked for, and tell it."""
+    if nll == fid:
+        raise click.UsageError("say what to measure: --nll, or --fid")
+    if nll:
+        _tell_bound(model, data, options)
+    else:
+        _tell_distances(model, data, options)
+
+
+def _tell_bound(model: Path, data: str, options: Options) -> None:
     """Evaluate the bound, and tell it."""
-    if not nll:
-        raise click.UsageError("say what to measure: --nll")
+    plot, every, terms = options["plot"], options["every"], options["terms"]
+    _refuse(options, "samples", "statistics", "features", "solver", "eta", "guidance", "labels", of="--fid")
+    if not data:
+        raise click.UsageError("Missing argument 'DATA'.")
     if every and terms:
         raise click.UsageError("--all is every term: omit it, or omit --terms")
     check_outputs([plot], [model, Path(data)])
     if plot:
         require_plotting(plot)
     opened = open_model(model)
-    require_runnable(opened, place)
-    chain = ChainSettings(steps=steps, spacing=spacing, timesteps=timesteps)
-    chosen = Terms(opened.spec, chain, None if every else terms or _TERMS)
-    found = _evaluated(opened, data, chosen, seed, count, batch, array, resize, place)
-    click.echo(json.dumps(_as_json(found), indent=1) if as_json else _as_text(found))
+    require_runnable(opened, options)
+    chain = ChainSettings(steps=options["steps"], spacing=options["spacing"], timesteps=options["timesteps"])
+    found = _evaluated(opened, data, Terms(opened.spec, chain, None if every else terms or _TERMS), options)
+    click.echo(json.dumps(_as_json(found), indent=1) if options["as_json"] else _as_text(found))
     if plot:
         _write_plot(found, plot)
 
 
-def _evaluated(
-    model: ModelFile,
-    data: str,
-    terms: Terms,
-    seed: int,
-    count: int | None,
-    batch: int | None,
-    array: str,
-    resize: bool,
-    place: Place,
-) -> _Evaluation:
+def _tell_distances(model: Path, data: str, options: Options) -> None:
+    """Measure the distances, and tell them."""
+    _refuse(options, "terms", "every", "plot", of="--nll")
+    require("torch", "evaluate")
+    from ddpm_deploy.cli.bodies.distances import Asked, measure_distances  # which import it
+
+    guidance = options["guidance"]
+    request = Request(
+        steps=options["steps"],
+        solver=options["solver"],
+        eta=options["eta"],
+        spacing=options["spacing"],
+        timesteps=options["timesteps"],
+        seed=options["seed"],
+        labels=options["labels"],
+        guidance=() if guidance is None else (guidance,),
+    )
+    asked = Asked(
+        samples_from=model,
+        data=data,
+        statistics=options["statistics"],
+        features=options["features"],
+        samples=options["samples"],
+        count=options["count"],
+        request=request,
+        batch=options["batch"],
+        array=options["array"],
+        resize=options["resize"],
+        place=options,
+    )
+    measure_distances(asked, as_json=options["as_json"])
+
+
+def _refuse(options: Options, *names: str, of: str) -> None:
+    """Refuse options that were typed and are of the other measure."""
+    typed = {"every": "all", "labels": "label"}
+    for name in names:
+        if options[name] not in (None, False, ()):  # type: ignore[literal-required]
+            raise click.UsageError(f"--{typed.get(name, name)} is of {of}: omit it")
+
+
+def _evaluated(model: ModelFile, data: str, terms: Terms, options: Options) -> _Evaluation:
     """Evaluate, after a message that says how long it will take."""
-    images = open_images(data, model.spec, array=array, resize=resize)
+    batch, seed, count = options["batch"], options["seed"], options["count"]
+    place: Place = options
+    images = open_images(
+        data, model.spec, array=options["array"], resize=options["resize"], find=find_samples
+    )
     count = min(count or _COUNT, images.count)
     indices = np.linspace(0, images.count - 1, count).astype(np.int64)
     images.read(indices[:1])  # an image that does not fit is told before the network is loaded
