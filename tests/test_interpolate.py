@@ -523,8 +523,8 @@ def test_a_strip_of_inversion_as_numbers(
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--depth", 5], 2, "--depth is of a strip"),
-        (["--encoder", "ddim"], 2, "--encoder is of a strip"),
+        (["--depth", 5], 2, "--depth goes with --between"),
+        (["--encoder", "ddim"], 2, "--encoder goes with --between"),
         (["--between", "A", "B", "--shards"], 2, "--shards is not for --between"),
         (["--between", "A", "B", "--snapshot", "x.npz"], 2, "--snapshot is not for --between"),
         (["--between", "A", "B", "--first-index", 2], 2, "--first-index is not for --between"),
