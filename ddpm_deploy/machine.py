@@ -17,12 +17,19 @@ _OWN_MEMORY: Final = Path("/proc/self/statm")
 _CPUS: Final = Path("/sys/devices/system/cpu")
 
 
-def cpu_threads() -> int:
-    """CPU threads that this process should use: OMP_NUM_THREADS where it is set, else one for each core of its
-    affinity (hyperthreads are no cores), and no more than its cgroups have the time of."""
+def cpu_threads(processes: int = 1) -> int:
+    """CPU threads that this process should use: OMP_NUM_THREADS where it is set, else its part of `cpu_cores`.
+
+    processes: of this machine that divide the cores among them.
+    """
     with suppress(ValueError):  # it may be a list, one for each level of nesting
         if (typed := int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0])) > 0:
             return min(typed, MOST_THREADS)
+    return max(1, cpu_cores() // processes)
+
+
+def cpu_cores() -> int:
+    """Cores of this process's affinity (hyperthreads are no cores), and no more than its cgroups have the time of."""
     return max(1, min([_cores(), *map(math.ceil, _cpu_quotas())]))
 
 

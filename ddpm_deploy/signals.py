@@ -27,11 +27,30 @@ def stop_on_signals(stop: Callable[[], None], says: str) -> Iterator[None]:
         logger.info("stopping after this step, %s (again: stop at once)", says)
         stop()
 
-    def hang_up(number: int, frame: FrameType | None) -> None:
-        logger.info("stopping after this step, %s", says)
+    with _repeatedly([signal.SIGHUP], stop, says), handled(_ENDING, handle) as restore:
+        yield
+
+
+@contextmanager
+def stop_on_repeated_signals(stop: Callable[[], None], says: str) -> Iterator[None]:
+    """Do the same in a process whose launcher passes on what it is sent, perhaps more than once, and kills what does
+    not end: here all signals mean the same as the first."""
+    with _repeatedly((*_ENDING, signal.SIGHUP), stop, says):
+        yield
+
+
+@contextmanager
+def _repeatedly(numbers: Iterable[int], stop: Callable[[], None], says: str) -> Iterator[None]:
+    """Call `stop` on each of these signals, and tell the user once."""
+    told: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not told:
+            logger.info("stopping after this step, %s", says)
+        told.append(number)
         stop()
 
-    with handled([signal.SIGHUP], hang_up), handled(_ENDING, handle) as restore:
+    with handled(numbers, handle):
         yield
 
 

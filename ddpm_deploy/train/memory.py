@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +23,7 @@ from ddpm_deploy.train.checkpoint import new_network
 from ddpm_deploy.train.diffusion import Diffusion
 from ddpm_deploy.train.pictures import IMAGES
 from ddpm_deploy.train.settings import Settings
+from ddpm_deploy.train.world import ALONE, World
 
 logger = logging.getLogger(__name__)
 
@@ -38,28 +40,42 @@ class Estimate:
     step: int
 
 
-def require_memory(spec: ModelSpec, settings: Settings, device: torch.device, images: int) -> None:
+def require_memory(
+    spec: ModelSpec, settings: Settings, device: torch.device, images: int, world: World = ALONE
+) -> None:
     """Refuse a training that takes more memory than there is, before its images are read.
 
-    images: bytes of theirs. Warns where it takes more than is free now. Raises SettingError.
+    images: bytes of theirs. world: the processes that share each batch; those of this machine share its memory, and
+    have a GPU each. Warns where it takes more than is free now. Raises SettingError.
     """
+    settings = _of_one(settings, world)
     takes = estimate(spec, settings, device, images)
     if device.type == "cuda":
+        processes = 1
         free, most = torch.cuda.mem_get_info(device)
     else:
+        processes = world.local_size
         free, most = memory_available(), memory_limit()
     part, shape = _part(settings), "×".join(map(str, spec.image_shape))
+    of_each = f", in each of {processes} processes" if processes > 1 else ""
     says = (
         f"training takes about {_about(takes.total)} of memory ({_about(takes.step)} of it for a step's "
-        f"{'image' if part == 1 else f'{part} images'} of {shape})"
+        f"{'image' if part == 1 else f'{part} images'} of {shape}){of_each}"
     )
-    if takes.total > most:
+    if processes * takes.total > most:
         smaller = ["a smaller --batch-size", "--accumulate (in more parts)"] if part > 1 else []
+        fewer = ["fewer processes"] if processes > 1 else []
         amp = ["--amp"] if device.type == "cuda" and not settings.amp else []  # a CPU copies more with it
-        options = ", ".join([*smaller, "a smaller --image-size", "another --preset", *amp])
+        options = ", ".join([*smaller, "a smaller --image-size", "another --preset", *fewer, *amp])
         raise SettingError(f"{says}, and {_about(most)} can be used here: try {options}")
-    if takes.total > free:
+    if processes * takes.total > free:
         logger.warning("%s, and %s is free now", says, _about(free))
+
+
+def _of_one(settings: Settings, world: World) -> Settings:
+    """The settings as a process that has the most rows of each batch sees them."""
+    rows = world.most_rows(settings.batch_size)
+    return msgspec.structs.replace(settings, batch_size=rows, accumulate=min(settings.accumulate, rows))
 
 
 def estimate(spec: ModelSpec, settings: Settings, device: torch.device, images: int) -> Estimate:

@@ -16,7 +16,7 @@ import torch
 
 from ddpm_deploy.errors import BackendError
 from ddpm_deploy.files import atomic, make_folder, show
-from ddpm_deploy.signals import stop_on_signals
+from ddpm_deploy.signals import stop_on_repeated_signals, stop_on_signals
 from ddpm_deploy.train.pictures import Pictures
 from ddpm_deploy.train.trainer import Trainer, learning_rate
 
@@ -33,6 +33,8 @@ class Session:
     """Trains to the settings' last step, or until it is told to stop.
 
     output: the checkpoint, written every `save_every` steps and at the end. report: told of progress.
+
+    Of several processes, all take the steps and agree on when to stop, and the first alone writes.
     """
 
     def __init__(self, trainer: Trainer, output: Path, report: Report) -> None:
@@ -46,21 +48,23 @@ class Session:
 
     def run(self) -> bool:
         """Train and save. Returns whether the last step was reached: not so after SIGINT, SIGTERM or SIGHUP."""
-        trainer, settings = self.trainer, self.trainer.settings
-        make_folder(self.folder)
-        metrics = _Metrics(self.folder, trainer.steps_done)
-        with stop_on_signals(self._stop, "with the checkpoint saved"):
-            pictures = Pictures(trainer, lambda: self._stopped) if settings.sample_every else None
+        trainer, settings, world = self.trainer, self.trainer.settings, self.trainer.world
+        metrics = _Metrics(self.folder, trainer.steps_done) if world.writes else None
+        stopping = stop_on_repeated_signals if world.launched else stop_on_signals
+        with stopping(self._stop, "with the checkpoint saved"):
+            draws_any = settings.sample_every and world.writes
+            pictures = Pictures(trainer, lambda: self._stopped) if draws_any else None
             losses: list[torch.Tensor] = []  # since `started`
             started = time.perf_counter()
-            while trainer.steps_done < settings.steps and not self._stopped:
+            while trainer.steps_done < settings.steps and not world.any(self._stopped):
                 losses.append(trainer.advance())
                 step, note = trainer.steps_done, None
                 saves, draws = self._is_due(settings.save_every), self._is_due(settings.sample_every)
                 if self._is_due(LOG_EVERY) or saves or draws:
                     loss = self.loss = self._require_finite(losses)
                     speed = len(losses) * settings.batch_size / (time.perf_counter() - started)
-                    metrics.add(step, loss, learning_rate(settings, step - 1), speed)
+                    if metrics:
+                        metrics.add(step, loss, learning_rate(settings, step - 1), speed)
                     note = f"step {step} · loss {loss:.4f} · {speed:.0f} images/s"
                 self._report(1, note)
                 if saves:
@@ -72,7 +76,9 @@ class Session:
             if self._saved != trainer.steps_done:
                 self._require_finite(losses)
                 self._save()
-        metrics.close()
+            world.any(False)  # a launcher ends those that still write when one of the others has ended
+        if metrics:
+            metrics.close()
         return trainer.steps_done >= settings.steps
 
     @property
@@ -84,7 +90,8 @@ class Session:
         """Raises BackendError where the weights are not finite: the loss that was checked is from before them."""
         if not all(parameter.isfinite().all() for parameter in self.trainer.network.parameters()):
             raise self._broken("weights are")
-        self.trainer.checkpoint().save(self.output)
+        if self.trainer.world.writes:
+            self.trainer.checkpoint().save(self.output)
         self._saved = self.trainer.steps_done
 
     def _broken(self, what: str) -> BackendError:
@@ -105,7 +112,7 @@ class Session:
         """The mean of the losses. Raises BackendError where it is not finite, before anything is saved."""
         if not losses:
             return 0.0
-        loss = torch.stack(losses).mean().item()
+        loss = self.trainer.world.total(torch.stack(losses)).mean().item()
         if not math.isfinite(loss):
             raise self._broken("loss is")
         return loss
@@ -118,6 +125,7 @@ class _Metrics:
     """
 
     def __init__(self, folder: Path, steps_done: int) -> None:
+        make_folder(folder)
         self._path = path = folder / "metrics.csv"
         self._board: Any = None
         with _not_worth_the_training(_EVENTS), suppress(ImportError):

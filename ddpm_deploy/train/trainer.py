@@ -2,12 +2,13 @@
 
 import logging
 import math
+from functools import cached_property
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_deploy.errors import BackendError, SettingError, first_line
 from ddpm_deploy.spec import ModelSpec
@@ -16,11 +17,12 @@ from ddpm_deploy.train.checkpoint import Checkpoint, StateDict, digest, new_netw
 from ddpm_deploy.train.data import Dataset
 from ddpm_deploy.train.diffusion import Diffusion
 from ddpm_deploy.train.settings import Settings
+from ddpm_deploy.train.world import ALONE, World, kept_apart
 from ddpm_deploy.version import __version__
 
 logger = logging.getLogger(__name__)
 
-_ORDER, _STEP, _START = 0, 1, 2  # the uses of the seed
+_ORDER, _STEP, _START, _NOISE, _DROPOUT = range(5)  # the uses of the seed
 
 
 class Trainer:
@@ -29,9 +31,13 @@ class Trainer:
     spec: of the network (its provenance is filled in at `checkpoint`). settings: of the training.
     data: with labels, where the spec has classes. device: of the network. compiled: by torch.compile;
         a faster step after a slow first one, and its own rounding.
+    world: the processes that train it together; each has all images, and takes its rows of every batch.
 
-    Everything random in step n follows from (seed, n), and the order of the images from (seed, epoch):
-    no state of a random generator needs saving.
+    Everything random in step n follows from (seed, n), the noise of a row from (seed, n, row), and the order of the
+    images from (seed, epoch): no state of a random generator needs saving, and any number of processes take the same
+    steps, up to rounding. Dropout alone differs: its masks follow from the process too.
+
+    Raises SettingError where the batch has not one row for each process.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Trainer:
         device: torch.device,
         *,
         compiled: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.spec = spec
         self.settings = msgspec.structs.replace(settings, data_digest=data.digest())
@@ -49,6 +56,8 @@ class Trainer:
             raise SettingError("--amp needs a GPU with bfloat16 (Ampere or newer): leave it out")
         self.steps_done = 0
         self.device = device
+        self.world = world
+        self._rows = world.rows(settings.batch_size)
         torch.manual_seed(_seed(settings.seed, _START))
         self.network = new_network(spec).to(device).train()
         self.average = ema.averaged(self.network)
@@ -57,7 +66,8 @@ class Trainer:
         self._averages: list[Tensor] = list(self.average.parameters())
         self.diffusion = Diffusion(spec, settings.loss).to(device)
         self.optimizer = torch.optim.Adam(self._parameters, lr=settings.learning_rate, fused=True)
-        self._predict = torch.compile(self.network) if compiled else self.network
+        self.compiled = compiled
+        self._generator = torch.Generator()
         self.data = data
         self._images = torch.from_numpy(data.images)
         self._labels = None if data.labels is None else torch.from_numpy(data.labels)
@@ -66,10 +76,16 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, checkpoint: Checkpoint, data: Dataset, device: torch.device, *, compiled: bool = False
+        cls,
+        checkpoint: Checkpoint,
+        data: Dataset,
+        device: torch.device,
+        *,
+        compiled: bool = False,
+        world: World = ALONE,
     ) -> "Trainer":
-        """Take training up where a checkpoint left it."""
-        trainer = cls(checkpoint.spec, checkpoint.settings, data, device, compiled=compiled)
+        """Take training up where a checkpoint left it, whatever number of processes wrote it."""
+        trainer = cls(checkpoint.spec, checkpoint.settings, data, device, compiled=compiled, world=world)
         if trainer.settings.data_digest != checkpoint.settings.data_digest:
             logger.warning("the images are not those that this model was trained on so far")
         trainer.network.load_state_dict(checkpoint.raw)
@@ -79,24 +95,33 @@ class Trainer:
         trainer.steps_done = checkpoint.step
         return trainer
 
+    @cached_property
+    def _predict(self) -> nn.Module:
+        """The network as a step calls it; made in the first, as all processes must be there for it."""
+        shared = self.world.shared(self.network)
+        return torch.compile(shared) if self.compiled else shared  # type: ignore[return-value]
+
     def advance(self) -> Tensor:
-        """Take one training step; returns the loss, a tensor without axes on the device."""
+        """Take one training step; returns the loss, a tensor without axes on the device.
+
+        Of several processes, each returns its share of the loss: it is their sum.
+        """
         step, settings = self.steps_done, self.settings
         torch.manual_seed(_seed(settings.seed, _STEP, step))
         x0, y = self._batch(step)
-        t = torch.randint(self.diffusion.timesteps, (len(x0),)).to(self.device)
-        epsilon = torch.randn(x0.shape).to(self.device)
+        t = torch.randint(self.diffusion.timesteps, (settings.batch_size,))[self._rows].to(self.device)
         if y is not None and settings.label_dropout:
-            dropped = torch.rand(len(x0)) < settings.label_dropout
+            dropped = torch.rand(settings.batch_size)[self._rows] < settings.label_dropout
             y = torch.where(dropped.to(self.device), self.spec.num_classes, y)
+        epsilon = self._noise(step)
+        torch.manual_seed(_seed(settings.seed, _DROPOUT, step, self.world.rank))
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
-        for part in torch.arange(len(x0)).chunk(settings.accumulate):
-            some = slice(int(part[0]), int(part[-1]) + 1)
-            share = self._loss(x0[some], t[some], epsilon[some], None if y is None else y[some])
-            share = share * (len(part) / len(x0))
-            share.backward()  # type: ignore[no-untyped-call]
-            loss += share.detach()
+        *others, last = torch.arange(len(x0)).chunk(settings.accumulate)
+        with kept_apart(self._predict):
+            for part in others:
+                loss += self._backward(part, x0, t, epsilon, y)
+        loss += self._backward(last, x0, t, epsilon, y)
         self._clip_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
@@ -104,6 +129,16 @@ class Trainer:
         ema.update(self._averages, self._parameters, step, settings.ema_decay)
         self.steps_done += 1
         return loss
+
+    def _backward(self, part: Tensor, x0: Tensor, t: Tensor, epsilon: Tensor, y: Tensor | None) -> Tensor:
+        """Add the gradients of a part of the rows; returns its share of the whole batch's loss."""
+        some = slice(int(part[0]), int(part[-1]) + 1)
+        loss = self._loss(x0[some], t[some], epsilon[some], None if y is None else y[some])
+        share = loss * (len(part) / self.settings.batch_size)
+        with self.world.reaching():
+            # The mean of all processes' gradients is taken, where their sum is wanted.
+            (share * self.world.size).backward()  # type: ignore[no-untyped-call]
+        return share.detach()
 
     def _clip_gradients(self) -> None:
         largest = self.settings.grad_clip
@@ -117,20 +152,29 @@ class Trainer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
                 return self.diffusion.loss(self._predict, x0, t, epsilon, y)
         except RuntimeError as error:
-            if self._predict is self.network or "memory" in str(error):
+            if not self.compiled or "memory" in str(error):
                 raise
             raise BackendError(f"torch.compile failed: {first_line(error)}: leave --compile out") from error
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """The images of one step, (B, C, H, W) float32 in [-1, 1], and their labels, (B,)."""
-        size = self.settings.batch_size
-        chosen = [self._image_at(place) for place in range(step * size, (step + 1) * size)]
+        """This process's images of one step, (B, C, H, W) float32 in [-1, 1], and their labels, (B,)."""
+        size, rows = self.settings.batch_size, self._rows
+        chosen = [self._image_at(step * size + row) for row in range(rows.start, rows.stop)]
         batch = self._images[chosen].to(self.device)
         x0 = batch.float() * (2 / 255) - 1 if batch.dtype == torch.uint8 else batch
         if self.settings.flip:
-            mirrored = torch.rand(size).to(self.device) < 0.5
+            mirrored = torch.rand(size)[rows].to(self.device) < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         return x0, None if self._labels is None else self._labels[chosen].to(self.device)
+
+    def _noise(self, step: int) -> Tensor:
+        """The noise of this process's rows in one step, (B, C, H, W), each from a seed of its own."""
+        entropy = np.random.SeedSequence([self.settings.seed, _NOISE, step])
+        seeds = entropy.generate_state(self.settings.batch_size)[self._rows]
+        epsilon = torch.empty(len(seeds), *self.spec.image_shape)
+        for row, seed in zip(epsilon, seeds.tolist(), strict=True):
+            row.normal_(generator=self._generator.manual_seed(seed))
+        return epsilon.to(self.device)
 
     def _image_at(self, place: int) -> int:
         """The image at a place in the endless sequence of epochs, each in its own random order."""

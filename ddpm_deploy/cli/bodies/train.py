@@ -1,8 +1,9 @@
 """ddpm-train: start a training or resume one, and run it. This module imports PyTorch."""
 
 import json
+import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, Unpack
 
@@ -14,7 +15,7 @@ from ddpm_deploy.cli.bodies.progress import progress, stage
 from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import DataError, OutputError, SettingError, SpecError, first_line, plural
 from ddpm_deploy.files import quoted, require_output, require_suffix, show
-from ddpm_deploy.machine import cpu_threads
+from ddpm_deploy.machine import cpu_cores, cpu_threads
 from ddpm_deploy.model_file import CHECKPOINT_SUFFIXES, open_model
 from ddpm_deploy.schedule import SCHEDULES
 from ddpm_deploy.spec import ModelSpec
@@ -23,10 +24,10 @@ from ddpm_deploy.train.data import DIGITS, DataRange, Dataset, Source, find_imag
 from ddpm_deploy.train.data.scale import pixel_type
 from ddpm_deploy.train.diffusion import require_trainable
 from ddpm_deploy.train.memory import require_memory
-from ddpm_deploy.train.network import torch_device
 from ddpm_deploy.train.session import Session
 from ddpm_deploy.train.settings import PRESETS, Preset, Settings
 from ddpm_deploy.train.trainer import Trainer
+from ddpm_deploy.train.world import ToldElsewhereError, World
 from ddpm_deploy.words import Loss, Prediction, Schedule, Variance
 from ddpm_deploy.words import Preset as PresetName
 
@@ -84,38 +85,75 @@ def train(
     **new: Unpack[NewTraining],
 ) -> None:
     """Train a network, from the start or from a checkpoint, and save it."""
+    world = World.of_environment()
+    if not world.writes:
+        logger.setLevel(logging.ERROR)
+    target = output or resume or Path("model.pt")
+
+    def make() -> Trainer:
+        _require_data(data, resume)
+        if world.writes:
+            _require_output(target, resume, force)
+        changes = _typed(
+            data=_lasting(data),
+            array="" if data and array is None else array,  # other data have other arrays
+            steps=steps,
+            save_every=save_every,
+            sample_every=sample_every,
+            skip_broken=skip_broken or None,
+        )
+        place = _Place(world, world.device(device), compiled, workers)
+        _use_threads(world, place.device)
+        return _resumed(resume, changes, new, place) if resume else _new(data or "", changes, new, place)
+
+    try:
+        with world.joined():
+            trainer = world.alike(make, _identity)
+            finished = _run(trainer, target, as_json)
+    except ToldElsewhereError as error:
+        raise click.exceptions.Exit(130 if isinstance(error.__cause__, KeyboardInterrupt) else 1) from error
+    if not finished:
+        raise click.exceptions.Exit(130)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where and by whom a training is done. workers: threads that read the images (None: as many as compute)."""
+
+    world: World
+    device: torch.device
+    compiled: bool
+    workers: int | None
+
+
+def _use_threads(world: World, device: torch.device) -> None:
+    """Have PyTorch compute on this process's part of the cores, and say so where a launcher leaves some idle."""
+    threads, cores = cpu_threads(world.local_size), cpu_cores()
+    torch.set_num_threads(threads)
+    if world.size > 1 and device.type == "cpu" and cores >= 2 * threads * world.local_size:
+        logger.info(
+            f"{plural(world.local_size, 'process')} with {plural(threads, 'thread')} each leave some of the {cores} "
+            f"cores idle: set OMP_NUM_THREADS={cores // world.local_size} before torchrun"
+        )
+
+
+def _identity(trainer: Trainer) -> str:
+    """What all processes of a training must have alike."""
+    kind, compiled = trainer.device.type, trainer.compiled
+    settings = msgspec.json.encode(trainer.settings).decode()
+    return "\n".join(
+        [trainer.spec.to_json(), settings, str(trainer.steps_done), kind, str(compiled), torch.__version__]
+    )
+
+
+def _require_data(data: str | None, resume: Path | None) -> None:
+    """Refuse a command line that names no data, or data that are no files."""
     if data is None and not resume:
         raise click.UsageError(
             "DATA is missing: a folder or a .zip of images, an .npy, .npz or idx file, or the word digits"
         )
     if data in ("", "-"):
         raise click.UsageError("DATA is read from files, and not from standard input: name them")
-    target = _checked_output(output, resume, force)
-    changes = _typed(
-        data=_lasting(data),
-        array="" if data and array is None else array,  # other data have other arrays
-        steps=steps,
-        save_every=save_every,
-        sample_every=sample_every,
-        skip_broken=skip_broken or None,
-    )
-    place = torch_device(device)
-    torch.set_num_threads(cpu_threads())
-    if resume:
-        if typed := sorted(f"--{name.replace('_', '-')}" for name in _typed(**new)):
-            raise click.UsageError(
-                f"{', '.join(typed)} cannot change on --resume: the checkpoint has its own"
-            )
-        checkpoint, source = _resumed(resume, changes)
-        spec = checkpoint.spec
-        images = _read(checkpoint.settings, source, spec, spec.data_range, place, workers)
-        trainer = Trainer.resume(checkpoint, images, place, compiled=compiled)
-    else:
-        spec, settings, source = _new(data or "", changes, new)
-        images = _read(settings, source, spec, None, place, workers)
-        spec = msgspec.structs.replace(spec, data_range=images.data_range)
-        trainer = Trainer(spec, settings, images, place, compiled=compiled)
-    _run(trainer, target, as_json)
 
 
 def _lasting(data: str | None) -> str | None:
@@ -134,9 +172,8 @@ def _typed(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _checked_output(output: Path | None, resume: Path | None, force: bool) -> Path:
-    """The checkpoint to write. Refuses one that cannot be written, or that would be replaced unasked."""
-    output = output or resume or Path("model.pt")
+def _require_output(output: Path, resume: Path | None, force: bool) -> None:
+    """Refuse a checkpoint that cannot be written, or that would be replaced unasked."""
     require_suffix(output, "a checkpoint", *CHECKPOINT_SUFFIXES)
     require_output(output)
     if output.exists() and not resume and not force:
@@ -144,10 +181,19 @@ def _checked_output(output: Path | None, resume: Path | None, force: bool) -> Pa
             f"{show(output)} exists: to train it further, pass --resume {quoted(output)}; to train a new model, choose "
             "another --output, or pass --force"
         )
-    return output
 
 
-def _resumed(path: Path, changes: dict[str, Any]) -> tuple[Checkpoint, Source]:
+def _resumed(path: Path, changes: dict[str, Any], new: NewTraining, place: _Place) -> Trainer:
+    """The training that a checkpoint is of."""
+    if typed := sorted(f"--{name.replace('_', '-')}" for name in _typed(**new)):
+        raise click.UsageError(f"{', '.join(typed)} cannot change on --resume: the checkpoint has its own")
+    checkpoint, source = _loaded(path, changes)
+    spec = checkpoint.spec
+    images = _read(checkpoint.settings, source, spec, spec.data_range, place)
+    return Trainer.resume(checkpoint, images, place.device, compiled=place.compiled, world=place.world)
+
+
+def _loaded(path: Path, changes: dict[str, Any]) -> tuple[Checkpoint, Source]:
     """A checkpoint with some of its settings changed, and the images that it is trained on."""
     checkpoint = Checkpoint.load(open_model(path))
     require_finite(checkpoint.raw, path)
@@ -173,7 +219,15 @@ def _resumed(path: Path, changes: dict[str, Any]) -> tuple[Checkpoint, Source]:
     return replace(checkpoint, settings=settings), source
 
 
-def _new(data: str, changes: dict[str, Any], new: NewTraining) -> tuple[ModelSpec, Settings, Source]:
+def _new(data: str, changes: dict[str, Any], new: NewTraining, place: _Place) -> Trainer:
+    """A new training."""
+    spec, settings, source = _begun(data, changes, new)
+    images = _read(settings, source, spec, None, place)
+    spec = msgspec.structs.replace(spec, data_range=images.data_range)
+    return Trainer(spec, settings, images, place.device, compiled=place.compiled, world=place.world)
+
+
+def _begun(data: str, changes: dict[str, Any], new: NewTraining) -> tuple[ModelSpec, Settings, Source]:
     """The spec and the settings of a new training, and its images."""
     if new["data_range"] and not -math.inf < new["data_range"][0] < new["data_range"][1] < math.inf:
         raise click.UsageError("--data-range is two numbers, the smaller one first")
@@ -230,12 +284,12 @@ def _read(
     source: Source,
     spec: ModelSpec,
     known_range: DataRange | None,
-    place: torch.device,
-    workers: int | None,
+    place: _Place,
 ) -> Dataset:
     """Read the images, if there is memory to train on them, and tell how many there are."""
     kept = pixel_type(source.depths(), settings.data_range)
-    require_memory(spec, settings, place, source.count * math.prod(spec.image_shape) * kept.itemsize)
+    takes = source.count * math.prod(spec.image_shape) * kept.itemsize
+    require_memory(spec, settings, place.device, takes, place.world)
     channels, height, width = spec.image_shape
     with stage("reading images", source.count) as advance:
         data = read_images(
@@ -245,7 +299,7 @@ def _read(
             data_range=settings.data_range,
             known_range=known_range,
             skip_broken=settings.skip_broken,
-            workers=workers,
+            workers=place.workers or torch.get_num_threads(),
             progress=advance,
         )
     classes = f" in {plural(source.num_classes, 'class')}" if source.num_classes else ""
@@ -253,18 +307,20 @@ def _read(
     return data
 
 
-def _run(trainer: Trainer, output: Path, as_json: bool) -> None:
-    """Train, and tell how it ended."""
+def _run(trainer: Trainer, output: Path, as_json: bool) -> bool:
+    """Train, and tell how it ended; returns whether the last step was reached."""
     settings, shape = trainer.settings, trainer.spec.image_shape
     parameters = sum(p.numel() for p in trainer.network.parameters())
     to_go = settings.steps - trainer.steps_done
     logger.info(
         f"{plural(to_go, 'step')} of {plural(settings.batch_size, 'image')} {'×'.join(map(str, shape))} "
-        f"on {trainer.device} · {parameters / 1e6:.1f} M parameters"
+        f"on {_where(trainer)} · {parameters / 1e6:.1f} M parameters"
     )
     with progress("training", to_go) as advance:
         session = Session(trainer, output, advance)
         finished = session.run()
+    if not trainer.world.writes:
+        return finished
     if as_json:
         click.echo(json.dumps(_as_json(session), indent=2))
     elif not finished:
@@ -277,8 +333,13 @@ def _run(trainer: Trainer, output: Path, as_json: bool) -> None:
             f"wrote {show(output)} (step {trainer.steps_done}); {session.records} are in {show(session.folder)}"
         )
         click.echo(f"next: ddpm-export {quoted(output)}")
-    if not finished:
-        raise click.exceptions.Exit(130)
+    return finished
+
+
+def _where(trainer: Trainer) -> str:
+    """What trains."""
+    processes = trainer.world.size
+    return f"{processes} × {trainer.device.type}" if processes > 1 else str(trainer.device)
 
 
 def _as_json(session: Session) -> dict[str, Any]:
@@ -290,6 +351,7 @@ def _as_json(session: Session) -> dict[str, Any]:
         "steps": trainer.settings.steps,
         "loss": session.loss,
         "images": len(trainer.data.images),
+        "processes": trainer.world.size,
         "data_range": trainer.spec.data_range,
         "class_names": trainer.spec.class_names,
     }

@@ -1,0 +1,5 @@
+"""`python -m ddpm_deploy.train`: ddpm-train by its module's name, as torchrun starts it."""
+
+from ddpm_deploy.cli.train import main
+
+main()
