@@ -1,6 +1,7 @@
 """Networks and specs for the tests: small, exact, and without a backend."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,10 @@ from ddpm_deploy.runtime.network import HostNetwork
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.spec import ModelSpec, Provenance, UNetConfig
+
+if TYPE_CHECKING:
+    from ddpm_deploy.train.trainer import Trainer
+    from ddpm_deploy.train.world import World
 
 TINY_UNET = UNetConfig(
     channels=8,
@@ -89,6 +94,19 @@ def tiny_checkpoint(path: Path) -> Path:
         trainer.advance()
     trainer.checkpoint().save(path)
     return path
+
+
+def tiny_trainer(world: "World") -> "Trainer":
+    """Ready to take 50 steps with others, of batches that do not divide evenly, in parts."""
+    import torch
+
+    from ddpm_deploy.train.data import find_images, read_images
+    from ddpm_deploy.train.settings import PRESETS
+    from ddpm_deploy.train.trainer import Trainer
+
+    settings = PRESETS["digits"].settings("digits", steps=50, batch_size=9, accumulate=2, flip=True)
+    data = read_images(find_images("digits"), (8, 8), 1)
+    return Trainer(tiny_spec(), settings, data, torch.device("cpu"), world=world)
 
 
 def tiny_export(checkpoint: Path) -> Path:

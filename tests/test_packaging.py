@@ -192,6 +192,7 @@ MODULES = [
     "stages",
     "tolerances",
     "train/__init__",
+    "train/__main__",
     "train/checkpoint",
     "train/data/__init__",
     "train/data/arrays",
@@ -213,6 +214,7 @@ MODULES = [
     "train/settings",
     "train/trainer",
     "train/unet",
+    "train/world",
     "version",
     "words",
 ]

@@ -110,4 +110,8 @@ TOLERANCES: Final = {
         6.2e-6,
         "whole chains of users' own networks, against their loop in float64 around the original network",
     ),
+    "processes_loss": Tolerance(
+        1e-5, 3.5e-6, "losses of two processes and of one, relative, as metrics.csv has them"
+    ),
+    "processes_weights": Tolerance(2e-6, 2.0e-7, "their weights after 75 steps, relative RMS"),
 }

@@ -27,11 +27,13 @@ def command(
     needs: Sequence[str] = (),
     extra: str = "",
     interrupted: str = "no file was left half-written",
+    kind: "type[Command] | None" = None,
 ) -> click.Command:
     """Declare a command, with -v, -q and --version; what it does is the function of its name in `cli.bodies`.
 
     summary: its line in the help of the group. about: the first paragraphs of its own help. needs: packages without
     which the body cannot be imported; extra: brings them. interrupted: what is said where a signal ends it.
+    kind: of command, where it has its own ways.
     """
 
     def run_body(**values: Any) -> Any:
@@ -39,7 +41,7 @@ def command(
             require(module, extra)
         return getattr(importlib.import_module(f"ddpm_deploy.cli.bodies.{name}"), name)(**values)
 
-    made = Command(
+    made = (kind or Command)(
         name,
         interrupted=interrupted,
         callback=run_body,

@@ -1,9 +1,12 @@
 """ddpm-train: images → a trained network."""
 
+import os
+from typing import Any
+
 import click
 
 from ddpm_deploy.cli import options
-from ddpm_deploy.cli.common import command
+from ddpm_deploy.cli.common import Command, Refusal, command
 from ddpm_deploy.cli.options import IMAGE_SIZE, FilePath, Option, Words, flag
 from ddpm_deploy.words import LOSSES, PREDICTIONS, PRESETS, SCHEDULES, VARIANCES
 
@@ -127,6 +130,20 @@ _OF_A_NEW_TRAINING = [
     ),
 ]
 
+
+class _OneOfSeveral(Command):
+    """A command that a launcher may start in several processes: the first alone tells what is wrong with its line."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
+        """Parse the command line."""
+        try:
+            return super().make_context(info_name, args, *rest, **extra)
+        except Refusal as error:
+            if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
+                raise
+            raise click.exceptions.Exit(error.exit_code) from error
+
+
 main = command(
     "train",
     "Train a network on images.",
@@ -150,6 +167,8 @@ main = command(
   ddpm-train digits -o v.pt --prediction v --schedule cosine
   ddpm-train digits -o h.pt --loss hybrid        learns its variance too, for chains with few steps
   ddpm-train cifar.npz -o model.pt --preset cifar10 --device cuda --amp --compile
+  torchrun --nproc-per-node 8 -m ddpm_deploy.train cifar.npz -o model.pt --preset cifar10
+                                                 the same steps, each batch shared by eight GPUs
   ddpm-train --resume model.pt                   continue after Ctrl-C
   ddpm-train --resume model.pt --steps 40000     train a finished model further (its learning rate
                                                  follows the schedule of the longer training)
@@ -157,4 +176,5 @@ main = command(
     params=[click.Argument(["data"], required=False), *_OF_ANY_TRAINING, *_OF_A_NEW_TRAINING],
     needs=["torch", "PIL.Image"],
     extra="train",
+    kind=_OneOfSeveral,
 )

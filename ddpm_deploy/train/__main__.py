@@ -2,4 +2,5 @@
 
 from ddpm_deploy.cli.train import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -108,25 +108,31 @@ class World:
 
         Raises SettingError where there is none, or where the name is of one GPU for several processes.
         """
-        device = torch_device(name)
-        if device.type != "cuda":
-            if self.size > 1 and device.type != "cpu":
-                raise SettingError(f"several processes train on cuda or cpu, and not on {name}: choose one")
-            return device
-        if ":" in name and self.local_size > 1:
+        if name == "auto":
+            name = str(torch_device(name))
+        if name == "cuda" and torch.cuda.is_available():
+            name = f"cuda:{self._gpu()}"
+        elif self.local_size > 1 and name.startswith("cuda:"):
             raise SettingError(
                 f"{plural(self.local_size, 'process')} of this machine cannot share {name}: pass --device cuda, and "
                 "each takes its own GPU"
             )
-        if ":" not in name:
-            device = torch.device("cuda", self.local_rank)
-        if device.index >= (gpus := torch.cuda.device_count()):
-            raise SettingError(
-                f"{plural(self.local_size, 'process')} on this machine need as many GPUs, and PyTorch sees {gpus}: "
-                f"start {gpus} with --nproc-per-node, or pass --device cpu"
-            )
-        torch.cuda.set_device(device)  # what NCCL goes by
+        device = torch_device(name)
+        if self.size > 1 and device.type not in ("cpu", "cuda"):
+            raise SettingError(f"several processes train on cpu or cuda, and not on {name}: choose one")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what NCCL goes by
         return device
+
+    def _gpu(self) -> int:
+        """The number of this process's GPU."""
+        gpus = torch.cuda.device_count()
+        if self.local_rank >= gpus:
+            raise SettingError(
+                f"{plural(self.local_size, 'process')} on this machine need a GPU each, and PyTorch sees {gpus}: pass "
+                f"--nproc-per-node {gpus} to torchrun, or --device cpu"
+            )
+        return self.local_rank
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -249,14 +255,23 @@ class World:
         try:
             yield
         except RuntimeError as error:
+            text = str(error).lower()
             if not isinstance(error, dist.DistError) and not any(
-                name in str(error).lower() for name in ("gloo", "nccl", "connection")
+                name in text for name in ("gloo", "nccl", "connection")
             ):
                 raise
+            late = f"did not answer for {_ANSWER.total_seconds() / 60:.0f} minutes"
+            what = late if "timed out" in text or "timeout" in text else "has ended"
             raise BackendError(
-                f"another process of this training has ended, or did not answer for {_ANSWER.seconds // 60} minutes "
-                f"({first_line(error)}): look for what it said, and continue with --resume from the last checkpoint"
+                f"another process of this training {what} ({_said(error)}): look for what it said, and continue with "
+                "--resume from the last checkpoint"
             ) from error
+
+
+def _said(error: Exception) -> str:
+    """What gloo says, without the line of its source before it and the advice after it."""
+    line = first_line(error)
+    return (line.partition("] ")[2] if line.startswith("[") else line).partition(". ")[0]
 
 
 def kept_apart(network: nn.Module) -> AbstractContextManager[None]:

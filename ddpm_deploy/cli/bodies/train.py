@@ -140,9 +140,12 @@ def _use_threads(world: World, device: torch.device) -> None:
 def _identity(trainer: Trainer) -> str:
     """What all processes of a training must have alike."""
     kind, compiled = trainer.device.type, trainer.compiled
-    settings = msgspec.json.encode(trainer.settings).decode()
+    settings = msgspec.structs.replace(
+        trainer.settings, data=""
+    )  # the images may be elsewhere, and have a digest
+    of_settings = msgspec.json.encode(settings).decode()
     return "\n".join(
-        [trainer.spec.to_json(), settings, str(trainer.steps_done), kind, str(compiled), torch.__version__]
+        [trainer.spec.to_json(), of_settings, str(trainer.steps_done), kind, str(compiled), torch.__version__]
     )
 
 
