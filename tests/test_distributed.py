@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ddpm_deploy.cli import main as ddpm_deploy
-from ddpm_deploy.errors import SettingError
+from ddpm_deploy.errors import BackendError, SettingError
 from tests.models import tiny_spec, tiny_trainer
 from tests.tolerances import TOLERANCES
 
@@ -100,22 +99,13 @@ def test_two_processes_take_the_steps_of_one_and_one_goes_on(folder: Path) -> No
     require_same(folder / "two-one.pt", folder / "one-one.pt", [75])
 
 
-def test_two_go_on_where_one_stopped(folder: Path) -> None:
-    """Started by the name of the command, too."""
-    words = ["--resume", "one.pt", "-o", "one-two.pt", "--steps", "75", "--json"]
-    ran = together(folder, "--no-python", BIN / "ddpm-train", *words)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["processes"] == 2
-    require_same(folder / "one-two.pt", folder / "one-one.pt", [75])
-
-
 # --- what ends a training ---------------------------------------------------------------------------
 
 
-def started(folder: Path) -> "subprocess.Popen[str]":
+def started(folder: Path, *program: str | Path) -> "subprocess.Popen[str]":
     """A long training by two processes, after some steps."""
     process = subprocess.Popen(
-        [*TORCHRUN, *MODULE, *LONG], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*TORCHRUN, *program, *LONG], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     metrics, deadline = folder / "m.train" / "metrics.csv", time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") > 1) and time.monotonic() < deadline:
@@ -141,7 +131,7 @@ def process_of(rank: int, parent: int) -> int:
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_all_and_saves_once(tmp_path: Path) -> None:
-    with started(tmp_path) as process:
+    with started(tmp_path, "--no-python", BIN / "ddpm-train") as process:  # by the name of the command
         process.send_signal(signal.SIGINT)  # torchrun passes it on
         out, err = said_by(process)
     assert process.returncode
@@ -156,7 +146,7 @@ def test_ctrl_c_ends_all_and_saves_once(tmp_path: Path) -> None:
     not Path("/proc/self/task").exists(), reason="the system does not say whose child is whose"
 )
 def test_a_process_that_is_killed_is_told_in_one_line(tmp_path: Path) -> None:
-    with started(tmp_path) as process:
+    with started(tmp_path, *MODULE) as process:
         os.kill(process_of(1, process.pid), signal.SIGKILL)
         out, err = said_by(process)
     assert process.returncode
@@ -165,22 +155,6 @@ def test_a_process_that_is_killed_is_told_in_one_line(tmp_path: Path) -> None:
     assert line.startswith("Error: another process of this training has ended (")
     assert line.endswith("): look for what it said, and continue with --resume from the last checkpoint")
     assert err.count("Traceback") == 1  # torchrun's own
-
-
-SAID = {
-    "no data": (0, "nowhere does not exist"),
-    "no data in process 1": (1, "Error: in process 1 (of 0 to 1): "),
-    "other data in process 1": (
-        0,
-        "process 1 has other images, settings or another checkpoint than process 0",
-    ),
-    "a mistyped option": (0, "Invalid value for '--steps'"),
-    "a mistaken option": (0, "--label-dropout is for a model with --labels"),
-    "an output that exists": (0, "there.pt exists: to train it further"),
-    "a small batch": (0, "a batch of 1 image cannot be shared by 2 processes: start at most 1"),
-    "one GPU": (0, "2 processes of this machine cannot share cuda:0"),
-    "a full disk": (0, "m.pt"),
-}
 
 
 def require_alike(zero: list[Any], one: list[Any]) -> None:
@@ -193,21 +167,15 @@ def require_alike(zero: list[Any], one: list[Any]) -> None:
     assert error.max() <= TOLERANCES["processes_loss"].limit
 
 
-def free_ports(count: int) -> list[str]:
-    """Ports that nobody listens at."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [str(one.getsockname()[1]) for one in sockets]
-
-
-def test_of_two_processes_one_says_what_is_wrong(tmp_path: Path, small_disk: Path) -> None:
-    ports = free_ports(20)
+def test_two_processes_go_on_where_one_stopped_and_one_says_what_is_wrong(
+    tmp_path: Path, folder: Path, small_disk: Path
+) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.one_of_two", str(rank), tmp_path, small_disk, *ports],
+            [sys.executable, "-m", "tests.one_of_two", str(rank), tmp_path, small_disk, folder / "one.pt"],
             cwd=Path(__file__).parent.parent,
+            env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -221,21 +189,54 @@ def test_of_two_processes_one_says_what_is_wrong(tmp_path: Path, small_disk: Pat
             process.communicate()
     assert [process.returncode for process in processes] == [0, 0], said
     zero, one = (json.loads((tmp_path / f"happened-{rank}.json").read_text()) for rank in range(2))
-    for case, (speaks, what) in SAID.items():
-        by_rank = zero[case], one[case]
-        assert all(code and not broke for code, _, broke in by_rank), (case, by_rank)
-        errors = [[line for line in text.splitlines() if "Error: " in line] for _, text, _ in by_rank]
-        assert [len(lines) for lines in errors] == [int(speaks == rank) for rank in range(2)], (case, by_rank)
-        assert what in errors[speaks][0], (case, by_rank)
-    assert zero["late"][0] == "BackendError"
-    assert "another process of this training did not answer for " in zero["late"][1]
-    assert one["late"][0] == "ToldElsewhereError"
-    require_alike(zero["alike"], one["alike"])
-    assert not (tmp_path / "new.pt").exists()
+    silent = "ToldElsewhereError: "
+    assert (zero["both fail"], one["both fail"]) == ("DataError: no such images", silent)
+    assert (zero["one fails"], one["one fails"]) == (silent, "DataError: no such images")
+    assert zero["they differ"].startswith(
+        "SettingError: process 1 has other images, settings or another checkpoint"
+    )
+    assert one["they differ"] == silent
+    assert zero["same"] == one["same"] == "same"
+    require_alike(zero["steps"], one["steps"])
+    require_same(tmp_path / "one-two.pt", folder / "one-one.pt", [75])
+    assert "m.pt" in zero["full disk"]
+    assert not zero["full disk"].startswith(("ToldElsewhereError", "BackendError"))
+    assert one["full disk"] == silent
     assert list(small_disk.glob("*.pt")) == []
 
 
 # --- without other processes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_alone_says_what_is_wrong_with_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    result = CliRunner().invoke(ddpm_deploy, ["train", "digits", "--steps", "none"])
+    assert (result.exit_code, result.output.count("\n")) == (2, int(rank == "0")), result.output
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        (
+            "[/pytorch/gloo/pair.cc:537] Read error [127.0.0.1]:44731: Connection reset by peer. This is typically …",
+            "has ended (Read error [127.0.0.1]:44731: Connection reset by peer): look for what it said",
+        ),
+        (
+            "[/pytorch/gloo/unbound_buffer.cc:81] Timed out waiting 1000ms for recv operation to complete",
+            "did not answer for 30 minutes (Timed out waiting 1000ms for recv operation to complete)",
+        ),
+    ],
+)
+def test_what_is_said_of_a_process_that_is_lost(said: str, what: str) -> None:
+    with pytest.raises(BackendError) as caught, ALONE.reaching():
+        raise RuntimeError(said)
+    assert what in str(caught.value)
+    with pytest.raises(RuntimeError, match="shapes"), ALONE.reaching():
+        raise RuntimeError("shapes do not match")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -308,7 +309,7 @@ def test_others_that_do_not_come_are_not_waited_for_long(monkeypatch: pytest.Mon
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(silent.getsockname()[1]))
         with (
-            pytest.raises(worlds.BackendError, match="the 2 processes of this training did not meet at 127"),
+            pytest.raises(BackendError, match="the 2 processes of this training did not meet at 127"),
             World(1, 2).joined(),
         ):
             pass
