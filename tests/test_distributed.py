@@ -30,6 +30,8 @@ from ddpm_deploy.train.world import ALONE, World  # noqa: E402
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2"]
+# That the store is kept by whoever starts the processes, as torchrun says it.
+AGENT = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 MODULE = ["-m", "ddpm_deploy.train"]
 # Slices of unequal size, in parts, with everything random but dropout.
 NEW = [
@@ -45,7 +47,7 @@ LONG = [
 def together(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
     """Train with two processes."""
     return subprocess.run(
-        [*TORCHRUN, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=120
+        [*TORCHRUN, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=240
     )
 
 
@@ -107,7 +109,7 @@ def started(folder: Path, *program: str | Path) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
         [*TORCHRUN, *program, *LONG], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    metrics, deadline = folder / "m.train" / "metrics.csv", time.monotonic() + 90
+    metrics, deadline = folder / "m.train" / "metrics.csv", time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count("\n") > 1) and time.monotonic() < deadline:
         time.sleep(0.1)
     return process
@@ -116,7 +118,7 @@ def started(folder: Path, *program: str | Path) -> "subprocess.Popen[str]":
 def said_by(process: "subprocess.Popen[str]") -> tuple[str, str]:
     """What was written until all had ended; none is to wait for another that has gone."""
     try:
-        return process.communicate(timeout=60)
+        return process.communicate(timeout=120)
     finally:
         process.terminate()  # which torchrun passes on
 
@@ -175,14 +177,14 @@ def test_two_processes_go_on_where_one_stopped_and_one_says_what_is_wrong(
         subprocess.Popen(
             [sys.executable, "-m", "tests.one_of_two", str(rank), tmp_path, small_disk, folder / "one.pt"],
             cwd=Path(__file__).parent.parent,
-            env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
+            env=os.environ | AGENT | {"MASTER_PORT": str(store.port)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=100)[1] for process in processes]
+        said = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
