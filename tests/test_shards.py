@@ -107,7 +107,7 @@ def test_what_comes_next_is_what_is_missing(tmp_path: Path) -> None:
         ("3/4", "1 shard of other parts is yet to come"),
         ("4/4", "join them with: ddpm-deploy merge "),
     ):
-        result = call("run", MODEL, *RUN, "-o", tmp_path / "s", "--shard", part)
+        result = call("run", MODEL, *RUN, "-o", tmp_path / "s", "--shard", part, "-v")
         assert result.exit_code == 0
         assert told in result.stderr
         assert result.stderr.count("shards of other parts") + result.stderr.count("join them") <= 1
