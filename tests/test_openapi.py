@@ -12,6 +12,9 @@ pytest.importorskip("fastapi", reason="the extra serve")
 pytest.importorskip("httpx2")
 pytest.importorskip("schemathesis")
 
+from ddpm_deploy import Request
+from ddpm_deploy.serve.answers import RequestFields
+from ddpm_deploy.serve.bodies import SamplesBody
 from tests.models import ArrayNetwork, tiny_spec
 from tests.test_guidance import Labelled
 from tests.test_serve import serving, told
@@ -75,3 +78,9 @@ def test_the_limits_are_those_of_the_model(network: Any) -> None:
         assert fields["steps"]["anyOf"][0]["maximum"] == 9
         assert [kind.get("maxItems") for kind in fields["guidance"]["anyOf"]] == [0, None]
         assert "model" not in schemas["InferBody"]["properties"]
+
+
+def test_a_new_field_of_a_request_is_in_the_document() -> None:
+    own = set(Request.__struct_fields__) - {"table", "depth"}  # which JSON does not ask for
+    assert set(RequestFields.__annotations__) == own
+    assert set(SamplesBody.__struct_fields__) == own | {"deadline", "format"}

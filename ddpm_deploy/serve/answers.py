@@ -2,7 +2,7 @@
 
 import base64
 import io
-from typing import Final, TypedDict
+from typing import Final, NotRequired, TypedDict
 
 from ddpm_deploy.runtime.images import COLOURS, grid, npz_writer, origin_text, png, to_uint8
 from ddpm_deploy.runtime.protocols import Array
@@ -38,6 +38,7 @@ class RequestFields(TypedDict):
     first_index: str
     labels: list[int]
     guidance: list[float]
+    share_until: NotRequired[int]
 
 
 class PictureFields(TypedDict):

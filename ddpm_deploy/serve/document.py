@@ -90,6 +90,7 @@ def _limits(spec: ModelSpec, settings: Settings) -> dict[str, dict[str, dict[str
             "first_index": _any(*seed),
             "labels": _any(*label, _several(_any(*label), settings.max_count)),
             "guidance": _any(*_guidance(spec, scale, settings.max_count), _NULL),
+            "share_until": _any({"type": "integer", "minimum": 0, "maximum": spec.timesteps}, _NULL),
             "deadline": _any({"type": "number", "exclusiveMinimum": 0}, _NULL),
         },
         "ImagesBody": {

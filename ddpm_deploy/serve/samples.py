@@ -151,7 +151,7 @@ _RESULT: Final = {
 }
 _WATCHED: Final = {
     **answer(200, "Its status, previews, and how it ended", events("status", "preview", *_ENDS)),
-    **error_answers(404, 422),
+    **error_answers(404, 422, 503),
 }
 
 
@@ -201,7 +201,7 @@ def _kept(service: Service) -> APIRouter:
         status_code=204,
         summary="Call a request off, or forget its images",
         operation_id="deleteSample",
-        responses=error_answers(404),
+        responses=error_answers(404, 503),
     )
     async def delete(id: str) -> Response:
         service.results.drop(service.results.get(id))
