@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import click
 
@@ -28,6 +28,7 @@ from ddpm_deploy.runtime.sampler import Sampler
 from ddpm_deploy.runtime.snapshot import Snapshot
 from ddpm_deploy.signals import stop_on_signals
 from ddpm_deploy.version import __version__
+from ddpm_deploy.words import AskedSolver, Spacing
 
 _SNAPSHOT_SECONDS: Final = 60.0
 _FORM_OPTIONS: Final[dict[Form, str]] = {
@@ -36,6 +37,33 @@ _FORM_OPTIONS: Final[dict[Form, str]] = {
     "float": " --float",
     "data": " --float --in-data-range",
 }
+
+
+class RequestOptions(TypedDict):
+    """The options of a chain, of ddpm-run and of ddpm-deploy evaluate."""
+
+    steps: int | None
+    solver: AskedSolver | None
+    eta: float | None
+    spacing: Spacing | None
+    timesteps: tuple[int, ...] | None
+    labels: tuple[str, ...]
+    guidance: float | None
+
+
+def request_of(options: RequestOptions, **more: Any) -> Request:
+    """What they ask for, not yet checked. more: other fields of the Request."""
+    guidance = options["guidance"]
+    return Request(
+        steps=options["steps"],
+        solver=options["solver"],
+        eta=options["eta"],
+        spacing=options["spacing"],
+        timesteps=options["timesteps"],
+        labels=options["labels"],
+        guidance=() if guidance is None else (guidance,),
+        **more,
+    )
 
 
 class ChainOptions(Place):

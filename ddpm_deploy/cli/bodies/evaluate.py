@@ -13,6 +13,7 @@ import click
 import numpy as np
 
 from ddpm_deploy.bulk.source import find_samples
+from ddpm_deploy.cli.bodies.chain import RequestOptions, request_of
 from ddpm_deploy.cli.bodies.models import Place, open_network, require_runnable
 from ddpm_deploy.cli.bodies.outputs import check_outputs
 from ddpm_deploy.cli.bodies.progress import duration, peak_memory, stage
@@ -25,10 +26,8 @@ from ddpm_deploy.evaluate.likelihood import Estimate, Likelihood, Stratum, Terms
 from ddpm_deploy.files import atomic, show
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.network import time_call
-from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.spec import ChainSettings
 from ddpm_deploy.version import __version__
-from ddpm_deploy.words import AskedSolver, Spacing
 
 _COUNT: Final = 1000  # images, where nothing else is said
 _TERMS: Final = 20  # of each image
@@ -48,13 +47,10 @@ class _Evaluation:
     seconds: float
 
 
-class Options(Place):
-    """The options of the place; those of both measures; those of the bound, and those of the distances."""
+class Options(Place, RequestOptions):
+    """The options of the place and of a chain; those of both measures, of the bound, and of the distances."""
 
     count: int | None
-    steps: int | None
-    spacing: Spacing | None
-    timesteps: tuple[int, ...] | None
     seed: int
     batch: int | None
     array: str
@@ -66,10 +62,6 @@ class Options(Place):
     features: str | None
     samples: int | None
     statistics: Path | None
-    solver: AskedSolver | None
-    eta: float | None
-    labels: tuple[str, ...]
-    guidance: float | None
 
 
 def evaluate(model: Path, data: str, *, nll: bool, fid: bool, **options: Unpack[Options]) -> None:
@@ -108,17 +100,6 @@ def _tell_distances(model: Path, data: str, options: Options) -> None:
     require("torch", "evaluate")
     from ddpm_deploy.cli.bodies.distances import Asked, measure_distances  # which import it
 
-    guidance = options["guidance"]
-    request = Request(
-        steps=options["steps"],
-        solver=options["solver"],
-        eta=options["eta"],
-        spacing=options["spacing"],
-        timesteps=options["timesteps"],
-        seed=options["seed"],
-        labels=options["labels"],
-        guidance=() if guidance is None else (guidance,),
-    )
     asked = Asked(
         samples_from=model,
         data=data,
@@ -126,7 +107,7 @@ def _tell_distances(model: Path, data: str, options: Options) -> None:
         features=options["features"],
         samples=options["samples"],
         count=options["count"],
-        request=request,
+        request=request_of(options, seed=options["seed"]),
         batch=options["batch"],
         array=options["array"],
         resize=options["resize"],

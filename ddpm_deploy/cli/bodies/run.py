@@ -6,7 +6,14 @@ from typing import Unpack
 
 import click
 
-from ddpm_deploy.cli.bodies.chain import ChainOptions, Watch, checked_outputs, write_images
+from ddpm_deploy.cli.bodies.chain import (
+    ChainOptions,
+    RequestOptions,
+    Watch,
+    checked_outputs,
+    request_of,
+    write_images,
+)
 from ddpm_deploy.cli.bodies.cluster import Cluster, run_on_ray
 from ddpm_deploy.cli.bodies.models import open_sampler
 from ddpm_deploy.cli.bodies.shards import Split, run_shards
@@ -18,23 +25,20 @@ from ddpm_deploy.runtime.interpolate import COUNT as STRIP_COUNT
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.solvers import E, T
 from ddpm_deploy.spec import ModelSpec
-from ddpm_deploy.words import AskedSolver, Encoder, Spacing
+from ddpm_deploy.words import Encoder
+
+
+class Options(ChainOptions, RequestOptions):
+    """The options of the place, of what is sampled, and of what is written."""
 
 
 def run(
     model: Path,
     *,
-    steps: int | None,
     count: int | None,
     seed: int | None,
     first_index: int,
     batch: int | None,
-    labels: tuple[str, ...],
-    solver: AskedSolver | None,
-    eta: float | None,
-    spacing: Spacing | None,
-    timesteps: tuple[int, ...] | None,
-    guidance: float | None,
     share_until: int | None,
     between: tuple[Path, Path] | None,
     depth: int | None,
@@ -45,7 +49,7 @@ def run(
     shard: tuple[int, int] | None,
     ray: str | None,
     workers: int | None,
-    **options: Unpack[ChainOptions],
+    **options: Unpack[Options],
 ) -> None:
     """Sample images and write them."""
     of_shards = {"--shard-size": shard_size, "--shard": shard, "--ray": ray}
@@ -55,19 +59,9 @@ def run(
     if shards and snapshot:
         raise click.UsageError("--snapshot is not for --shards, which goes on with what is there: omit it")
     opened = open_model(model)
-    asked = Request(
-        count=count or (STRIP_COUNT if between else 16),
-        steps=steps,
-        solver=solver,
-        eta=eta,
-        spacing=spacing,
-        timesteps=timesteps,
-        seed=seed,
-        first_index=first_index,
-        labels=labels,
-        guidance=() if guidance is None else (guidance,),
-        share_until=share_until,
-        depth=depth,
+    count = count or (STRIP_COUNT if between else 16)
+    asked = request_of(
+        options, count=count, seed=seed, first_index=first_index, share_until=share_until, depth=depth
     )
     if between:
         _require_of_strip(shards=shards, snapshot=snapshot, request=asked)
