@@ -316,6 +316,8 @@ def test_arrows_point_one_way() -> None:
     for path in (ROOT / "ddpm_deploy").rglob("*.py"):
         parts = path.relative_to(ROOT / "ddpm_deploy").parts
         stage = parts[0] if len(parts) > 1 else "core"
+        if path.name == "__main__.py":  # a command line by another name, which nobody imports
+            stage = "cli"
         for line in path.read_text().splitlines():
             words = line.split()
             if len(words) > 1 and words[0] in ("from", "import") and words[1].startswith("ddpm_deploy."):
