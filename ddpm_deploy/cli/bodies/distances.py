@@ -408,14 +408,12 @@ def _as_json(found: _Found) -> dict[str, Any]:
 
 
 def _kernel_json(kernel: KernelDistance, found: _Found) -> dict[str, Any]:
-    mean, deviation = finite([kernel.subsets_mean, kernel.subsets_sd])
+    mean, deviation = kernel.subsets_mean, kernel.subsets_sd
+    subsets = {"number": SUBSETS, "size": SUBSET_SIZE, "mean": mean, "standard_deviation": deviation}
     return {
         "value": kernel.value,
         "standard_error": kernel.error,
         "is_kid": found.extractor.is_fid,
-        "subsets": SUBSETS,
-        "subset_size": SUBSET_SIZE,
-        "subsets_mean": mean,
-        "subsets_standard_deviation": deviation,
         "features_kept": min(KEPT, found.samples.count),
+        "subsets": None if math.isnan(mean) else subsets,
     }
