@@ -27,15 +27,15 @@ _ROWS: Final = 1000  # of the kernel's matrix that are there at a time
 class KernelDistance:
     """MMD² of all features, its standard error as the y are drawn again, and what subsets give.
 
-    subset_size: images of either side in a subset. subsets_mean, subsets_sd: of `SUBSETS` random ones, as papers and
-    torch-fidelity write KID; the standard deviation is of one subset, and not the error of the mean.
+    subsets_mean, subsets_sd: of `SUBSETS` random ones of `SUBSET_SIZE` images of either side, as papers and
+    torch-fidelity write KID; the standard deviation is of one subset, and not the error of the mean. NaN where there
+    are not more images than these.
     """
 
     value: float
     error: float
-    subset_size: int
-    subsets_mean: float
-    subsets_sd: float
+    subsets_mean: float = math.nan
+    subsets_sd: float = math.nan
 
 
 def kernel_distance(
@@ -46,16 +46,18 @@ def kernel_distance(
         raise DataError(
             f"the kernel distance is of two images or more of either side, not {len(x)} and {len(y)}"
         )
-    size = min(SUBSET_SIZE, len(x), len(y))
+    value, error = _mmd2(x, y)
+    progress(1)
+    if min(len(x), len(y)) <= SUBSET_SIZE:
+        progress(SUBSETS)
+        return KernelDistance(value, error)
     random = np.random.Generator(np.random.Philox(seed))
     found = []
     for _ in range(SUBSETS):
-        some = (side[np.sort(random.permutation(len(side))[:size])] for side in (x, y))
+        some = (side[np.sort(random.permutation(len(side))[:SUBSET_SIZE])] for side in (x, y))
         found.append(_mmd2(*some)[0])
         progress(1)
-    value, error = _mmd2(x, y)
-    progress(1)
-    return KernelDistance(value, error, size, float(np.mean(found)), float(np.std(found, ddof=1)))
+    return KernelDistance(value, error, float(np.mean(found)), float(np.std(found, ddof=1)))
 
 
 def _mmd2(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from ddpm_deploy.evaluate.frechet import (
     load_normal,
     standard_error,
 )
-from ddpm_deploy.evaluate.kernel import SUBSETS, KernelDistance, kernel_distance
+from ddpm_deploy.evaluate.kernel import SUBSET_SIZE, SUBSETS, KernelDistance, kernel_distance
 from ddpm_deploy.files import show
 from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import ModelFile, open_model
@@ -350,11 +350,18 @@ def _as_text(found: _Found) -> str:
         ),
     ]
     if kernel:
-        subsets = f"{SUBSETS} subsets of {kernel.subset_size}: {kernel.subsets_mean:.4g}, SD {kernel.subsets_sd:.2g}"
         name = "KID" if extractor.is_fid else "kernel distance"
-        rows.append((name, f"{kernel.value:.4g} ± {kernel.error:.2g} ({subsets})"))
+        rows.append((name, f"{kernel.value:.4g} ± {kernel.error:.2g}{_subsets(kernel)}"))
     lines = [f"{name:<18}{said}" for name, said in rows]
     return "\n".join([*lines, f"±: the standard error, by the samples. In {duration(found.seconds)}"])
+
+
+def _subsets(kernel: KernelDistance) -> str:
+    """Write KID as papers do, where there are images enough."""
+    if math.isnan(kernel.subsets_mean):
+        return ""
+    mean, deviation = kernel.subsets_mean, kernel.subsets_sd
+    return f"; of {SUBSETS} subsets of {SUBSET_SIZE}, mean {mean:.4g} and standard deviation {deviation:.2g}"
 
 
 def _bias(found: _Found) -> str:
@@ -395,16 +402,18 @@ def _as_json(found: _Found) -> dict[str, Any]:
             "is_fid": extractor.is_fid,
             "largest_ranks": {"samples": own, "data": other},
         },
-        "kernel_distance": kernel
-        and {
-            "value": kernel.value,
-            "standard_error": kernel.error,
-            "is_kid": extractor.is_fid,
-            "subsets": SUBSETS,
-            "subset_size": kernel.subset_size,
-            "subsets_mean": kernel.subsets_mean,
-            "subsets_standard_deviation": kernel.subsets_sd,
-            "features_kept": min(KEPT, found.samples.count),
-        },
+        "kernel_distance": kernel and _kernel_json(kernel, found),
         "seconds": found.seconds,
+    }
+
+
+def _kernel_json(kernel: KernelDistance, found: _Found) -> dict[str, Any]:
+    mean, deviation = kernel.subsets_mean, kernel.subsets_sd
+    subsets = {"number": SUBSETS, "size": SUBSET_SIZE, "mean": mean, "standard_deviation": deviation}
+    return {
+        "value": kernel.value,
+        "standard_error": kernel.error,
+        "is_kid": found.extractor.is_fid,
+        "features_kept": min(KEPT, found.samples.count),
+        "subsets": None if math.isnan(mean) else subsets,
     }
