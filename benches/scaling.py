@@ -105,7 +105,7 @@ def model_rows(model: str, images: int = 400, size: int = 25) -> Iterator[Row]:
     yield Row("start: Ray, its workers, the model", f"{pace.start:.1f} s")
     yield Row("r: a worker of one thread", f"{pace.rate:.1f} images/s")
     yield Row(
-        "d: the driver, for a shard (at most, as the workers' own time is in it)",
+        "d: the driver's processor, for a shard",
         f"{pace.shard * 1e3:.2f} ms",
     )
     yield Row("b: an image", f"{pace.image:.0f} bytes")

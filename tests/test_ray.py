@@ -69,9 +69,10 @@ def started(temporary: Path, folder: Path, *options: object, model: str | Path =
 
 def ended(driver: Driver, code: int = 0) -> str:
     """What a run said on standard error, once it ended with this code."""
-    _, said = driver.communicate(timeout=120)
+    results, said = driver.communicate(timeout=120)
     assert driver.returncode == code, said
     assert "Traceback" not in said
+    assert results.count("\n") == (code == 0)  # the line of what was made
     return said
 
 

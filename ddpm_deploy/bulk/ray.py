@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -118,6 +119,7 @@ def connected(address: str | None, cores: int) -> Iterator[Any]:
         settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
     ray = require("ray", "ray")
+    _keep_quiet()
     where = _local(cores) if address is None else _cluster(ray, address)
     with where as options:
         try:
@@ -126,6 +128,17 @@ def connected(address: str | None, cores: int) -> Iterator[Any]:
         finally:
             with signals_held(lambda: None):  # between its processes some would stay
                 ray.shutdown()
+
+
+def _keep_quiet() -> None:
+    """Ray prints what befalls a machine, with pages of its log, on standard output, which is for results: -v tells."""
+
+    def tell(data: Any, *rest: Any, **more: Any) -> None:
+        logger.debug("Ray says: %s", data)
+
+    # It has no setting for that: of a Ray that keeps it elsewhere, this changes nothing.
+    if module := sys.modules.get("ray._private.worker"):
+        vars(module)["print_to_stdstream"] = tell
 
 
 @contextmanager
