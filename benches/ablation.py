@@ -261,6 +261,8 @@ def _picture(found: Sequence[Summary], yardstick: float, path: Path) -> None:
     left.set_yticks(list(rows), [one.variant.label for one in found])
     left.set(xscale="log", xlabel="Fréchet distance (less is better)")
     right.set(xscale="log", xlabel="bits/dim of digits not trained on (less is better)")
+    right.set_xticks([5, 10, 20, 40], ["5", "10", "20", "40"])
+    right.set_xticks([], minor=True)
     left.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
