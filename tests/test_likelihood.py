@@ -318,6 +318,28 @@ def test_figures_do_not_depend_on_the_batch_and_repeat_exactly() -> None:
     assert evaluated(ArrayNetwork(spec, 64), images, Terms(spec, strata=6), seed=1) != wanted
 
 
+def test_figures_do_not_depend_on_what_is_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(timesteps=50, variance="learned_range")
+    images = gaussian_images(70)
+    wanted = evaluated(ArrayNetwork(spec, 8), images, Terms(spec, strata=6))
+    for rows in (1, 3, 20):
+        monkeypatch.setattr("ddpm_deploy.evaluate.likelihood._TOGETHER", 16 * rows)
+        monkeypatch.setattr("ddpm_deploy.evaluate.likelihood._TILE", 16 * (rows // 2))
+        assert evaluated(ArrayNetwork(spec, 8), images, Terms(spec, strata=6)) == wanted
+
+
+def test_every_row_has_the_label_of_its_image() -> None:
+    """A network that knows the image by its label makes no error, and the variance is that of q."""
+    spec = spec_of(timesteps=50, num_classes=5, prediction="x0", variance="fixed_small")
+    images = gaussian_images(5)
+    one = ArrayNetwork(spec, 8)
+    one.answer = lambda x, t: (images[one.memory["y"][: len(x)]] / 127.5 - 1).astype(np.float32)  # type: ignore[method-assign]
+    found = likelihood(one, Terms(spec, strata=7), lambda i: images[i], np.arange(5), np.arange(5))
+    assert found.between.bits == pytest.approx(0, abs=1e-6)
+    wrong = likelihood(one, Terms(spec, strata=7), lambda i: images[i], np.arange(5), np.arange(5)[::-1])
+    assert wrong.between.bits > 1
+
+
 def test_a_chain_of_one_step_is_the_decoder_alone() -> None:
     spec = spec_of()
     found = evaluated(ArrayNetwork(spec, 8), gaussian_images(2), Terms(spec, ChainSettings(timesteps=(400,))))

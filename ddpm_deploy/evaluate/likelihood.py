@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,28 @@ Read = Callable[[Indices], Pixels]
 _GROUP: Final = (
     64  # images that are read and summed at a time, whatever the batch, so that sums do not depend on that
 )
-_FARTHEST: Final = -30.0  # standard deviations down to which erfc has all its digits
-_erfc: Final[Callable[[Floats], NDArray[Any]]] = np.frompyfunc(math.erfc, 1, 1)
+_TOGETHER: Final = 1 << 18  # numbers of the rows that are prepared together, and summed together
+_TILE: Final = 1 << 14  # numbers that are computed with at a time, within a core's L2 cache in float64
+# Φ(-x) = e^(-x²/2)/(5 + x) · P((5 - x)/(5 + x)) for x ≥ 0, fitted at Chebyshev nodes: relative 8e-13, however large x.
+_NORMAL_TAIL: Final = (
+    0.7691930497500629,
+    0.6653825028952081,
+    0.4953056159794071,
+    0.31353315642325413,
+    0.1650203657161463,
+    0.06911864220566823,
+    0.02079507321255068,
+    0.002993354476597973,
+    -0.0007979102937203084,
+    -0.0005448230793225451,
+    -5.923620861591038e-05,
+    4.96136025954525e-05,
+    1.6407313466403754e-05,
+    -3.8085544774946463e-06,
+    -2.4547058896750963e-06,
+    2.2183002642264407e-07,
+    2.2943778464415802e-07,
+)
 
 
 @dataclass(frozen=True)
@@ -142,10 +162,11 @@ def prior_bits(x0: Floats, table: BoundTable) -> Floats:
     return nats / math.log(2)
 
 
-def _divergence(error: Floats, ln_var: Floats, ln_var_posterior: Floats) -> Floats:
-    """KL(q ‖ p) of two Gaussians, in nats: their means differ by `error` (n, D); ln of their variances, or (n, 1)."""
+def _divergence(squares: Floats, ln_var: Floats, ln_var_posterior: Floats) -> Floats:
+    """KL(q ‖ p) of two Gaussians, in nats. squares: of the difference of their means, (n, D); or the mean of these,
+    (n, 1), where one variance is all of an image's. ln_var: of p, like it. ln_var_posterior: of q, (n, 1)."""
     difference = ln_var_posterior - ln_var
-    nats: Floats = 0.5 * (np.expm1(difference) - difference + error**2 * np.exp(-ln_var))
+    nats: Floats = 0.5 * (np.expm1(difference) - difference + squares * np.exp(-ln_var))
     return nats
 
 
@@ -169,65 +190,122 @@ def _ln_likelihood(x0: Floats, error: Floats, ln_var: Floats, spec: ModelSpec) -
 
 def _ln_normal(z: Floats) -> Floats:
     """ln Φ(z), any shape."""
-    near = np.maximum(z, _FARTHEST)
-    found: Floats = np.log(_erfc(near * -math.sqrt(0.5)).astype(np.float64) / 2)
-    far = z < _FARTHEST
-    if far.any():  # the asymptotic series, to 2e-10
-        y = z[far] ** -2.0
-        found[far] = -0.5 / y - np.log(-z[far] * math.sqrt(2 * math.pi)) + np.log1p(-y + 3 * y**2 - 15 * y**3)
-    return found
+    x = np.abs(z)
+    farther = x + 5
+    u = (5 - x) / farther
+    series = np.full_like(u, _NORMAL_TAIL[-1])
+    for coefficient in _NORMAL_TAIL[-2::-1]:
+        series *= u
+        series += coefficient
+    ln_tail: Floats = np.log(series / farther) - x**2 / 2  # ln Φ(-x)
+    return np.where(z < 0, ln_tail, np.log1p(-np.exp(ln_tail)))
 
 
 class _Rows:
-    """What a network says of rows of (image, step), up to `batch` at a time."""
+    """What a network says of rows of (image, step), in memory that is allocated once.
 
-    def __init__(self, network: Network, terms: Terms, seed: int, batch: int) -> None:
-        self._network, self._terms, self._seed = network, terms, seed
-        self._spec = network.spec
+    It is asked for `batch` of them at a time. What comes before and after is done for many rows together: a call of the
+    network leaves nothing of ours in the processor's caches.
+    """
+
+    def __init__(self, network: Network, terms: Terms, seed: int, batch: int, progress: Progress) -> None:
+        self._network, self._terms, self._seed, self._batch = network, terms, seed, batch
+        self._progress, self._spec = progress, network.spec
         self._elements = math.prod(network.spec.image_shape)
         embedding = network.spec.embedding.table(network.spec.timesteps)
         self._embedding = embedding[terms.table.timesteps]
-        self._noise = AddressedNoise(batch, self._elements)
-        self._drawn = np.empty(batch * self._noise.width, np.float32)
+        self.together = batch * max(1, _TOGETHER // (batch * self._elements))
+        self._noise = AddressedNoise(self.together, self._elements)
+        self._drawn = np.empty((self.together, 1, self._noise.width), np.float32)
+        self._said = np.empty((self.together, math.prod(network.spec.output.shape)), np.float32)
+        self._tile = max(1, _TILE // self._elements)
+        self._scratch = np.empty((3, self._tile, self._elements))
 
     def evaluate(
-        self, x0: Floats, indices: Indices, steps: NDArray[np.int64], y: Labels | None
+        self, x0: Floats, image: Indices, indices: Indices, steps: NDArray[np.int64], y: Labels | None
     ) -> tuple[Floats, Floats]:
-        """The term of each row in bits a dimension, and the mean squared error of x̂0: (n,) each, for x0 (n, D)."""
-        table, column = self._terms.table, self._terms.columns
-        at = steps[:, None]
-        x = (table.signal[at] * x0 + table.noise[at] * self._forward_noise(indices, steps)).astype(np.float32)
-        shape = len(x0), *self._spec.image_shape
-        said = ask(self._network, x.reshape(shape), self._embedding[steps], y).reshape(len(x0), -1)
+        """The terms of up to `together` rows in bits a dimension, and the mean squared errors of x̂0: (n,) each.
+
+        x0: (images, D). image: which of them a row is of, (n,). indices: (images,). steps: (n,). y: (images,).
+        """
+        count = len(steps)
+        x = self._forward_noise(indices[image], steps)
+        tiles = [slice(first, first + self._tile) for first in range(0, count, self._tile)]
+        for some in tiles:
+            self._diffuse(x0, image[some], x[some], steps[some])
+        said = self._ask(x, steps, None if y is None else y[image])
+        found = [self._of_tile(x0, image[some], x[some], said[some], steps[some]) for some in tiles]
+        bits, squares = (np.concatenate(each) for each in zip(*found, strict=True))
+        return bits, squares
+
+    def _forward_noise(self, indices: Indices, steps: NDArray[np.int64]) -> Array:
+        """The addressed noise of x_t, as `noise.forward_noise` gives it, (n, D)."""
+        part, draws = slice(0, len(steps)), forward_draw(self._terms.table.timesteps[steps])
+        self._noise.assign(part, np.full(len(steps), self._seed, np.uint64), indices.astype(np.uint64))
+        self._noise.fill(part, draws[:, None], self._drawn[part])
+        return self._drawn[part, 0, : self._elements]
+
+    def _diffuse(self, all_x0: Floats, image: Indices, x: Array, steps: NDArray[np.int64]) -> None:
+        """x ← x_t, of a tile: x holds the noise."""
+        table, at = self._terms.table, steps[:, None]
+        x0, noise, _ = self._scratch[:, : len(steps)]
+        np.take(all_x0, image, axis=0, out=x0, mode="clip")  # this mode writes straight into `out`
+        np.multiply(table.signal[at], x0, x0)
+        np.multiply(table.noise[at], x, noise)
+        np.add(x0, noise, x, casting="same_kind")
+
+    def _ask(self, x: Array, steps: NDArray[np.int64], y: Labels | None) -> Array:
+        """What the network says of x (n, D), for each row."""
+        said, shape = self._said[: len(x)], (-1, *self._spec.image_shape)
+        for first in range(0, len(x), self._batch):
+            some = slice(first, first + self._batch)
+            its = None if y is None else y[some]
+            answer = ask(self._network, x[some].reshape(shape), self._embedding[steps[some]], its)
+            said[some] = answer.reshape(len(answer), -1)
+            self._progress(len(answer))
+        return said
+
+    def _of_tile(
+        self, all_x0: Floats, image: Indices, x: Array, said: Array, steps: NDArray[np.int64]
+    ) -> tuple[Floats, Floats]:
+        """What `evaluate` gives, of a tile, from what the network said of x_t."""
         if not np.isfinite(said).all():
             raise BackendError("the network gave numbers that are not finite")
         out, v = said[:, : self._elements], said[:, self._elements :]
-        denoised = np.clip(column["a"][at] * x + column["b"][at] * out, column["lo"][at], column["hi"][at])
-        squares = (denoised - x0) ** 2
+        table, column, at = self._terms.table, self._terms.columns, steps[:, None]
+        x0, scratch, error = self._scratch[:, : len(steps)]
+        np.take(all_x0, image, axis=0, out=x0, mode="clip")
+        np.multiply(column["a"][at], x, scratch)
+        np.multiply(column["b"][at], out, error)
+        denoised = np.add(scratch, error, error)
+        np.clip(denoised, column["lo"][at], column["hi"][at], denoised)
+        np.subtract(denoised, x0, error)
+        squares = _mean_square(error)
         # The mean of p less that of q; where the output is the mean itself (g), it is taken as it is.
-        error = table.k0[at] * (denoised - x0)
+        np.multiply(table.k0[at], error, error)
         itself = column["g"][steps] != 0
         if itself.any():
             mean = table.k0[at] * x0 + table.kt[at] * x
             error[itself] = (out - mean)[itself]
-        ln_var = table.ln_var_min[at]
+        return self._bits(x0, error, v, steps), squares
+
+    def _bits(self, x0: Floats, error: Floats, v: Array, steps: NDArray[np.int64]) -> Floats:
+        """The terms, (n,), from the error of the mean of p, (n, D), and what the network says of the variance."""
+        table, at = self._terms.table, steps[:, None]
+        ln_var, squares = table.ln_var_min[at], _mean_square(error)[:, None]
         if v.shape[1]:
-            ln_var = ln_var + (v + 1) / 2 * (table.ln_var_max[at] - ln_var)
-        nats = _divergence(error, ln_var, table.ln_var_posterior[at])
+            ln_var, squares = ln_var + (v + 1) / 2 * (table.ln_var_max[at] - ln_var), error**2
+        nats: Floats = _divergence(squares, ln_var, table.ln_var_posterior[at]).mean(axis=1)
         first = steps == 0
         if first.any():
-            nats[first] = -_ln_likelihood(x0[first], error[first], ln_var[first], self._spec)
-        return nats.mean(axis=1) / math.log(2), squares.mean(axis=1)
+            nats[first] = -_ln_likelihood(x0[first], error[first], ln_var[first], self._spec).mean(axis=1)
+        return nats / math.log(2)
 
-    def _forward_noise(self, indices: Indices, steps: NDArray[np.int64]) -> Array:
-        """The addressed noise of x_t, as `noise.forward_noise` gives it, (n, D)."""
-        count = len(indices)
-        draws = forward_draw(self._terms.table.timesteps[steps])
-        out = self._drawn[: count * self._noise.width].reshape(count, 1, -1)
-        part = slice(0, count)
-        self._noise.assign(part, np.full(count, self._seed, np.uint64), indices.astype(np.uint64))
-        self._noise.fill(part, draws[:, None], out)
-        return out[:, 0, : self._elements]
+
+def _mean_square(values: Floats) -> Floats:
+    """Of each row of (n, D), (n,)."""
+    squares: Floats = np.einsum("ij,ij->i", values, values) / values.shape[1]
+    return squares
 
 
 class _Moments:
@@ -287,25 +365,20 @@ def likelihood(
     batch = network.max_batch if batch is None else batch
     if not 1 <= batch <= network.max_batch:
         raise SettingError(f"batch must be from 1 to {network.max_batch}, not {batch}")
-    rows, moments = _Rows(network, terms, seed, batch), _Moments(terms.per_image)
+    rows, moments = _Rows(network, terms, seed, batch, progress), _Moments(terms.per_image)
     low, high = network.spec.value_range
     for first in range(0, len(indices), _GROUP):
         part = indices[first : first + _GROUP]
         y = None if labels is None else labels[first : first + _GROUP]
         x0 = low + (high - low) * (read(part).reshape(len(part), -1) / EIGHT_BIT_STEPS)
-        steps = terms.chosen(seed, part)
-        bits, squares = np.empty(steps.size), np.empty(steps.size)
-        for start in range(0, steps.size, batch):
-            some = np.arange(start, min(start + batch, steps.size))
-            image, step = some // terms.per_image, steps.reshape(-1)[some]
-            its = None if y is None else y[image]
-            bits[some], squares[some] = rows.evaluate(x0[image], part[image], step, its)
-            progress(len(some))
-        moments.add(
-            prior_bits(x0, terms.table),
-            bits.reshape(steps.shape) * terms.lengths,
-            squares.reshape(steps.shape),
-        )
+        # Step by step, so that the decoder's terms are in few batches.
+        steps, image = terms.chosen(seed, part).T.ravel(), np.tile(np.arange(len(part)), terms.per_image)
+        found = np.empty((2, steps.size))
+        for start in range(0, steps.size, rows.together):
+            some = slice(start, start + rows.together)
+            found[:, some] = rows.evaluate(x0, image[some], part, steps[some], y)
+        bits, squares = found.reshape(2, -1, len(part)).transpose(0, 2, 1)
+        moments.add(prior_bits(x0, terms.table), bits * terms.lengths, squares)
     return _summed(moments, terms)
 
 
