@@ -136,9 +136,9 @@ def test_a_worker_that_is_killed(tmp_path: Path, temporary: Path, whole: dict[st
 def test_a_driver_that_is_ended_goes_on(tmp_path: Path, temporary: Path, whole: dict[str, bytes]) -> None:
     """By kill -9, then by Ctrl-C in its terminal: its cluster ends with it, and what is there is not made again."""
     folder = tmp_path / "s"
-    for number, code, shards in ((signal.SIGKILL, -9, 1), (signal.SIGINT, 130, 3)):
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         driver = started(temporary, folder, "--workers", 2)
-        until(lambda shards=shards: shards_in(folder) >= shards)  # type: ignore[misc]
+        until(lambda driver=driver: shards_in(folder) and at_work(driver))  # type: ignore[misc]
         processes = descendants(driver.pid)
         os.killpg(driver.pid, number)
         said = ended(driver, code)
@@ -150,7 +150,7 @@ def test_a_driver_that_is_ended_goes_on(tmp_path: Path, temporary: Path, whole: 
             for path in temporary.iterdir():
                 shutil.rmtree(path)
     there = {path: path.stat().st_ino for path in folder.glob("0*.npz")}
-    assert 3 <= len(there) < 6
+    assert 1 <= len(there) < 6
     ended(started(temporary, folder, "--workers", 2))
     assert {path: path.stat().st_ino for path in there} == there
     assert visible(folder) == whole

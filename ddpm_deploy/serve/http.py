@@ -45,13 +45,20 @@ def create_app(batcher: Batcher, settings: Settings | None = None) -> FastAPI:
 
 def app_of(service: Service) -> FastAPI:
     """The application over a service, whose batcher may come later."""
+    app = app_without_metrics(service)
+    app.include_router(_metrics(service), **_guards(service.settings))
+    return app
+
+
+def app_without_metrics(service: Service) -> FastAPI:
+    """The same for one of several that answer at one address, and whose numbers are asked for in another way."""
     settings = service.settings
     app = FastAPI(title="ddpm-deploy", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     app.include_router(samples.router(service), **_guards(settings))
     app.include_router(openai.router(service), **_guards(settings))
     app.include_router(inference.router(service, _guards(settings, inference.InferError)))
     app.include_router(_state(service))
-    app.include_router(_numbers(service), **_guards(settings))
+    app.include_router(_document(service), **_guards(settings))
     _add_errors(app)
     app.add_middleware(_Counted, service=service)
     if settings.allow_origins:
@@ -90,8 +97,8 @@ def _state(service: Service) -> APIRouter:
     return routes
 
 
-def _numbers(service: Service) -> APIRouter:
-    """What it did, and what it can do, for programs."""
+def _metrics(service: Service) -> APIRouter:
+    """What it did, for Prometheus."""
     routes = APIRouter(tags=["state"])
     text = {"text/plain": {"schema": {"type": "string"}}}
 
@@ -103,6 +110,13 @@ def _numbers(service: Service) -> APIRouter:
     )
     async def metrics() -> Response:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return routes
+
+
+def _document(service: Service) -> APIRouter:
+    """What it can do, for programs."""
+    routes = APIRouter()
 
     @routes.get("/openapi.json", include_in_schema=False)
     async def openapi(http: HttpRequest) -> JSONResponse:

@@ -39,7 +39,7 @@ from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network
 from ddpm_deploy.serve.batcher import Batcher
 from ddpm_deploy.serve.elsewhere import ElsewhereError, Moved, NamedResults, PassedOn, maker_of, messages_of
-from ddpm_deploy.serve.http import app_of
+from ddpm_deploy.serve.http import app_without_metrics
 from ddpm_deploy.serve.proving import proof_beside, require_proven
 from ddpm_deploy.serve.refusals import RefusedError
 from ddpm_deploy.serve.results import Kept
@@ -151,9 +151,9 @@ class Replica:
         return name
 
     def _made_app(self) -> ASGIApp:
-        app = app_of(self._service)
-        # Whoever asks would get the numbers of any one replica: they go to Ray's own metrics.
-        app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") != "/metrics"]
+        app = app_without_metrics(
+            self._service
+        )  # which would be those of any one replica: they go to Ray's own
 
         async def elsewhere(http: HttpRequest, error: Exception) -> Response:
             assert isinstance(error, ElsewhereError)
