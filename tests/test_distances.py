@@ -426,6 +426,8 @@ def test_reference_statistics(tmp_path: Path) -> None:
         ({"sigma": np.eye(3)}, r"mu is \(4,\) and sigma \(3, 3\)"),
         ({"mu": np.array([0, np.nan, 0, 0])}, "mu has numbers that are not finite"),
         ({"sigma": np.full((4, 4), np.inf)}, "sigma has numbers that are not finite"),
+        ({"mu": np.array([0, 0, 0, -1e200])}, "mu has numbers over 1e\\+100"),
+        ({"sigma": np.full((4, 4), 1.7e308)}, "sigma has numbers over 1e\\+100"),
         ({"sigma": np.triu(np.ones((4, 4)))}, "sigma is not symmetric"),
         ({"sigma": -np.eye(4)}, "sigma has the eigenvalue -1"),
         ({"sigma": np.eye(4, dtype=int)}, "sigma is of int64"),
@@ -501,13 +503,19 @@ def test_samples_of_a_model_and_the_same_in_files(onnx_path: Path, pixels: Path,
                 assert there[figure][name] == near, (output, figure, name)
 
 
-def test_statistics_in_place_of_images(onnx_path: Path, pixels: Path, tmp_path: Path) -> None:
+def test_statistics_in_place_of_images(
+    onnx_path: Path, pixels: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     extractor = load_extractor(EFFICIENTNET, CPU)
     normal = normal_of(extractor(np.load(pixels)["images"][:, None]))
     path = tmp_path / "x.npz"
     np.savez(path, mu=normal.mean, sigma=normal.covariance)
     own = ("--features", "efficientnet", "--samples", 5, "--steps", 2)
-    there, plain = found_of(onnx_path, "--statistics", path, *own), found_of(onnx_path, pixels, *own)
+    there = found_of(onnx_path, "--statistics", path, *own)
+    assert "1280 features" in caplog.text
+    assert "the kernel distance" not in caplog.text
+    plain = found_of(onnx_path, pixels, *own)
+    assert "the kernel distance has no such bias" in caplog.text
     assert there["frechet_distance"]["value"] == pytest.approx(plain["frechet_distance"]["value"], rel=1e-5)
     assert there["kernel_distance"] is None
     assert there["features"]["weights"] == features.LITE0_WEIGHTS
@@ -541,6 +549,13 @@ def test_it_is_called_fid_where_it_is(pixels: Path, monkeypatch: pytest.MonkeyPa
     assert "\nKID " in said.stdout
     assert "not FID" not in said.stdout
     assert "Fréchet" not in said.stdout
+
+
+def test_images_are_at_no_distance_from_themselves(pixels: Path) -> None:
+    own = ("--fid", "--features", "efficientnet")
+    found = found_of(pixels, pixels, *own[1:])["frechet_distance"]
+    assert 0 <= found["value"] < 1e-9 < found["bias_by_number_of_samples"]
+    assert "of which" not in call("evaluate", pixels, pixels, *own).stdout  # more than the distance is
 
 
 def test_shards_are_data_of_the_bound_too(onnx_path: Path, tmp_path: Path) -> None:
@@ -595,6 +610,8 @@ def test_mistakes_are_one_line(onnx_path: Path, pixels: Path, tmp_path: Path) ->
     refused(call("evaluate", onnx_path, floats, *own), 1, "holds floats, and not 8 bits", "8 bits")
     refused(call("evaluate", wide, pixels, *own), 1, "channel")
     refused(call("evaluate", pixels, pixels, "--steps", 5, *own), 2, "is no model", "omit")
+    for of_models in (("--batch", 3), ("--backend", "ncnn"), ("--precision", "bf16"), ("--weights", "raw")):
+        refused(call("evaluate", pixels, pixels, *of_models, *own), 2, "is no model", of_models[0], "omit")
     refused(call("evaluate", tmp_path / "empty", pixels, *own), 1, "holds no images")
     refused(call("evaluate", onnx_path, tmp_path / "empty", *own), 1, "holds no images")
     refused(call("evaluate", onnx_path, pixels, "--samples", 1, *own), 2, "--samples")

@@ -465,6 +465,14 @@ def test_what_makes_no_strip_is_refused(keywords: dict[str, Any], says: str) -> 
         interpolate(Sampler(model()), *two_images(), **keywords)
     with pytest.raises(SettingError, match="finite numbers of the shape"):
         interpolate(Sampler(model()), two_images()[0], np.zeros((1, 4, 5)))
+    for value, told in (
+        (np.nan, "finite numbers, and one has others"),
+        (255, "from 0 to 255, and the model's"),
+    ):
+        image = np.zeros(SPEC.image_shape)
+        image.flat[0] = value
+        with pytest.raises(SettingError, match=told):
+            interpolate(Sampler(model()), two_images()[0], image)
     with pytest.raises(SettingError, match="no array of numbers"):
         interpolate(Sampler(model()), "a.png", two_images()[0])  # type: ignore[arg-type]
 

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_deploy.bound import bound_table
+from ddpm_deploy.cli.bodies.evaluate import _title
 from ddpm_deploy.errors import BackendError, DataError, SettingError
 from ddpm_deploy.evaluate.data import open_images
 from ddpm_deploy.evaluate.likelihood import (
+    Estimate,
     Likelihood,
     Terms,
     _ln_likelihood,
@@ -413,7 +415,7 @@ def test_images_that_do_not_fit(tmp_path: Path) -> None:
     eight = np.zeros((2, 8, 8), np.uint8)
     refuses(
         saved(tmp_path / "a.npz", images=np.zeros((2, 9, 8), np.uint8)),
-        "image 0 of .* is 9×8, .* 8×8: pass --resize",
+        "image 0 of .* is 9×8, and 8×8 is needed: pass --resize",
     )
     refuses(saved(tmp_path / "b.npz", images=eight.astype(np.float32)), "holds floats, and not 8 bits: .*L_0")
     refuses(saved(tmp_path / "c.npz", images=eight.astype(np.uint16) + 256), "from 256 to 256: .*256 values")
@@ -446,7 +448,7 @@ def test_images_of_other_channels_are_told_of(tmp_path: Path, caplog: pytest.Log
     open_images(saved(tmp_path / "grey.npz", images=np.zeros((4, 8, 8), np.uint8)), spec)
     assert not caplog.text
     open_images(saved(tmp_path / "colour.npz", images=np.zeros((4, 8, 8, 3), np.uint8)), spec)
-    assert "have 3 channels and are evaluated as the model takes them, with 1" in caplog.text
+    assert "have 3 channels, and are made to have 1" in caplog.text
 
 
 def test_labels_are_found_by_their_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -508,6 +510,11 @@ def test_what_it_prints(
     assert {"L", "L_T", "L_t", "L_0", "rate", "distortion"} <= set(words)
     with Image.open(plot) as picture:
         assert picture.size[0] > 800
+
+
+def test_a_plot_of_a_single_image_claims_no_error() -> None:
+    assert _title(Estimate(1.25, math.nan)) == "1.250 bits/dim"
+    assert _title(Estimate(1.25, 0.5)) == "1.250 ± 0.500 bits/dim"
 
 
 def test_every_term_and_shorter_chains(onnx_path: Path, pixels: Path) -> None:

@@ -391,6 +391,7 @@ def test_shards_of_another_run_are_not_replaced(tmp_path: Path, folder: Path) ->
         (("--first-index", 1), "first_index 0, not 1"),
         (("--shard-size", 5), "shard size 4, not 5"),
         (("--float",), "form uint8, not float"),
+        (("--share-until", 0), "share_until none, not 0"),
     ],
     ids=str,
 )
@@ -399,6 +400,12 @@ def test_a_folder_of_another_run_is_refused(folder: Path, options: tuple[object,
     told = f"is of another run ({problem}): choose another folder"
     refused(call("run", MODEL, *RUN, "-o", folder, *options), 1, told)
     assert content(folder) == before
+
+
+def test_a_folder_of_a_run_that_shared_its_noise_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    assert call("run", MODEL, *RUN, "-o", folder, "--share-until", 0).exit_code == 0
+    refused(call("run", MODEL, *RUN, "-o", folder), 1, "is of another run (share_until 0, not none)")
 
 
 def test_a_folder_of_another_model_is_refused(folder: Path) -> None:

@@ -214,11 +214,11 @@ class Manifest:
 
     def _difference(self, there: "Manifest") -> str:
         """What another run has otherwise, for people."""
-        here = self._identity
+        here, other = self._identity, there._identity
         named = {
-            name: f"{name} {_short(theirs)}, not {_short(here[name])}"
-            for name, theirs in there._identity.items()
-            if theirs != here[name]
+            name: f"{name} {_short(other.get(name))}, not {_short(here.get(name))}"
+            for name in {**other, **here}  # share_until is in those alone that have it
+            if other.get(name) != here.get(name)
         }
         if len(named) > 1:  # which the others explain
             named.pop("model's settings", None)

@@ -63,8 +63,7 @@ class Images:
         if seen.size != seen.wanted and not self.resize:
             had = "×".join(map(str, seen.size))
             raise DataError(
-                f"{name} is {had}, and what it is compared with is {height}×{width}: pass --resize to scale and crop "
-                "as ddpm-train does"
+                f"{name} is {had}, and {height}×{width} is needed: pass --resize to scale and crop as ddpm-train does"
             )
         _require_eight_bits(name, values, seen, self.why)
         return values.astype(np.uint8)
@@ -108,7 +107,7 @@ def images_as(
     source.require_channels(channels)
     if own != channels:
         logger.warning(
-            "the images have %s and are evaluated as the model takes them, with %d: the figures are of those",
+            "the images have %s, and are made to have %d, as is needed: the figures are of those",
             plural(own, "channel"),
             channels,
         )

@@ -26,6 +26,9 @@ _ROWS: Final = 512  # features that are made float64 at a time
 _EPSILON: Final = float(np.finfo(np.float64).eps)
 # Of the largest number of a covariance: what rounding to float32 leaves of its symmetry.
 _LOPSIDED: Final = 1e-6
+_LARGEST: Final = (
+    1e100  # of a mean or a covariance: their squares are finite, and those of features far below
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +160,10 @@ def load_normal(path: Path) -> Normal:
     for what, values in (("mu", mean), ("sigma", covariance)):
         if not np.isfinite(values).all():
             raise ArtefactError(f"{name}: {what} has numbers that are not finite: make it again")
+        if np.abs(values).max() > _LARGEST:
+            raise ArtefactError(
+                f"{name}: {what} has numbers over {_LARGEST:.0e}, which no features have: make it again"
+            )
     _require_covariance(covariance, name)
     return Normal(mean, (covariance + covariance.T) / 2)
 

@@ -119,15 +119,24 @@ def interpolate(
 
 
 def checked_ends(first: Array, last: Array, spec: ModelSpec) -> Array:
-    """The two images as float32 (2, C, H, W). Raises SettingError where one is of another shape, or not finite."""
+    """The two images as float32 (2, C, H, W). Raises SettingError where one is of another shape, not finite,
+    or far out of the model's value range, as pixels from 0 to 255 are."""
     try:
         ends = [np.asarray(image, np.float32) for image in (first, last)]
     except (TypeError, ValueError) as error:
         raise SettingError(f"an image is no array of numbers: {first_line(error)}") from error
+    low, high = spec.value_range  # which images of a chain that does not clip leave a little
     for image in ends:
-        if image.shape != spec.image_shape or not np.isfinite(image).all():
+        if image.shape != spec.image_shape:
             raise SettingError(
                 f"the images must be finite numbers of the shape {spec.image_shape}, not {image.shape}"
+            )
+        if not np.isfinite(image).all():
+            raise SettingError("the images must be finite numbers, and one has others")
+        if image.min() < low - (high - low) or image.max() > high + (high - low):
+            raise SettingError(
+                f"an image has values from {image.min():.7g} to {image.max():.7g}, and the model's are from {low:.7g} "
+                f"to {high:.7g}: bring it to these first"
             )
     return np.stack(ends)
 

@@ -240,6 +240,7 @@ def _sides(asked: Asked) -> tuple[_Samples, _Pictures | None]:
             raise click.UsageError(
                 f"{show(path)} is no model, and --steps, --solver and the like are of one: omit them"
             )
+        _require_no_model(path, asked)
         source = find_samples(os.fspath(path))
         shape = shape_of(source)
         drawn = images_as(shape, source, resize=asked.resize, why=NO_FEATURES)
@@ -254,6 +255,20 @@ def _sides(asked: Asked) -> tuple[_Samples, _Pictures | None]:
     if shape[0] not in (1, 3):
         raise DataError(f"the samples have {plural(shape[0], 'channel')}: features are of grey or RGB images")
     return samples, reference
+
+
+def _require_no_model(path: Path, asked: Asked) -> None:
+    """Refuse options that say how a model runs."""
+    place = asked.place
+    typed = {
+        "batch": asked.batch,
+        "backend": place["backend"],
+        "precision": place["precision"],
+        "weights": place["weights"],
+    }
+    for name, value in typed.items():
+        if value is not None:
+            raise click.UsageError(f"{show(path)} is no model, and --{name} is of one: omit it")
 
 
 def _reference(asked: Asked, shape: tuple[int, int, int]) -> _Pictures | None:
@@ -293,7 +308,7 @@ def _measured(
     with stage("comparing", SUBSETS + 4) as advance:
         target, own = there.moments.normal if there else statistics, here.moments.normal
         assert target is not None
-        distance = frechet_distance(target, own)
+        distance = max(frechet_distance(target, own), 0.0)  # below 0 by rounding alone
         advance(1)
         error = standard_error(target, own, here.kept)
         advance(1)
@@ -327,10 +342,11 @@ def _tell_of_few(found: _Found) -> None:
         logger.warning(
             "there are fewer images than the %d features, and the ranks of their covariances are %d (samples) and %d "
             "(data) at most: the Fréchet distance is too large by what they lack, and to be compared with others of as "
-            "many images alone; the kernel distance has no such bias",
+            "many images alone%s",
             width,
             own,
             other,
+            "; the kernel distance has no such bias" if found.kernel else "",
         )
 
 
@@ -365,7 +381,9 @@ def _subsets(kernel: KernelDistance) -> str:
 
 
 def _bias(found: _Found) -> str:
-    return "" if math.isnan(found.bias) else f", of which about {found.bias:.2g} by the number of samples"
+    if math.isnan(found.bias) or found.bias > found.distance:  # as of samples that are the data themselves
+        return ""
+    return f", of which about {found.bias:.2g} by the number of samples"
 
 
 def _unsaid(statistics: Path | None) -> str:

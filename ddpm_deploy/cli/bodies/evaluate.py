@@ -246,6 +246,12 @@ def _estimate_json(estimate: Estimate) -> dict[str, float | None]:
     return {"bits": bits, "standard_error": error}
 
 
+def _title(bound: Estimate) -> str:
+    """Write the bound; a single image has no error."""
+    error = "" if math.isnan(bound.error) else f" ± {bound.error:.3f}"
+    return f"{bound.bits:.3f}{error} bits/dim"
+
+
 def _write_plot(of: _Evaluation, path: Path) -> None:
     """Plot distortion against rate, and the terms by t."""
     figure = require("matplotlib.figure", "plot").Figure(figsize=(9, 3.6), layout="constrained")
@@ -261,7 +267,7 @@ def _write_plot(of: _Evaluation, path: Path) -> None:
     curve.set(
         xlabel="rate (bits/dim)",
         ylabel="distortion (RMSE, 0 to 255)",
-        title=f"{found.bound.bits:.3f} ± {found.bound.error:.3f} bits/dim",
+        title=_title(found.bound),
     )
     if middle := strata[:-1]:
         ends = np.array([(stratum.last, stratum.first) for stratum in middle], np.float64)

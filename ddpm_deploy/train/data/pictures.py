@@ -168,7 +168,7 @@ def _with_class_folders(
     bare = next((file for file in files if file.parent == root), None)
     if bare is not None:
         raise DataError(
-            f"{tree.show(bare)} is in no class: with --labels, each image is in a folder of its class"
+            f"{tree.show(bare)} is in no class: with labels, each image is in a folder of its class"
         )
     used = {root / file.relative_to(root).parts[0] for file in files}
     named: dict[

@@ -54,7 +54,7 @@ class Source:
         if channels != own and not (own in COLOURS[:2] and channels in colours):
             raise DataError(
                 f"the images have {plural(own, 'channel')} of {' and '.join(sorted(depths))}, which cannot make "
-                f"the {channels} of the model"
+                f"the {channels} that are needed"
             )
 
 
