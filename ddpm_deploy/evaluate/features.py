@@ -198,13 +198,11 @@ def _found_inception() -> Path:
     if found is None:
         looked = " nor ".join(f"at {show(path)} ({whose})" for whose, path in places.items())
         program = (
-            f"; {_CLEAN_FID} (clean-fid) is a program of TorchScript, which would have to be run, and is not used"
-            if _CLEAN_FID.exists()
-            else f" (that of clean-fid, {_CLEAN_FID}, is a program, and would not be used)"
+            f" ({_CLEAN_FID}, of clean-fid, is a program, and is not run)" if _CLEAN_FID.exists() else ""
         )
         raise ArtefactError(
-            f"the weights of FID's Inception are neither {looked}, and nothing is downloaded{program}: put them there, "
-            "or pass --features efficientnet, which works offline and is not FID"
+            f"the weights of FID's Inception are neither {looked}{program}, and nothing is downloaded here: run one of "
+            "these once, which fetches them, or pass --features efficientnet, which works offline and is not FID"
         )
     return found
 

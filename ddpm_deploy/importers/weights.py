@@ -160,8 +160,12 @@ def load_tensors(path: Path) -> Any:
                 f"{name} holds an object of {show(held[1])}, and code would run to read it, so it was not read: where "
                 "it was trained, save the weights alone, as torch.save(model.state_dict(), FILE)"
             ) from error
-        of_torch = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-        reason = show((of_torch[1] if of_torch else first_line(error))[:200]).rstrip(". ")
+        told = first_line(error)
+        if of_torch := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
+            told = of_torch[1]
+        elif told.startswith("Weights only load failed"):  # and goes on with advice to load it all the same
+            told = "it holds more than weights"
+        reason = show(told[:200]).rstrip(". ")
         raise ArtefactError(
             f"{name} is not a whole, safe file of weights: {reason}. Nothing in it was executed; save its state_dict "
             "alone, or copy it again"
