@@ -85,6 +85,8 @@ class Rows:
 
         After the last step of all, this is everything.
         """
+        if not self._looks:
+            return
         going_on = any(seat.end > step for seat in self)
         while self._looks and (not going_on or self._looks[0].step + self.chain.lag <= step):
             look = self._looks.popleft()
