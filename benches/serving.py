@@ -111,7 +111,7 @@ def _endless(sampler: Sampler, policy: type[Admission]) -> tuple[float, float]:
 
 def _timed(batcher: Batcher) -> list[float]:
     """Adds up the seconds that a batcher spends in its chain: starting images, steps, reading them."""
-    chain: Any = batcher._chain
+    chain: Any = batcher._rows.chain
     spent = [0.0]
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:

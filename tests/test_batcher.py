@@ -484,7 +484,7 @@ def test_nothing_grows_with_time() -> None:
             del handle
             batcher.submit(Request(seed=1, steps=2)).result(LONG)
             until(lambda: not any(reference() for reference in gone))
-            kept = [batcher._live, batcher._timed, batcher._watched, batcher._leaving, batcher._seats]
+            kept = [batcher._live, batcher._timed, batcher._watched, batcher._leaving, batcher._rows]
             until(lambda: not any([*kept, batcher._admission.seats, batcher._admission.waiting]))
     finally:
         gc.enable()

@@ -181,6 +181,7 @@ MODULES = [
     "serve/ray",
     "serve/refusals",
     "serve/results",
+    "serve/rows",
     "serve/samples",
     "serve/server",
     "serve/service",

@@ -108,9 +108,9 @@ def test_the_faster_way_wins(
     assert calls == ["parts", "whole"] * 4
     assert answers == [None] * 7 + [in_parts < whole]
     (line,) = caplog.messages
-    assert line.endswith("it runs in parts" if in_parts < whole else "it runs as a whole")
+    assert line.endswith("it is divided" if in_parts < whole else "it stays whole")
     assert (
-        f"a batch of 4 takes {whole * 1000:.1f} ms as a whole, and {in_parts * 1000:.1f} ms in parts" in line
+        f"a batch of 4 takes {whole * 1000:.1f} ms whole, and {in_parts * 1000:.1f} ms divided among" in line
     )
     parts.close()
 

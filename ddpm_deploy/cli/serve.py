@@ -5,6 +5,7 @@ import click
 from ddpm_deploy.cli import options
 from ddpm_deploy.cli.common import command
 from ddpm_deploy.cli.options import BatchSize, Option
+from ddpm_deploy.serve.settings import KEY_VARIABLE
 from ddpm_deploy.words import PROOFS
 
 main = command(
@@ -69,7 +70,7 @@ main = command(
             "A key that callers must show; give several to allow each. Other users of this machine can see it here: "
             "better set the variable.",
             multiple=True,
-            envvar="DDPM_SERVE_API_KEY",
+            envvar=KEY_VARIABLE,
             show_envvar=True,
         ),
         Option(

@@ -86,6 +86,10 @@ class Seat:
     index: int
     end: int
 
+    def taken(self, step: int) -> int:
+        """Its own steps among so many that were taken."""
+        return step - (self.end - self.ticket.steps)
+
 
 @dataclass(eq=False)
 class Admission:

@@ -1,7 +1,7 @@
 """Batcher: many callers' requests over one Chain, stepped by one thread; each joins at a step, and leaves when done.
 
-Who joins and how many is `admission`'s to say, by the step time that `pace` measures. This is the thread that does
-it. Four things hold, and the tests hold them:
+Who joins and how many is `admission`'s to say, by the step time that `pace` measures; `rows` has the slots. This is the
+thread between them, and how requests end. Four things hold, and the tests hold them:
 
 - what may share a step is explicit (`Admission.joins` and `_fits`);
 - each request's state is its own: its slots, its images, its noise, its failure;
@@ -15,9 +15,8 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -26,14 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.errors import BackendError, BusyError, DeadlineError, SettingError, one_line
-from ddpm_deploy.runtime.chain import Chain, Noise, require_runs, time_step
+from ddpm_deploy.runtime.chain import Noise, require_runs
 from ddpm_deploy.runtime.network import not_finite, require_process
-from ddpm_deploy.runtime.protocols import Look, Network
+from ddpm_deploy.runtime.protocols import Array, Network
 from ddpm_deploy.runtime.request import Request
 from ddpm_deploy.runtime.sampler import Sampler, require_callable
 from ddpm_deploy.serve.admission import Admission, Seat, Ticket
 from ddpm_deploy.serve.handle import Handle, Job, Preview
 from ddpm_deploy.serve.pace import Pace
+from ddpm_deploy.serve.rows import Rows, rows_of
 
 State = Literal["open", "draining", "closed", "failed"]
 _COUNTS: Final = ("submitted", "refused", "completed", "cancelled", "failed")
@@ -110,17 +110,13 @@ class Batcher:
         self._leaving: list[Job] = []  # cancelled since the last turn
         self._counts = Counter[str]()
         self._admission: Admission
-        self._chain: Chain
-        # The thread's own: who is in which slot, previews that a device still brings, when the last step ended, whether
-        # slots were freed since.
-        self._seats: dict[int, Seat] = {}
-        self._looks: deque[_Look] = deque()
+        # The thread's own: the images that run, when the last step ended.
+        self._rows: Rows
         self._last = 0.0
-        self._holes = False
         self._launch(model, max_queue, admission)
 
     def _launch(self, model: Sampler | Network, max_queue: int, policy: type[Admission]) -> None:
-        """Start the thread, and wait until it has the chain and knows the step time."""
+        """Start the thread, and wait until it has the rows and knows the step time."""
         ready = threading.Event()
         self._thread = threading.Thread(
             target=self._serve,
@@ -288,11 +284,12 @@ class Batcher:
     def _serve(
         self, model: Sampler | Network, ready: threading.Event, max_queue: int, policy: type[Admission]
     ) -> None:
-        """Hold the chain, and take turns until the batcher is closed."""
+        """Hold the model, and take turns until the batcher is closed."""
         try:
-            with _chain_of(model) as self._chain:
-                pace = Pace.measured(self._chain, self.capacity)
-                self._admission = policy(pace, self.capacity, max_queue, self._chain.places)
+            with rows_of(model) as self._rows:
+                chain = self._rows.chain
+                pace = Pace.measured(chain, self.capacity)
+                self._admission = policy(pace, self.capacity, max_queue, chain.places)
                 ready.set()
                 while self._turn():
                     pass
@@ -327,7 +324,7 @@ class Batcher:
         with self._changed:
             seats = self._admission.take(now)
         self._start(seats)
-        if self._seats:
+        if self._rows:
             try:
                 self._step()
             except Exception as error:  # of any library: all in flight have lost their step
@@ -339,17 +336,15 @@ class Batcher:
         return bool(self._live or self._leaving) or self._state != "open"
 
     def _start(self, seats: list[Seat]) -> None:
-        """Start images in free slots, those of one request together."""
+        """Start images, those of one request together."""
         groups: dict[Ticket, list[Seat]] = {}
         for seat in seats:
             groups.setdefault(seat.ticket, []).append(seat)
         for ticket, group in groups.items():
             job: Job = ticket.owner
             request, noise = job.part(group)
-            slots = self._chain.free[: request.rows]
-            self._seats.update(zip(slots.tolist(), group, strict=False))  # behind them the partners
             try:
-                self._chain.start(slots, request, noise)
+                self._rows.start(group, request, noise)
             except Exception as error:  # of this request alone
                 job.failure = error
             if job.failure:
@@ -357,49 +352,48 @@ class Batcher:
 
     def _step(self) -> None:
         """One step of all who run, and what it brings."""
-        self._close_holes()
-        self._chain.step()
+        self._rows.step()
         now = time.perf_counter()
         with self._changed:
             self._admission.stepped(now - self._last)
         self._last = now
-        for job in {seat.ticket.owner for seat in self._seats.values() if seat.ticket.owner.failure}:
+        for job in _jobs_of(seat for seat in self._rows if seat.ticket.owner.failure):
             self._drop(job, job.failure)
-        if self._watched or self._looks:
-            self._look()
+        self._look()
         self._finish()
         if self._admission.step % _WATCH == 0:
-            self._drop_broken()
+            for job in _jobs_of(self._rows.broken()):  # nothing to wait for comes of them
+                self._drop(job, not_finite())
 
-    def _drop_broken(self) -> None:
-        """End requests whose numbers are not finite: nothing to wait for comes of them."""
-        if not self._seats:
-            return
-        slots = np.array(list(self._seats))
-        broken = slots[self._chain.broken(slots)].tolist()
-        for job in {self._seats[slot].ticket.owner for slot in broken}:
-            self._drop(job, not_finite())
+    def _look(self) -> None:
+        """Take the previews that are wanted of this step, and hand out those that have arrived."""
+        step = self._admission.step
+        if self._watched:
+            self._rows.look({seat for seat in self._rows if _is_wanted(seat, seat.taken(step) - 1)}, step)
+        for seat, at, image in self._rows.seen(step):
+            if seat.ticket.owner:  # else it ended meanwhile
+                self._show(seat, at, image)
 
-    def _close_holes(self) -> None:
-        """A batch is as wide as its highest slot."""
-        if not self._holes:
-            return
-        self._holes, free = False, self._chain.free
-        if len(free) and free[0] < self._admission.rows:
-            moves = self._chain.compact()
-            self._seats = {moves.get(slot, slot): seat for slot, seat in self._seats.items()}
+    def _show(self, seat: Seat, at: int, image: Array) -> None:
+        """Give a preview to whoever wanted it."""
+        job: Job = seat.ticket.owner
+        try:
+            for watcher, steps in job.handle.watchers:
+                if at in steps:
+                    watcher(Preview(seat.index, at, seat.ticket.steps, image.copy()))
+        except Exception as error:  # of the caller's own
+            self._drop(job, error)
 
     def _finish(self) -> None:
-        """Read the images whose last step this was."""
-        step = self._admission.step
-        slots = [slot for slot, seat in self._seats.items() if seat.end <= step]
-        if not slots:
+        """Hand on the images whose last step this was."""
+        finished = self._rows.finished(self._admission.step)
+        if not finished:
             return
-        ended = np.array(slots)
-        images, broken = self._chain.images(ended), self._chain.broken(ended)
+        with self._changed:
+            for seat, _, _ in finished:
+                self._admission.leave(seat)
         jobs: dict[Job, Exception | None] = {}
-        for slot, image, is_broken in zip(slots, images, broken, strict=True):
-            seat = self._leave(slot)
+        for seat, image, is_broken in finished:
             job: Job = seat.ticket.owner
             job.put(seat, image)
             jobs[job] = jobs.get(job) or (not_finite() if is_broken else None)
@@ -409,49 +403,19 @@ class Batcher:
             elif not job.left:
                 self._end(job)
 
-    def _look(self) -> None:
-        """Take the previews that are wanted of this step, and hand out those that have arrived."""
-        step = self._admission.step
-        wanted = []
-        for slot, seat in sorted(self._seats.items(), key=lambda item: item[0]):
-            at = step - 1 - (seat.end - seat.ticket.steps)
-            if any(at in steps for _, steps in seat.ticket.owner.handle.watchers):
-                wanted.append((slot, seat, at))
-        if wanted:
-            look = self._chain.watch(np.array([slot for slot, _, _ in wanted]))
-            self._looks.append(_Look(step, look, [(seat.ticket.owner, seat, at) for _, seat, at in wanted]))
-        going_on = any(seat.end > step for seat in self._seats.values())
-        while self._looks and (not going_on or self._looks[0].step + self._chain.lag <= step):
-            self._show(self._looks.popleft())
-
-    def _show(self, look: "_Look") -> None:
-        """Give previews to whoever wanted them."""
-        _, x0 = look.look()
-        for image, (job, seat, at) in zip(x0, look.of, strict=True):
-            try:
-                for watcher, steps in job.handle.watchers:
-                    if at in steps:
-                        watcher(Preview(seat.index, at, seat.ticket.steps, image.copy()))
-            except Exception as error:  # of the caller's own
-                self._drop(job, error)
-
-    def _leave(self, slot: int) -> Seat:
-        """A slot's image no longer runs."""
-        seat, self._holes = self._seats.pop(slot), True
-        with self._changed:
-            self._admission.leave(seat)
-        return seat
-
     def _drop(self, job: Job, error: BaseException | None = None) -> None:
         """End a request before its time: its slots are free now."""
-        slots = [slot for slot, seat in self._seats.items() if seat.ticket is job.ticket]
-        for slot in slots:
-            self._leave(slot)
+        self._give_up(job, error)
+        self._rows.leave(job.ticket)
+
+    def _give_up(self, job: Job, error: BaseException | None) -> None:
+        """End a request whose images are about to leave."""
         with self._changed:
+            for seat in self._rows:
+                if seat.ticket is job.ticket:
+                    self._admission.leave(seat)
             self._admission.withdraw(job.ticket, time.perf_counter())
         self._end(job, error)
-        if slots:
-            self._chain.stop(np.array(slots))
 
     def _end(self, job: Job, error: BaseException | None = None) -> None:
         """A request is over, once; outside the lock, as callbacks may submit the next."""
@@ -466,25 +430,10 @@ class Batcher:
 
     def _recover(self, error: Exception) -> None:
         """The network failed as a whole, and all in flight with it. Where it answers again, those who wait go on."""
-        self._looks.clear()
-        for job in {seat.ticket.owner for seat in self._seats.values()}:
-            for slot in [slot for slot, seat in self._seats.items() if seat.ticket is job.ticket]:
-                self._leave(slot)
-            with self._changed:
-                self._admission.withdraw(job.ticket, time.perf_counter())
-            self._end(job, _failed(error))
-        self._chain.clear()
-        time_step(self._chain, 1)
+        for job in _jobs_of(self._rows):
+            self._give_up(job, _failed(error))
+        self._rows.restart()
         self._last = time.perf_counter()
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What was seen after a step: of which images, and after how many of their own steps."""
-
-    step: int
-    look: Look
-    of: list[tuple[Job, Seat, int]]
 
 
 def _failed(error: BaseException) -> BackendError:
@@ -494,18 +443,14 @@ def _failed(error: BaseException) -> BackendError:
     return failed
 
 
-@contextmanager
-def _chain_of(model: Sampler | Network) -> Iterator[Chain]:
-    """The chain of a model, for as long as it is held."""
-    if isinstance(model, Sampler):
-        with model.lent() as chain:
-            yield chain
-        return
-    chain = Chain(model)
-    try:
-        yield chain
-    finally:
-        chain.close()
+def _jobs_of(seats: Iterable[Seat]) -> set[Job]:
+    """Whose images these are."""
+    return {seat.ticket.owner for seat in seats}
+
+
+def _is_wanted(seat: Seat, at: int) -> bool:
+    """Whether somebody wants a preview of an image after this of its steps."""
+    return any(at in steps for _, steps in seat.ticket.owner.handle.watchers)
 
 
 def _number(name: str, value: float, least: float, most: float) -> float:

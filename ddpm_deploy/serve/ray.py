@@ -15,7 +15,6 @@ replica that ends gives the images that it keeps to another (`Replica.adopt`). `
 import asyncio
 import contextvars
 import logging
-import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -44,13 +43,12 @@ from ddpm_deploy.serve.proving import proof_beside, require_proven
 from ddpm_deploy.serve.refusals import RefusedError
 from ddpm_deploy.serve.results import Kept
 from ddpm_deploy.serve.service import Service
-from ddpm_deploy.serve.settings import Settings
+from ddpm_deploy.serve.settings import Settings, keys_of_environment
 from ddpm_deploy.words import Backend, Proof, RunPrecision
 
 logger = logging.getLogger(__name__)
 
 NAME: Final = "model"  # of the deployment, in a config file
-KEY: Final = "DDPM_SERVE_API_KEY"
 _ROWS: Final = 64  # of a batch, where nothing is said: no model takes more by itself
 _READERS: Final = (
     512  # requests that are no work for the batcher: readers of events, and who asks how far it is
@@ -137,7 +135,7 @@ class Replica:
         self._peers = serve.get_deployment_handle(context.deployment, context.app_name)
         self._tasks: set[asyncio.Task[None]] = set()
         await self._named(self._name)  # first, as it takes a while until all know it
-        settings = args.settings(_keys_of_machine())
+        settings = args.settings(keys_of_environment())
         self._batcher = await asyncio.to_thread(_opened, args)
         self._service = Service(self._batcher.spec, settings, self._batcher)
         self._results = NamedResults(settings, self._name, self._counted)
@@ -339,11 +337,3 @@ def _log_with_serve() -> None:
     ours, theirs = logging.getLogger("ddpm_deploy"), logging.getLogger("ray.serve")
     ours.handlers, ours.propagate = theirs.handlers, False
     ours.setLevel(theirs.level)
-
-
-def _keys_of_machine() -> tuple[str, ...]:
-    """The API keys in the environment, as `ddpm-serve` reads them."""
-    keys = os.environ.get(KEY)
-    if keys is not None and not keys.strip():
-        raise SettingError(f"{KEY} is set, and empty: give it a key, or unset it to serve without")
-    return tuple((keys or "").split())

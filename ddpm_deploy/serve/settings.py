@@ -1,12 +1,14 @@
 """What whoever runs a service decides: its limits, who may use it, and for how long results are kept."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Final
 
 from ddpm_deploy.errors import SettingError
 
+KEY_VARIABLE: Final = "DDPM_SERVE_API_KEY"  # of the environment: one key, or several with spaces between them
 MOST_PREVIEWS: Final = 32  # looks at one image on its way
 WRITE_SECONDS: Final = 30.0  # in which a client takes something of what is sent to it
 BODY_SECONDS: Final = 10.0  # in which a body arrives, once its head has
@@ -57,3 +59,11 @@ class Settings:
                 raise SettingError(
                     f"{host!r} is no name of a host: write it as images.example.org, in lower case and without a port"
                 )
+
+
+def keys_of_environment() -> tuple[str, ...]:
+    """The API keys in KEY_VARIABLE. Raises SettingError where that was meant to be one, and is empty."""
+    keys = os.environ.get(KEY_VARIABLE)
+    if keys is not None and not keys.strip():
+        raise SettingError(f"{KEY_VARIABLE} is set, and empty: give it a key, or unset it to serve without")
+    return tuple((keys or "").split())

@@ -1,17 +1,17 @@
 """ddpm-serve: listen, prove the model, and serve it."""
 
 import ipaddress
-import os
 import signal
 import threading
 from contextlib import closing
 from pathlib import Path
+from socket import socket
 from typing import Final, Unpack
 
 from ddpm_deploy.cli.bodies.models import Place, open_network, require_runnable
 from ddpm_deploy.cli.bodies.progress import duration
 from ddpm_deploy.cli.common import logger
-from ddpm_deploy.errors import DdpmDeployError, SettingError, one_line
+from ddpm_deploy.errors import DdpmDeployError, one_line
 from ddpm_deploy.files import show
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.chain import Chain, time_step
@@ -22,11 +22,10 @@ from ddpm_deploy.serve.http import app_of
 from ddpm_deploy.serve.proving import calls_of, proof_beside, require_proven
 from ddpm_deploy.serve.server import Server, listening, url_of
 from ddpm_deploy.serve.service import Service
-from ddpm_deploy.serve.settings import Settings
+from ddpm_deploy.serve.settings import KEY_VARIABLE, Settings, keys_of_environment
 from ddpm_deploy.signals import handled
 from ddpm_deploy.words import Proof
 
-_KEY: Final = "DDPM_SERVE_API_KEY"
 _LONG: Final = 20.0  # seconds of a proof, over which it is said that there is a shorter one
 
 
@@ -75,22 +74,14 @@ def serve(
         server = Server(app_of(service), service, drain_seconds, max_connections)
         opening = _Opening(service, server, network, trajectory, proof, max_queue)
         logger.info("%s at %s", opened.name, url_of(listener))
-        try:
-            opening.start()
-            with handled([signal.SIGHUP], server.handle_exit):  # the others are uvicorn's own
-                server.run(sockets=[listener])
-        finally:
-            opening.end()
-    if opening.error:
-        raise opening.error
+        _run(server, listener, opening)
 
 
 def _require_meant(host: str, settings: Settings) -> None:
     """Refuse a key that was meant and is none; warn of a server that anybody may use."""
-    if os.environ.get(_KEY, " ").strip() == "" and _KEY in os.environ:
-        raise SettingError(f"{_KEY} is set, and empty: give it a key, or unset it to serve without")
+    keys_of_environment()  # they are among the settings already; an empty variable is not
     if not settings.api_keys and not _is_here(host):
-        logger.warning("whoever reaches %s may use this server: set %s to a key", show(host), _KEY)
+        logger.warning("whoever reaches %s may use this server: set %s to a key", show(host), KEY_VARIABLE)
 
 
 def _is_here(host: str) -> bool:
@@ -99,6 +90,18 @@ def _is_here(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _run(server: Server, listener: socket, opening: "_Opening") -> None:
+    """Answer until a signal, and open the model meanwhile. Raises what went wrong with that."""
+    try:
+        opening.start()
+        with handled([signal.SIGHUP], server.handle_exit):  # the others are uvicorn's own
+            server.run(sockets=[listener])
+    finally:
+        opening.end()
+    if opening.error:
+        raise opening.error
 
 
 class _Opening:

@@ -76,10 +76,11 @@ class Race:
             return None
         split, whole = (min(self._seconds[way + 2 :: 2]) for way in range(2))
         logger.info(
-            "a batch of %d takes %.1f ms as a whole, and %.1f ms in parts with a thread each: it runs %s",
+            "one call of the network for a batch of %d takes %.1f ms whole, and %.1f ms divided among the threads, "
+            "with the same results: from now on it %s",
             self.batch,
             whole * 1e3,
             split * 1e3,
-            "in parts" if split < whole else "as a whole",
+            "is divided" if split < whole else "stays whole",
         )
         return split < whole
