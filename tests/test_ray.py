@@ -132,6 +132,13 @@ def test_a_worker_that_is_killed(tmp_path: Path, temporary: Path, whole: dict[st
     until(lambda: gone(processes), 10)
 
 
+def test_a_run_that_is_done_needs_no_cluster(tmp_path: Path) -> None:
+    """It is told as any other, to programs too."""
+    run(tmp_path / "s")
+    told = run(tmp_path / "s", "--ray", "127.0.0.1:1")
+    assert (told["shards_made"], told["shards_found"], told["images_per_second"]) == (0, 6, 0)
+
+
 @pytest.mark.usefixtures("ctrl_c")
 def test_a_driver_that_is_ended_goes_on(tmp_path: Path, temporary: Path, whole: dict[str, bytes]) -> None:
     """By kill -9, then by Ctrl-C in its terminal: its cluster ends with it, and what is there is not made again."""
