@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from ddpm_deploy.bulk.manifest import NAME, Manifest
-from ddpm_deploy.bulk.ray import Node, Plan, planned
+from ddpm_deploy.bulk.ray import Crew, Node, Plan, planned
 from ddpm_deploy.bulk.shards import put_shard
 from ddpm_deploy.bulk.worker import Folder, Job, Worker
 from ddpm_deploy.errors import BackendError, DependencyError, SettingError
@@ -130,6 +131,13 @@ def test_a_worker_that_is_killed(tmp_path: Path, temporary: Path, whole: dict[st
     assert "a worker was lost while making " in said
     assert content(tmp_path / "s") == whole
     until(lambda: gone(processes), 10)
+
+
+def test_a_run_that_is_done_needs_no_cluster(tmp_path: Path) -> None:
+    """It is told as any other, to programs too."""
+    run(tmp_path / "s")
+    told = run(tmp_path / "s", "--ray", "127.0.0.1:1")
+    assert (told["shards_made"], told["shards_found"], told["images_per_second"]) == (0, 6, 0)
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -351,6 +359,19 @@ def test_how_many_workers(
     nodes: list[Node], shards: int, workers: int | None, threads: int | None, gpu: bool | None, plan: Plan
 ) -> None:
     assert planned(nodes, shards, workers, threads, gpu) == plan
+
+
+def test_a_cluster_without_room_is_told_with_what_is_asked_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its cores are there, and are others'."""
+    ray = MagicMock()
+    ray.wait.side_effect = [([], []), KeyboardInterrupt]
+    monkeypatch.setattr("ddpm_deploy.bulk.ray._ROOM_SECONDS", -1.0)
+    crew = Crew(ray, Plan(1, 2, False), open_model(MODEL), MagicMock())
+    with caplog.at_level("INFO", "ddpm_deploy"), pytest.raises(KeyboardInterrupt):
+        crew.first()
+    assert "which takes 2 CPUs of one machine: the cluster may have no room; --threads 1 asks" in caplog.text
 
 
 def test_workers_that_no_machine_has_room_for() -> None:

@@ -264,7 +264,7 @@ class Crew:
     """The workers of a run. model: that they load; job: how."""
 
     def __init__(self, ray: Any, plan: Plan, model: ModelFile, job: Job) -> None:
-        self._ray, self._model, self._job = ray, model, job
+        self._ray, self._plan, self._model, self._job = ray, plan, model, job
         self._actor = ray.remote(concurrency_groups={"watch": 1})(_Actor).options(
             num_cpus=plan.threads, num_gpus=1 if plan.gpu else 0, max_restarts=0, max_task_retries=0
         )
@@ -289,7 +289,11 @@ class Crew:
             self._turn()
             if time.monotonic() > due:
                 due += _ROOM_SECONDS
-                logger.info("still waiting for a worker: the cluster may have no room")
+                logger.info(
+                    "still waiting for a worker, which takes %s: the cluster may have no room%s",
+                    "a GPU" if self._plan.gpu else plural(self._plan.threads, "CPU") + " of one machine",
+                    "; --threads 1 asks for less" if self._plan.threads > 1 else "",
+                )
 
     def make(
         self,

@@ -208,7 +208,7 @@ def tell_of_run(folder: Path, manifest: Manifest, part: tuple[int, int], made: M
             "shards_made": len(made.new),
             "shards_found": len(made.numbers) - len(made.new),
             "seconds": made.seconds,
-            "images_per_second": new / made.seconds,
+            "images_per_second": new / max(made.seconds, 1e-6),
             **made.more,
         }
         click.echo(json.dumps(content, indent=2))
