@@ -155,7 +155,7 @@ def test_a_process_that_is_killed_is_told_in_one_line(tmp_path: Path) -> None:
     assert not out
     (line,) = [line for line in err.splitlines() if line.startswith("Error: ")]
     assert line.startswith("Error: another process of this training has ended (")
-    assert line.endswith("): look for what it said, and continue with --resume from the last checkpoint")
+    assert line.endswith("): look for what it said, and continue with --resume where a checkpoint was saved")
     assert err.count("Traceback") == 1  # torchrun's own
 
 

@@ -213,7 +213,7 @@ def _init(ray: Any, options: dict[str, Any]) -> None:
         ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # of many kinds
         hint = (
-            ""
+            " (a busy machine may be too slow for it: give the command again)"
             if "_temp_dir" in options
             else " (one that asks for a token wants RAY_AUTH_MODE=token here too)"
         )

@@ -264,7 +264,7 @@ class World:
             what = late if "timed out" in text or "timeout" in text else "has ended"
             raise BackendError(
                 f"another process of this training {what} ({_said(error)}): look for what it said, and continue with "
-                "--resume from the last checkpoint"
+                "--resume where a checkpoint was saved"
             ) from error
 
 
