@@ -649,6 +649,7 @@ def test_options_of_the_data(tmp_path: Path) -> None:
         "steps": 1,
         "loss": pytest.approx(1, abs=0.9),
         "images": 4,
+        "processes": 1,
         "data_range": [0, 200],
         "class_names": [],
     }

@@ -142,7 +142,7 @@ def test_a_table_of_the_callers_own() -> None:
             {"table": StepTable.from_columns(t=np.array([3, -1]), **columns)},
             "not whole numbers from 0 to the model's 999",
         ),
-        ({"table": StepTable.from_columns(t=np.array([3, 3]), **columns)}, "must fall"),
+        ({"table": StepTable.from_columns(t=np.array([3, 3]), e=1.0, **columns)}, "must fall"),
         ({"table": ddpm(tiny_spec().make_schedule(), [5, 0], variance="learned_range")}, "has none"),
     ):
         with pytest.raises(SettingError, match=problem):

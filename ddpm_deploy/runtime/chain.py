@@ -334,7 +334,9 @@ def require_runs(table: StepTable, spec: ModelSpec) -> None:
             f"a table of {len(table)} steps is longer than any chain of this model, of {last + 1}"
         )
     if (np.diff(t) >= 0).any() and table["e"].any():
-        raise SettingError("the timesteps of a table must fall: the noise of a step is found by its timestep")
+        raise SettingError(
+            "the timesteps of a table that adds noise must fall: the noise of a step is found by its timestep"
+        )
 
 
 def noise_of_part(noise: Noise, shape: tuple[int, ...], first: int, count: int) -> Noise:
