@@ -1,6 +1,6 @@
 """Continuous batching against one request at a time and static batches: Poisson arrivals on one Sampler, and simulated.
 
-    python -m benches.serving all DIGITS CIFAR10 FOLDER    everything, and its picture: a quarter of an hour
+    python -m benches.serving all DIGITS CIFAR10 FOLDER    everything, and its picture: half an hour
     python -m benches.serving pace MODEL                   s(B), and what a simulator makes of it
     python -m benches.serving saturation MODEL             throughput with an endless queue, the batcher's own cost
     python -m benches.serving latency MODEL LOAD …         50th and 95th percentile at shares of the best throughput
