@@ -26,9 +26,10 @@ the machine by itself (s(B) near B·s(1)) all would end as late as the last.
   to do, requests run nearly alone, and short ones slip in beside long ones; under load one at a time falls behind,
   everybody gains time to spare, and the batch fills up as far as that is useful.
 
-In simulations (`benches.serving`, docs/serving.md) of single images of 20 to 1000 steps, with the s(B) of a network that gains by
-batches and of one that does not, at loads from 30 % of saturation to all of it, the 95th percentile was at most 1.04 times
-that of the better of one at a time and static batches; filling the batch whenever there is room made it 1.16 times that.
+In simulations (`benches.serving`, docs/serving.md) of single images of 20 to 1000 steps, with the s(B) of a network
+that gains by batches and of one that does not, at loads from 30 % of saturation to all of it, the 95th percentile was
+at most 1.04 times that of the better of one at a time and static batches; filling the batch whenever there is room made
+it 1.16 times that.
 """
 
 import heapq
