@@ -4,7 +4,7 @@
     python -m benches.scaling pair MODEL      one process, two processes and two workers, in turn
     python -m benches.scaling merge           ddpm-deploy merge
 
-Each takes under 90 seconds on two quiet cores.
+Each takes under two and a half minutes on two quiet cores.
 
 The model: N images in shards of k are S = ⌈N/k⌉; a worker makes r images a second, and each of M workers makes one
 shard after another:
@@ -173,7 +173,7 @@ def _driver(model: ModelFile, folder: Path, shards: int = 300) -> dict[str, floa
     return {"shard": seconds, "taken": len(data) / statistics.median(times)}
 
 
-def pair_rows(model: str, images: int = 500, rounds: int = 3) -> Iterator[Row]:
+def pair_rows(model: str, images: int = 2000, rounds: int = 3) -> Iterator[Row]:
     """One process, two that share the shards, and two workers of Ray, in turn."""
     threads = cpu_threads()
     one, two, ray = (
@@ -182,7 +182,7 @@ def pair_rows(model: str, images: int = 500, rounds: int = 3) -> Iterator[Row]:
         "two workers of one thread",
     )
     rates: dict[str, list[float]] = {one: [], two: [], ray: []}
-    common = ("--count", images, "--shard-size", 25)
+    common = ("--count", images, "--shard-size", images // 8)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         for round_ in range(rounds):
             folder = Path(name) / str(round_)

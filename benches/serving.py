@@ -1,16 +1,21 @@
 """Continuous batching against one request at a time and static batches: Poisson arrivals on one Sampler, and simulated.
 
-    python -m benches.serving all DIGITS CIFAR10 FOLDER    everything, and its picture: half an hour
-    python -m benches.serving pace MODEL                   s(B), and what a simulator makes of it
-    python -m benches.serving saturation MODEL             throughput with an endless queue, the batcher's own cost
-    python -m benches.serving latency MODEL LOAD …         50th and 95th percentile at shares of the best throughput
+    python -m benches.serving all MODEL FOLDER        everything, cifar10 as well, and its picture: half an hour
+    python -m benches.serving pace MODEL              s(B), and what a simulator makes of it
+    python -m benches.serving saturation MODEL        throughput with an endless queue, and the batcher's own cost
+    python -m benches.serving latency MODEL LOAD …    50th and 95th percentile at shares of the best throughput
+    python -m benches.serving http MODEL              what HTTP adds to a lone request
 
-A model of long steps is simulated by the s(B) that is measured here, and run for a while with shorter requests.
+A network of long steps is simulated by the s(B) that is measured here, and run for a while with shorter requests.
 """
 
+import http.client
 import json
+import socket
 import statistics
 import sys
+import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +26,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from benches.models import export_preset
 from benches.serving_picture import write_picture
-from benches.simulated import POLICIES, Arrival, Full, saturation, simulate, traffic
+from benches.simulated import FEWEST, POLICIES, Arrival, Full, saturation, simulate, traffic
 from benches.table import HEAD, Row
 from ddpm_deploy import Request, Sampler
+from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.runtime.chain import time_step
 from ddpm_deploy.serve import Batcher, Handle
 from ddpm_deploy.serve.admission import Admission
@@ -40,6 +47,7 @@ _LONG_STEPS: Final = (
     60,
     60.0,
 )  # a model of long steps: most steps of a request, requests, seconds of arrivals
+_PAIRS: Final = 165  # of requests, of which the first tenth warms up
 _WAITING: Final = 200  # requests of a queue that does not end within the window
 _SIMULATED: Final = 2000, 5  # requests, seeds
 _SIMULATED_LOADS: Final = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
@@ -248,16 +256,52 @@ def _long_arrivals(table: NDArray[np.float64], load: float) -> tuple[float, list
     return rate, traffic(rate, min(count, int(seconds * rate)), 1, most)
 
 
+def http_rows(sampler: Sampler) -> Iterator[Row]:
+    """What HTTP adds to a lone request on an idle server: pairs with `submit` to the same batcher, in one process."""
+    import uvicorn  # which no other part needs
+
+    from ddpm_deploy.serve.http import create_app
+
+    def asked(seed: int) -> float:
+        start = time.perf_counter()
+        client.request("POST", "/v1/samples", json.dumps({"seed": str(seed), "steps": FEWEST}))
+        answer = client.getresponse()
+        assert answer.status == 200, answer.read()
+        answer.read()
+        return time.perf_counter() - start
+
+    def submitted(seed: int) -> float:
+        start = time.perf_counter()
+        batcher.submit(Request(seed=seed, steps=FEWEST)).result()
+        return time.perf_counter() - start
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    with Batcher(sampler, CAPACITY) as batcher:
+        server = uvicorn.Server(uvicorn.Config(create_app(batcher), log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        client = http.client.HTTPConnection(*listener.getsockname())
+        pairs = np.array([(submitted(seed), asked(seed)) for seed in range(_PAIRS)])[_PAIRS // 10 :]
+        client.close()
+        server.should_exit = True
+        thread.join()
+    alone, added = pairs[:, 0], pairs[:, 1] - pairs[:, 0]
+    low, middle, high = np.percentile(added, [25, 50, 75]) * 1e3
+    yield Row(f"a request of {FEWEST} steps by submit", f"{np.median(alone) * 1e3:.1f} ms")
+    yield Row("HTTP adds", f"{middle:.1f} ms (quartiles {low:.1f} … {high:.1f})", "≤ 5 ms", bool(middle <= 5))
+
+
 def h200() -> NDArray[np.float64]:
     """s(B) of the cifar10 network there, for B up to 64; between what was measured it lies on a line."""
     seconds = [batch / (1000 * rate) for batch, rate in _H200.items()]
     return np.interp(np.arange(65), [*_H200], seconds)
 
 
-def everything(digits: str, cifar10: str, folder: str) -> Iterator[Row]:
-    """Both models, the projection, and the picture of all."""
+def everything(model: str, folder: str) -> Iterator[Row]:
+    """A model, the cifar10 network, the projection, and the picture of all."""
     panels = []
-    with Sampler.load(digits, max_batch=CAPACITY) as sampler:
+    with Sampler.load(model, max_batch=CAPACITY) as sampler:
+        yield from http_rows(sampler)
         yield from saturation_rows(sampler)
         points = []
         for load in LOADS:
@@ -266,12 +310,15 @@ def everything(digits: str, cifar10: str, folder: str) -> Iterator[Row]:
             yield from latency_rows(found, rate, 0.85 if load == 0.7 else None)
             points += found
         table = measure_pace(sampler)
-        panels.append(("digits, two cores", table, points))
-    with Sampler.load(cifar10, max_batch=CAPACITY) as sampler:
+        panels.append((f"{Path(model).stem}, {cpu_threads()} cores", table, points))
+    with tempfile.TemporaryDirectory() as made:
+        long = export_preset("cifar10", Path(made)).onnx
+        sampler = Sampler.load(long, max_batch=CAPACITY)
+    with sampler:
         table = measure_pace(sampler, 3)
         rate, arrivals = _long_arrivals(table, 0.7)
         yield from latency_rows(list(latencies(sampler, 0.7, arrivals)), rate, 1.1)
-        panels.append(("cifar10, two cores (simulated)", table, []))
+        panels.append((f"cifar10, {cpu_threads()} cores (simulated)", table, []))
     panels.append(("cifar10, fp16, on an H200 (projected)", h200(), []))
     drawn = []
     for name, table, points in panels:
@@ -291,6 +338,8 @@ def _parts(part: str, model: str, rest: list[str]) -> Iterator[Row]:
             yield from pace_rows(sampler, int(rest[0]) if rest else 5)
         elif part == "saturation":
             yield from saturation_rows(sampler)
+        elif part == "http":
+            yield from http_rows(sampler)
         for load in map(float, rest if part == "latency" else ()):
             rate, arrivals = _arrivals(measure_pace(sampler), load)
             yield from latency_rows(list(latencies(sampler, load, arrivals)), rate)

@@ -5,6 +5,7 @@ wrong, what stood under the name before still stands there.
 """
 
 import errno
+import hashlib
 import os
 import secrets
 import shlex
@@ -61,6 +62,12 @@ def _near_misses(path: Path) -> str:
         if near:
             return f"; found {', '.join(near[:3])} beside it"
     return ""
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_suffix(path: Path, what: str, *suffixes: str) -> None:

@@ -4,7 +4,6 @@ A checkpoint is a zip archive whose pickle is only scanned for the text, never r
 field past its graph; an engine is searched for its network's name; a .ncnn file has a zip at its end.
 """
 
-import hashlib
 import pickletools
 import zipfile
 from functools import cached_property
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from ddpm_deploy.errors import ArtefactError, SettingError, SpecError
-from ddpm_deploy.files import require_file, show
+from ddpm_deploy.files import require_file, sha256_of, show
 from ddpm_deploy.ncnn_file import NCNN_SUFFIX, NcnnFile
 from ddpm_deploy.onnx_file import OnnxFile
 from ddpm_deploy.plan import PLAN_SUFFIX, PlanHead, read_plan_head, spec_in_plan
@@ -130,8 +129,7 @@ class ModelFile:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file: of its bytes, not of the weights alone."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.path)
 
     @property
     def intact(self) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from ddpm_deploy.errors import ArtefactError
-from ddpm_deploy.files import show
+from ddpm_deploy.files import sha256_of, show
 from ddpm_deploy.spec import ISLANDS_KEY, SEAL_KEY
 
 _MAX_PROPERTY_BYTES: Final = 1 << 20  # far above what ours take
@@ -107,8 +107,7 @@ class OnnxFile:
 
 def seal(path: Path) -> bytes:
     """What to append to an ONNX file so that `OnnxFile.intact` can tell: one more entry of its metadata, its digest."""
-    with path.open("rb") as file:
-        return entry(SEAL_KEY, hashlib.file_digest(file, "sha256").hexdigest().encode())
+    return entry(SEAL_KEY, sha256_of(path).encode())
 
 
 def entry(key: str, value: bytes) -> bytes:

@@ -31,6 +31,7 @@ from ddpm_deploy.evaluate.frechet import (
     standard_error,
 )
 from ddpm_deploy.evaluate.kernel import kernel_distance
+from ddpm_deploy.files import sha256_of
 from ddpm_deploy.runtime.images import to_uint8
 from ddpm_deploy.runtime.sampler import Sampler
 from tests.golden import efficientnet as lite
@@ -319,11 +320,11 @@ def test_only_inception_with_the_known_weights_is_fid(
         with pytest.raises(ArtefactError, match="known weights have 6726825d.*not called FID"):
             load_extractor(INCEPTION, CPU)
         with monkeypatch.context() as changed:
-            changed.setattr(features, "FID_WEIGHTS", features._digest(random_inception))
+            changed.setattr(features, "FID_WEIGHTS", sha256_of(random_inception))
             assert load_extractor(str(path), CPU).is_fid
         path.unlink()
     file = features.inception_places()["pytorch-fid"]
-    monkeypatch.setattr(features, "FID_WEIGHTS", features._digest(random_inception))
+    monkeypatch.setattr(features, "FID_WEIGHTS", sha256_of(random_inception))
     monkeypatch.setattr(features, "inception_places", lambda: {"pytorch-fid": file})
     file.symlink_to(random_inception)
     assert load_extractor(INCEPTION, CPU).is_fid
@@ -376,7 +377,7 @@ def test_files_of_weights_that_are_none(
             archive.writestr(f"inception/{part}", b"")
     with pytest.raises(ArtefactError, match="is a program of TorchScript"):
         load_extractor(str(tmp_path / "program.pt"), CPU)
-    with pytest.raises(ArtefactError, match="does not exist"):
+    with pytest.raises(ArtefactError, match="neither inception nor efficientnet"):
         load_extractor("inceptoin", CPU)
     assert not (tmp_path / "executed").exists()
 
@@ -612,6 +613,7 @@ def test_mistakes_are_one_line(onnx_path: Path, pixels: Path, tmp_path: Path) ->
     refused(call("evaluate", pixels, pixels, "--steps", 5, *own), 2, "is no model", "omit")
     for of_models in (("--batch", 3), ("--backend", "ncnn"), ("--precision", "bf16"), ("--weights", "raw")):
         refused(call("evaluate", pixels, pixels, *of_models, *own), 2, "is no model", of_models[0], "omit")
+    refused(call("evaluate", pixels, pixels, "--device", "banana", *own), 1, "banana", "choose cpu")
     refused(call("evaluate", tmp_path / "empty", pixels, *own), 1, "holds no images")
     refused(call("evaluate", onnx_path, tmp_path / "empty", *own), 1, "holds no images")
     refused(call("evaluate", onnx_path, pixels, "--samples", 1, *own), 2, "--samples")

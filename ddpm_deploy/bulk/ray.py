@@ -270,7 +270,7 @@ class Crew:
         )
         self._waits: dict[Any, tuple[_Hand, Callable[[_Hand, Any], None]]] = {}  # by the ref of an answer
         self._to_do: deque[int] = deque()
-        self._left, self._images = set[int](), 0
+        self._left, self._given, self._images = set[int](), 0, 0
         self._meet: Callable[[Opened], None] = lambda opened: None
         self._losses: Counter[int | None] = Counter()  # of workers, by shard; None: while they loaded
         self._asked = 0.0
@@ -312,7 +312,7 @@ class Crew:
         """
         self._folder, self._manifest, self._meet = folder, manifest, meet
         self._to_do = deque(numbers)
-        self._left, self._images = set(self._to_do), 0
+        self._left, self._given, self._images = set(self._to_do), len(self._to_do), 0
         for hand in self._hands:
             if hand.opened:
                 meet(hand.opened)
@@ -325,9 +325,9 @@ class Crew:
             tell(self._images + sum(hand.images for hand in self._hands))
 
     @property
-    def left(self) -> int:
-        """How many shards are yet to be made."""
-        return len(self._left)
+    def made(self) -> int:
+        """How many shards were made so far."""
+        return self._given - len(self._left)
 
     def close(self) -> None:
         """End all workers."""

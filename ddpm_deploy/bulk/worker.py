@@ -17,11 +17,10 @@ from ddpm_deploy.bulk.manifest import Manifest
 from ddpm_deploy.bulk.shards import write_shard
 from ddpm_deploy.bulk.versions import versions_of
 from ddpm_deploy.errors import BackendError, DependencyError, OutputError
-from ddpm_deploy.files import create_once, require_output, show
+from ddpm_deploy.files import create_once, require_output, sha256_of, show
 from ddpm_deploy.model_file import open_model
 from ddpm_deploy.runtime.backends import LoadSettings, load_network
-from ddpm_deploy.runtime.protocols import Array
-from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.runtime.sampler import EachStep, Sampler
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.version import __version__
 from ddpm_deploy.words import Backend, RunPrecision, Weights
@@ -95,7 +94,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._sampler: Sampler | None = None
-        self._progress = _Progress(0)
+        self._steps, self._images_a_step = 0, 0.0  # of the shard at hand: those taken
 
     def open(self, job: Job, model: bytes | None = None) -> Opened | None:
         """Load the model from its path, if the file there is the right one; None where that is not here.
@@ -129,8 +128,8 @@ class Worker:
         part = manifest.part(number)
         most = self._sampler.max_batch(bool(part.guidance))
         steps = len(part.table_for(manifest.spec)) * -(-part.count // most)
-        self._progress = _Progress(part.count / steps)
-        samples = self._sampler.draw(part, self._progress)
+        self._steps, self._images_a_step = 0, part.count / steps
+        samples = self._sampler.draw(part, EachStep(self._passed))
         if folder.is_seen:
             write_shard(Path(folder.path), manifest, number, samples)
             return None
@@ -139,25 +138,10 @@ class Worker:
 
     def images(self) -> float:
         """How many images of the shard at hand are made, counted by steps."""
-        return self._progress.images
+        return self._steps * self._images_a_step
 
-
-class _Progress:
-    """The callback of a Sampler: counts how many images its steps make."""
-
-    def __init__(self, images_a_step: float) -> None:
-        self.images, self._a_step = 0.0, images_a_step
-
-    def passed(self, step: int) -> None:
-        """A step was taken."""
-        self.images += self._a_step
-
-    def wants(self, step: int) -> bool:
-        """Nothing needs to be seen."""
-        return False
-
-    def __call__(self, step: int, x: Array, x0: Array) -> None:
-        """Nothing is looked at."""
+    def _passed(self) -> None:
+        self._steps += 1
 
 
 def _loaded(path: Path, job: Job) -> Sampler:
@@ -187,9 +171,6 @@ def _kept(name: str, data: bytes, digest: str) -> Iterator[Path]:
 def _is_here(path: Path, digest: str) -> bool:
     """Whether this machine can read a file, and it is the right one."""
     try:
-        if not path.is_file():  # a pipe would be waited for
-            return False
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+        return path.is_file() and sha256_of(path) == digest  # a pipe would be waited for
     except OSError:
         return False

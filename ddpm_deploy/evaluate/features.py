@@ -1,6 +1,5 @@
 """Networks whose features images are compared by: Inception, by which FID is defined, and one that pip installs."""
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from ddpm_deploy.dependencies import require
 from ddpm_deploy.errors import ArtefactError, BackendError, first_line, plural
 from ddpm_deploy.evaluate import efficientnet, inception
 from ddpm_deploy.evaluate.frechet import Moments
-from ddpm_deploy.files import show
+from ddpm_deploy.files import sha256_of, show
 from ddpm_deploy.importers.weights import Weights, read_weights
 from ddpm_deploy.runtime.images import Pixels
 from ddpm_deploy.runtime.protocols import Array
@@ -128,12 +127,16 @@ def load_extractor(features: str, device: torch.device) -> Extractor:
     Raises ArtefactError where its weights are missing, broken, of another network, or, by the first two names, are not
     the known ones; DependencyError where a package is missing.
     """
+    if features not in (INCEPTION, EFFICIENTNET) and not Path(features).exists():
+        raise ArtefactError(
+            f"{show(features)} is neither {INCEPTION} nor {EFFICIENTNET}, and no file of that name exists"
+        )
     known = {INCEPTION: FID_WEIGHTS, EFFICIENTNET: LITE0_WEIGHTS}.get(features)
     path = {INCEPTION: _found_inception, EFFICIENTNET: _installed_efficientnet}.get(
         features, lambda: Path(features)
     )()
     weights = read_weights(path, knows=lambda names: any(one.first in names for one in _ARCHITECTURES))
-    digest = _digest(path)
+    digest = sha256_of(path)
     if known not in (None, digest):
         raise ArtefactError(
             f"{show(path)} has the SHA-256 {digest}, and the known weights have {known}: download it again, or pass it "
@@ -175,11 +178,6 @@ def _network(architecture: Architecture, weights: Weights, path: Path) -> nn.Mod
 def _is_counter(name: str) -> bool:
     """Whether it is what batch normalisation counts in training, which older files have not."""
     return name.endswith(".num_batches_tracked")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inception_places() -> dict[str, Path]:

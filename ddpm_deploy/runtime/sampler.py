@@ -29,6 +29,24 @@ from ddpm_deploy.words import Backend, RunPrecision
 Callback = Callable[[int, Array, Array], None]
 
 
+class EachStep:
+    """A callback that is told of every step that was taken, and looks at none: what moves a progress bar."""
+
+    def __init__(self, tell: Callable[[], object]) -> None:
+        self._tell = tell
+
+    def passed(self, step: int) -> None:
+        """A step was taken."""
+        self._tell()
+
+    def wants(self, step: int) -> bool:
+        """Nothing needs to be seen."""
+        return False
+
+    def __call__(self, step: int, x: Array, x0: Array) -> None:
+        """Nothing is looked at."""
+
+
 @dataclass(frozen=True)
 class _Batch:
     """Samples that run together: a part of a request, and the slots that it is in."""

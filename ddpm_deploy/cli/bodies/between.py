@@ -29,7 +29,7 @@ from ddpm_deploy.runtime.interpolate import (
 )
 from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
-from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.runtime.sampler import EachStep, Sampler
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.train.data.pictures import open_picture
 from ddpm_deploy.train.data.pixels import DeeperError, Seen, fit
@@ -85,7 +85,7 @@ def _encoded(sampler: Sampler, ends: Array, request: Request, encoder: Encoder) 
     logger.info(f"2 images · {plural(steps, 'step')} of inversion · about {duration(seconds)}")
     parts = -(-2 // sampler.max_batch(guided=bool(request.guidance)))
     with stage("encoding", steps * parts) as advance:
-        return encoded(sampler, ends, request, encoder, lambda step, x, x0: advance(1))
+        return encoded(sampler, ends, request, encoder, EachStep(lambda: advance(1)))
 
 
 class _Ends:

@@ -154,6 +154,6 @@ def _make(
 
             crew.make(marked, manifest, to_do, meet, tell)
     except KeyboardInterrupt:
-        tell_of_interrupt(len(numbers), len(numbers) - crew.left)
+        tell_of_interrupt(len(numbers), len(numbers) - len(to_do) + crew.made)
         raise
     return time.perf_counter() - start

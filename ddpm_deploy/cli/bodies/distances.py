@@ -36,11 +36,11 @@ from ddpm_deploy.files import show
 from ddpm_deploy.machine import cpu_threads
 from ddpm_deploy.model_file import ModelFile, open_model
 from ddpm_deploy.runtime.images import Pixels, to_uint8
-from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
-from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.runtime.sampler import EachStep, Sampler
 from ddpm_deploy.stages import Progress
 from ddpm_deploy.train.data.arrays import ARRAY_SUFFIXES
+from ddpm_deploy.train.network import torch_device
 from ddpm_deploy.version import __version__
 
 _SAMPLES: Final = 5000  # where nothing is said: at most
@@ -159,7 +159,7 @@ class _Drawn:
 
     def parts(self, advance: Progress) -> Iterator[Pixels]:
         """Draw them."""
-        for samples in self.sampler.draw(self.request, _Steps(advance)):
+        for samples in self.sampler.draw(self.request, EachStep(lambda: advance(1))):
             pixels = to_uint8(samples, self.sampler.spec.value_range).transpose(0, 3, 1, 2)
             yield np.ascontiguousarray(pixels)
 
@@ -172,24 +172,6 @@ class _Drawn:
         """Free the model."""
         if self._sampler:
             self._sampler.close()
-
-
-class _Steps:
-    """The callback of a Sampler that moves the bar."""
-
-    def __init__(self, advance: Progress) -> None:
-        self._advance = advance
-
-    def passed(self, step: int) -> None:
-        """A step was taken."""
-        self._advance(1)
-
-    def wants(self, step: int) -> bool:
-        """Nothing needs to be seen."""
-        return False
-
-    def __call__(self, step: int, x: Array, x0: Array) -> None:
-        """Nothing is looked at."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +203,7 @@ def measure_distances(asked: Asked, *, as_json: bool) -> None:
     statistics = load_normal(asked.statistics) if asked.statistics else None
     samples, reference = _sides(asked)
     with closing(samples):
-        extractor = load_extractor(asked.features or INCEPTION, _device(asked.place))
+        extractor = load_extractor(asked.features or INCEPTION, _device(asked.place, samples))
         if statistics and statistics.width != extractor.width:
             raise ArtefactError(
                 f"{show(asked.statistics or '')} has {statistics.width} features, and {extractor.name} makes "
@@ -279,9 +261,11 @@ def _reference(asked: Asked, shape: tuple[int, int, int]) -> _Pictures | None:
     return _Pictures(asked.data, images, asked.count)
 
 
-def _device(place: Place) -> torch.device:
-    """Where features are computed: on the GPU that the samples are drawn on, if PyTorch has it, else on the CPU."""
+def _device(place: Place, samples: _Samples) -> torch.device:
+    """Where features are computed: as it was typed; beside a model on its GPU, if PyTorch has that too."""
     name = place["device"] or "cpu"
+    if isinstance(samples, _Pictures):
+        return torch_device(name)
     return torch.device(name if name.startswith("cuda") and torch.cuda.is_available() else "cpu")
 
 

@@ -20,9 +20,8 @@ from ddpm_deploy.cli.common import logger
 from ddpm_deploy.errors import OutputError, plural
 from ddpm_deploy.files import quoted, show
 from ddpm_deploy.model_file import ModelFile
-from ddpm_deploy.runtime.protocols import Array
 from ddpm_deploy.runtime.request import Request
-from ddpm_deploy.runtime.sampler import Sampler
+from ddpm_deploy.runtime.sampler import EachStep, Sampler
 from ddpm_deploy.version import __version__
 
 
@@ -101,7 +100,7 @@ def _make(sampler: Sampler, folder: Path, manifest: Manifest, numbers: Sequence[
                     continue
                 part = manifest.part(number)
                 pace.begin(part.count / work[number])
-                write_shard(folder, manifest, number, sampler.draw(part, pace))
+                write_shard(folder, manifest, number, sampler.draw(part, EachStep(pace.passed)))
                 new.append(number)
     except KeyboardInterrupt:
         tell_of_interrupt(len(numbers), len(numbers) - len(to_do) + len(new))
@@ -165,7 +164,7 @@ def pace(images: float, seconds: float) -> str:
 
 
 class _Pace:
-    """The callback of a Sampler: moves the bar, and says how many images a second are made."""
+    """Moves the bar by steps, and says how many images a second are made."""
 
     def __init__(self, advance: Advance) -> None:
         self._advance, self._start = advance, time.monotonic()
@@ -175,17 +174,10 @@ class _Pace:
         """Go on to a shard, of which each step makes so much."""
         self._a_step = images_a_step
 
-    def passed(self, step: int) -> None:
+    def passed(self) -> None:
         """A step was taken."""
         self._images += self._a_step
         self._advance(1, pace(self._images, time.monotonic() - self._start))
-
-    def wants(self, step: int) -> bool:
-        """Nothing needs to be seen."""
-        return False
-
-    def __call__(self, step: int, x: Array, x0: Array) -> None:
-        """Nothing is looked at."""
 
 
 def images_of(manifest: Manifest, numbers: Iterable[int]) -> int:
